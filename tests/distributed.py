@@ -214,6 +214,8 @@ def _rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Iter
     common = {
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
         **os.environ,
+        # DeepSpeed calls ninja by name, also where the environment was not activated.
+        "PATH": os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -1,0 +1,47 @@
+"""What runs where: `full` checks only on request, `gpu` checks only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported anywhere: by default it takes all cores, which several test processes share.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from tests.distributed import Processes
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect `full` (unless FLEXLORA_FULL=1 or -m names it) and skip `gpu` without a GPU."""
+    if os.environ.get("FLEXLORA_FULL") != "1" and "full" not in config.getoption("markexpr"):
+        long = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _gpu_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[Processes]:
+    """One process that stays for the whole session: a world of one rank, without a restart per test."""
+    with Processes(1) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[Processes]:
+    """Two processes that stay for the whole session; what a test initialises in them stays for the next."""
+    with Processes(2) as processes:
+        yield processes
+
+
+def _gpu_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
