@@ -1,0 +1,202 @@
+"""The order of the data and the batches cut from it: pure functions of (seed, step) at any world size.
+
+The training data is one endless stream: the examples of epoch 0 in a seeded order, then those of epoch 1 in
+another, and so on. Step t (from 1) takes `stream[(t − 1)·B : t·B]`, B the global batch size. Nothing is
+remembered between steps, so a resume at any step, on any number of processes, needs no state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flexlora_ds.errors import UserError
+from launch.examples import IGNORED, Example, Examples
+from launch.hashing import hash64, seeded_order
+
+PAD_MULTIPLE = 8  # lengths are rounded up to it: tensor cores prefer it, and fewer distinct shapes occur
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process feeds the model at once: int64 tensors [rows, T], T a multiple of 8, padded right.
+
+    `row_keys` holds one key per token for the seeded dropout: hash64(seed, step, record id, position in the
+    record), so a token's mask depends neither on the padding nor on how the global batch was cut (at padding:
+    any value). `target_tokens` counts the targets, the label at position 0 being none: position i is
+    predicted from those before.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    row_keys: Tensor
+    record_ids: tuple[int, ...]
+    tokens: int
+    target_tokens: int
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Return the batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            attention_mask=self.attention_mask.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            row_keys=self.row_keys.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a batch is shared: process `rank` of `world_size` takes `micro_batch_size` records at once."""
+
+    world_size: int = 1
+    rank: int = 0
+    micro_batch_size: int = 1
+
+
+def total_steps(examples: int, epochs: float, batch_size: int, max_steps: int | None = None) -> int:
+    """Return max_steps if given, else ⌊examples · epochs / batch_size⌋, at least 1."""
+    return max(1, int(examples * epochs // batch_size) if max_steps is None else max_steps)
+
+
+class DataOrder:
+    """The stream of indices into `count` examples, and the piece of it that each step takes."""
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        self.count = count
+        self.batch_size = batch_size
+        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: seeded_order(count, seed, "order", epoch))
+
+    def indices(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the batch_size indices of step `step` (from 1), in the order of the stream."""
+        first, last = (step - 1) * self.batch_size, step * self.batch_size
+        pieces = []
+        for epoch in range(first // self.count, (last - 1) // self.count + 1):
+            start = epoch * self.count
+            pieces.append(self._epoch(epoch)[max(first - start, 0) : last - start])
+        return np.concatenate(pieces)
+
+    def epoch(self, step: int) -> float:
+        """Return how many times the data has been seen after step `step`."""
+        return step * self.batch_size / self.count
+
+
+class TrainingBatches:
+    """The micro-batches of one process, step by step."""
+
+    def __init__(self, examples: Examples, batch_size: int, seed: int, cut: Cut, pad_token_id: int):
+        """Raise UserError where the global batch is no multiple of the micro-batch times the processes."""
+        share = cut.world_size * cut.micro_batch_size
+        if batch_size % share:
+            raise UserError(
+                f"batch_size {batch_size} is not a multiple of micro_batch_size {cut.micro_batch_size} × "
+                f"{cut.world_size} processes (batch_size); choose a multiple of {share}"
+            )
+        self.accumulation = batch_size // share
+        self.order = DataOrder(len(examples), batch_size, seed)
+        self._examples = examples
+        self._seed = seed
+        self._cut = cut
+        self._pad = pad_token_id
+
+    def global_batch(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the indices of the whole batch of a step, longest first (then as in the stream).
+
+        Within a step the order is free, and this one gives every micro-step records of like length: less
+        padding, and processes that wait less for each other.
+        """
+        indices = self.order.indices(step)
+        return indices[np.argsort(-self._examples.lengths[indices], kind="stable")]
+
+    def target_tokens(self, step: int) -> int:
+        """Return the target tokens of the whole global batch: known without communication."""
+        return int(self._examples.target_counts[self.order.indices(step)].sum())
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of the whole global batch, padding not counted."""
+        return int(self._examples.lengths[self.order.indices(step)].sum())
+
+    def record_ids(self, step: int) -> list[int]:
+        """Return the ids of the records in the whole global batch."""
+        ids: list[int] = self._examples.record_ids[self.global_batch(step)].tolist()
+        return ids
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """Yield this process's micro-batches: number j is `global_batch[(j·W + p)·m : …+ m]`."""
+        indices = self.global_batch(step)
+        size = self._cut.micro_batch_size
+        for micro_step in range(self.accumulation):
+            first = (micro_step * self._cut.world_size + self._cut.rank) * size
+            rows = [self._examples[int(index)] for index in indices[first : first + size]]
+            yield collate(rows, self._pad, seed=self._seed, step=step)
+
+
+class ValidationBatches:
+    """The validation examples, sorted by length and shared over the processes.
+
+    Every process gets the same number of micro-batches (the collectives of ZeRO-3's forward pass need it):
+    where the examples run out it gets a dummy with `target_tokens == 0`. The validation loss is Σ of the
+    token losses over all processes / `target_tokens`; take sums, for a mean over a dummy's zero targets is
+    NaN.
+    """
+
+    def __init__(self, examples: Examples, cut: Cut, pad_token_id: int):
+        self.target_tokens = int(examples.target_counts.sum())
+        self._examples = examples
+        self._cut = cut
+        self._pad = pad_token_id
+        self._sorted = np.argsort(-examples.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        """The number of forward passes, the same on every process."""
+        share = self._cut.world_size * self._cut.micro_batch_size
+        return -(-len(self._examples) // share)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        size = self._cut.micro_batch_size
+        for turn in range(len(self)):
+            first = (turn * self._cut.world_size + self._cut.rank) * size
+            rows = [self._examples[int(index)] for index in self._sorted[first : first + size]]
+            yield collate(rows, self._pad, seed=0, step=0) if rows else dummy_batch(self._pad)
+
+
+def collate(rows: list[Example], pad_token_id: int, *, seed: int, step: int) -> MicroBatch:
+    """Pad examples on the right into one micro-batch of step `step`."""
+    length = -(-max(len(row.input_ids) for row in rows) // PAD_MULTIPLE) * PAD_MULTIPLE
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for number, row in enumerate(rows):
+        size = len(row.input_ids)
+        input_ids[number, :size] = torch.tensor(row.input_ids)
+        attention_mask[number, :size] = 1
+        labels[number, :size] = torch.tensor(row.labels)
+    record_ids = tuple(row.record_id for row in rows)
+    positions = np.arange(length, dtype=np.int64)
+    keys = hash64(seed, step, np.asarray(record_ids, dtype=np.int64)[:, None], positions[None, :])
+    return MicroBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        position_ids=torch.arange(length).repeat(len(rows), 1),
+        row_keys=torch.from_numpy(keys.view(np.int64)),
+        record_ids=record_ids,
+        tokens=int(attention_mask.sum()),
+        target_tokens=int((labels[:, 1:] != IGNORED).sum()),
+    )
+
+
+def dummy_batch(pad_token_id: int) -> MicroBatch:
+    """Return a shortest batch of weight zero: it runs through the model and adds nothing to any sum."""
+    ignored = Example(record_id=-1, input_ids=[pad_token_id] * PAD_MULTIPLE, labels=[IGNORED] * PAD_MULTIPLE)
+    batch = collate([ignored], pad_token_id, seed=0, step=0)
+    return replace(batch, record_ids=(), tokens=0)
