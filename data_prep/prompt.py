@@ -1,0 +1,69 @@
+"""The instruction prompts, shared by training and evaluation. Pure string functions.
+
+`llm_adapters` reproduces the strings of LLM-Adapters' finetune.py and commonsense_evaluate.py byte for byte:
+there, training and evaluation differ in the white space of the first line and between the sections.
+`alpaca` is the clean form: the training prompt *is* the evaluation prompt.
+"""
+
+from __future__ import annotations
+
+from .errors import DataError
+from .records import Record
+
+PROMPTS = ("alpaca", "llm_adapters")
+
+_PLAIN = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+_INDENT = " " * 16  # LLM-Adapters indents every line of the prompt but the first: an indented f-string
+
+
+def _check_style(style: str) -> None:
+    if style not in PROMPTS:
+        raise DataError(f"unknown prompt style {style!r}", mend=f"use one of {', '.join(PROMPTS)}")
+
+
+def _alpaca(record: Record) -> str:
+    if record["input"]:
+        return (
+            f"{_WITH_INPUT}\n\n### Instruction:\n{record['instruction']}\n\n"
+            f"### Input:\n{record['input']}\n\n### Response:\n"
+        )
+    return f"{_PLAIN}\n\n### Instruction:\n{record['instruction']}\n\n### Response:\n"
+
+
+def _llm_adapters(record: Record, first_line: str, blank_line: str) -> str:
+    sections = [("Instruction", record["instruction"])]
+    if record["input"]:
+        sections.append(("Input", record["input"]))
+    body = "".join(f"{_INDENT}### {name}:\n{_INDENT}{text}\n{blank_line}\n" for name, text in sections)
+    return f"{first_line}\n\n{body}{_INDENT}### Response:\n{_INDENT}"
+
+
+def training_text(record: Record, style: str) -> tuple[str, str]:
+    """The prompt and the answer of a training example; their concatenation is the published training string.
+
+    Raises DataError for an unknown style.
+    """
+    _check_style(style)
+    if style == "alpaca":
+        return _alpaca(record), record["output"]
+    first_line = _WITH_INPUT + " " if record["input"] else _PLAIN + "  "
+    return _llm_adapters(record, first_line, blank_line=_INDENT), record["output"]
+
+
+def evaluation_prompt(record: Record, style: str) -> str:
+    """The string that is given to the model to continue.
+
+    Raises DataError for an unknown style.
+    """
+    _check_style(style)
+    if style == "alpaca":
+        return _alpaca(record)
+    first_line = _WITH_INPUT if record["input"] else _PLAIN + " "
+    return _llm_adapters(record, first_line, blank_line="")
