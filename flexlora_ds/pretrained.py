@@ -1,0 +1,113 @@
+"""Load a base model and its tokenizer from the hub, a local folder or a `.gguf` file.
+
+transformers is imported when a function is called; DeepSpeed only for `zero3`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexlora_ds.errors import UserError
+from flexlora_ds.model_source import ModelSource, fetch, locate, one_line_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Special tokens that vocabularies set aside for padding, or never use in text, best first.
+_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|endoftext|>")
+
+
+def load_causal_lm(
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """A causal language model with all weights in `dtype`, in evaluation mode.
+
+    `model` is a hub id, a local folder with safetensors, or a `.gguf` file (loaded dequantised, so that it
+    trains, merges and saves like any other). `attention` is transformers' name: `sdpa`, `eager`,
+    `flash_attention_2`. Pickled weights (`.bin`) are refused. Raises UserError where the model is missing,
+    gated, damaged or incomplete.
+    """
+    source = locate(model, revision)
+    with one_line_errors(source, "model"):
+        return _load_whole(source, dtype, attention, device)
+
+
+def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with a pad token that never stands for text; padding side as its author set it.
+
+    Raises UserError as `load_causal_lm` does.
+    """
+    from transformers import AutoTokenizer
+
+    source = locate(model, revision)
+    with one_line_errors(source, "tokenizer"):
+        folder = fetch(source, "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf_argument(source))
+    _settle_pad_token(tokenizer, source.name)
+    return tokenizer
+
+
+def _gguf_argument(source: ModelSource) -> dict[str, Any]:
+    return {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+
+
+def _load_whole(
+    source: ModelSource, dtype: torch.dtype, attention: str, device: torch.device | str | None
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_gguf_argument(source)}
+    if source.gguf_file is None:
+        arguments["use_safetensors"] = True
+    else:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    if device is not None and torch.device(device).type != "cpu":
+        arguments["device_map"] = {"": device}
+    folder = fetch(source, "model")
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    require_complete(source, report["missing_keys"])
+    if source.gguf_file is not None:
+        _forget_quantization(loaded)
+    return loaded
+
+
+def require_complete(source: ModelSource, missing: set[str] | list[str]) -> None:
+    """Raise UserError if weights are missing: transformers would draw them at random and only warn."""
+    if missing:
+        some = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
+        raise UserError(f"model {source.name} lacks {len(missing)} of its weights ({some}); fetch it again")
+
+
+def _forget_quantization(model: Any) -> None:
+    """Make a dequantised model a plain one: with the GGUF loader's marks it refuses to train and to save."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model, "quantization_method"):
+        model.quantization_method = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _settle_pad_token(tokenizer: Any, name: str) -> None:
+    """Keep a pad token that is special; else take a special token made for padding, else the end token.
+
+    Older scripts pad with id 0, which in several vocabularies is a real word ('!' in Llama 3's).
+    """
+    special = set(tokenizer.all_special_tokens) | {
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+    }
+    if tokenizer.pad_token in special:
+        return
+    choices = [token for token in _PAD_TOKENS if token in special and token != tokenizer.bos_token]
+    pad = next(iter(choices), None) or tokenizer.eos_token or tokenizer.unk_token
+    if pad is None:
+        raise UserError(f"the tokenizer of {name} has no pad, end or unknown token; add one to it")
+    tokenizer.pad_token = pad
