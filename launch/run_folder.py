@@ -1,0 +1,191 @@
+"""The files of a run folder (the README's contract), each written so that a crash leaves it whole and
+readable.
+
+JSON and YAML files appear by rename; the JSON-lines files grow line by line and are cut back to a
+checkpoint's step on resume. Every number that is not finite is written as `null`, for `NaN` is no JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flexlora_ds import __version__
+from flexlora_ds.errors import UserError
+from launch.json_files import JsonLines, to_json, write_text_atomically
+
+RANK_CHANGE_KEYS = (
+    "step",
+    "adjust_size",
+    "importance",
+    "score_margin",
+    "pruned",
+    "expanded",
+    "prune_age",
+    "ranks",
+    "total_rank",
+    "trainable_params",
+    "loss_before",
+    "loss_after",
+    "spectrum_error",
+    "seconds",
+)
+_LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. `loss` is the task loss of the step over all processes; times in seconds."""
+
+    step: int
+    epoch: float
+    loss: float | None
+    orth: float | None
+    lr: float
+    grad_norm: float | None
+    tokens: int
+    tokens_per_s: float
+    step_s: float
+    peak_mem_gb: float
+    total_rank: int
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What summary.json says at the end. `state` is finished or stopped; `tokens` leave the padding out."""
+
+    state: str
+    steps: int
+    final_loss: float | None
+    wall_seconds: float
+    tokens: int
+    tokens_per_s: float
+    peak_mem_gb: float
+    trainable_params_final: int
+    trainable_params_mean: float
+    rank_changes: int
+    warnings: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object of summary.json, `trainable_params` being {final, mean}."""
+        values = asdict(self)
+        final, mean = values.pop("trainable_params_final"), values.pop("trainable_params_mean")
+        rank_changes, warnings = values.pop("rank_changes"), list(values.pop("warnings"))
+        versions = values.pop("versions")
+        return values | {
+            "trainable_params": {"final": final, "mean": mean},
+            "rank_changes": rank_changes,
+            "warnings": warnings,
+            "versions": versions,
+        }
+
+
+class RunFolder:
+    """The run folder `path`. Every process may hold one; only that with `writes` (process 0) touches files."""
+
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self.path = Path(path)
+        self.writes = writes
+        self.metrics = JsonLines(self.path / "metrics.jsonl", writes)
+        self.rank_changes = JsonLines(self.path / "ranks.jsonl", writes)
+        self.validation = JsonLines(self.path / "validation.jsonl", writes)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Where the trained adapter goes, in PEFT's format."""
+        return self.path / "adapter"
+
+    def prepare(self, resume: str) -> None:
+        """Create the folder and prove that it can be written to.
+
+        Raises UserError where it cannot, or where `resume` is "none" and the folder holds anything.
+        """
+        if not self.writes:
+            return
+        try:
+            if resume == "none" and self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(
+                    f"the run folder is not empty ({self.path}); choose another out or set resume auto"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run folder: {error.strerror} ({self.path}); choose another out"
+            ) from error
+
+    def start_anew(self) -> None:
+        """Remove the files of an earlier run that completed no checkpoint, so that nothing of it is mixed in."""
+        if self.writes:
+            for name in ("metrics.jsonl", "ranks.jsonl", "validation.jsonl", "summary.json", "spectra.json"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def continue_after(self, step: int) -> None:
+        """Cut the JSON-lines files back to `step`: the steps after it will be run, and written, again."""
+        for lines in (self.metrics, self.rank_changes, self.validation):
+            lines.truncate_after(step)
+
+    def write_options(self, options: Mapping[str, Any]) -> None:
+        """Write options.yaml: every resolved option, in the order given."""
+        self._write("options.yaml", yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+
+    def write_summary(self, summary: Summary) -> None:
+        """Write summary.json."""
+        self._write("summary.json", to_json(summary.to_dict(), indent=2) + "\n")
+
+    def write_spectra(self, spectra: Mapping[str, Sequence[float]]) -> None:
+        """Write spectra.json, the λ of every matrix at the end by its name: the report's third plot."""
+        self._write("spectra.json", to_json(spectra) + "\n")
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Append a line to metrics.jsonl."""
+        self.metrics.append(asdict(metrics))
+
+    def log_validation(self, step: int, loss: float) -> None:
+        """Append a line to validation.jsonl."""
+        self.validation.append({"step": step, "loss": loss})
+
+    def log_rank_change(self, change: Mapping[str, Any]) -> None:
+        """Append a line to ranks.jsonl: the keys of RANK_CHANGE_KEYS, in that order."""
+        self.rank_changes.append({key: change[key] for key in RANK_CHANGE_KEYS})
+
+    def _write(self, name: str, text: str) -> None:
+        if self.writes:
+            write_text_atomically(self.path / name, text)
+
+
+def trainable_params_mean(initial: int, changes: Sequence[Mapping[str, Any]], steps: int) -> float:
+    """Return the trainable parameters averaged over the steps; a change at t counts from t + 1 on."""
+    total, current, since = 0, initial, 0
+    for change in changes:
+        total += current * (change["step"] - since)
+        current, since = change["trainable_params"], change["step"]
+    return (total + current * (steps - since)) / steps if steps else float(initial)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python, of this project and of the libraries a run depends on."""
+    versions = {"python": platform.python_version(), "flexlora": __version__}
+    return versions | {name: _version(name) for name in _LIBRARIES}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,215 @@
+"""The run folder's files: valid, complete, continued by a resume without gaps or duplicates."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from flexlora_ds.errors import RunError, UserError
+from launch import json_files
+from launch.json_files import JsonLines, to_json, write_text_atomically
+from launch.run_folder import RANK_CHANGE_KEYS, RunFolder, StepMetrics, Summary, trainable_params_mean
+
+
+def step_metrics(step: int, **changes: Any) -> StepMetrics:
+    values: dict[str, Any] = {
+        "step": step,
+        "epoch": step / 10,
+        "loss": 1.5,
+        "orth": 0.01,
+        "lr": 3e-4,
+        "grad_norm": 0.7,
+        "tokens": 1600,
+        "tokens_per_s": 800.0,
+        "step_s": 2.0,
+        "peak_mem_gb": 1.25,
+        "total_rank": 240,
+    }
+    return StepMetrics(**(values | changes))
+
+
+def rank_change(step: int, trainable: int = 1000) -> dict[str, Any]:
+    return dict.fromkeys(RANK_CHANGE_KEYS, 0) | {"step": step, "trainable_params": trainable}
+
+
+def summary(**changes: Any) -> Summary:
+    values: dict[str, Any] = {
+        "state": "finished",
+        "steps": 40,
+        "final_loss": 0.2,
+        "wall_seconds": 61.5,
+        "tokens": 64_000,
+        "tokens_per_s": 1040.0,
+        "peak_mem_gb": 1.25,
+        "trainable_params_final": 990,
+        "trainable_params_mean": 995.5,
+        "rank_changes": 4,
+    }
+    return Summary(**(values | changes))
+
+
+def strict_lines(path: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path / "runs" / "demo")
+    run.prepare("auto")
+    return run
+
+
+def test_the_contracts_files_and_keys(folder: RunFolder) -> None:
+    folder.write_options({"model": "tiny", "target_modules": ["q_proj"], "lr": 3e-4, "max_steps": None})
+    folder.log_step(step_metrics(10))
+    folder.log_validation(10, 1.25)
+    folder.log_rank_change(rank_change(10))
+    folder.write_summary(summary(warnings=["collapse"]))
+    folder.write_spectra({"model.layers.0.q_proj": [0.5, -0.25]})
+    assert yaml.safe_load((folder.path / "options.yaml").read_text()) == {
+        "model": "tiny",
+        "target_modules": ["q_proj"],
+        "lr": 3e-4,
+        "max_steps": None,
+    }
+    (metrics,) = strict_lines(folder.path / "metrics.jsonl")
+    contract = "step epoch loss orth lr grad_norm tokens tokens_per_s step_s peak_mem_gb total_rank skipped"
+    assert list(metrics) == contract.split()
+    assert strict_lines(folder.path / "validation.jsonl") == [{"step": 10, "loss": 1.25}]
+    assert list(strict_lines(folder.path / "ranks.jsonl")[0]) == list(RANK_CHANGE_KEYS)
+    written = json.loads((folder.path / "summary.json").read_text())
+    assert written["trainable_params"] == {"final": 990, "mean": 995.5}
+    assert set(written["versions"]) == {"python", "flexlora", "torch", "deepspeed", "transformers", "peft"}
+    assert written["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert written["warnings"] == ["collapse"]
+    assert json.loads((folder.path / "spectra.json").read_text()) == {"model.layers.0.q_proj": [0.5, -0.25]}
+    assert not list(folder.path.glob(".*"))
+
+
+def test_numbers_that_are_not_finite_become_null(folder: RunFolder) -> None:
+    folder.log_step(step_metrics(1, loss=math.nan, grad_norm=math.inf, skipped=True))
+    (row,) = strict_lines(folder.path / "metrics.jsonl")
+    assert (row["loss"], row["grad_norm"], row["skipped"]) == (None, None, True)
+
+
+def test_tensors_and_arrays_become_numbers() -> None:
+    value = {
+        "a": torch.tensor(2),
+        "b": np.float32(0.5),
+        "c": (torch.tensor([1.0, math.nan]),),
+        "d": Path("x"),
+    }
+    assert json.loads(to_json(value)) == {"a": 2, "b": 0.5, "c": [[1.0, None]], "d": "x"}
+
+
+def test_a_resume_leaves_no_gaps_and_no_duplicates(folder: RunFolder) -> None:
+    for step in range(1, 31):
+        folder.log_step(step_metrics(step))
+        if step % 10 == 0:
+            folder.log_validation(step, 1.0)
+            folder.log_rank_change(rank_change(step))
+    again = RunFolder(folder.path)
+    again.prepare("auto")
+    again.continue_after(20)
+    for step in range(21, 41):
+        again.log_step(step_metrics(step))
+    assert [row["step"] for row in again.metrics.read()] == list(range(1, 41))
+    assert [row["step"] for row in again.rank_changes.read()] == [10, 20]
+    assert [row["step"] for row in again.validation.read()] == [10, 20]
+
+
+def test_a_torn_last_line_is_forgotten(folder: RunFolder) -> None:
+    folder.log_step(step_metrics(1))
+    folder.log_step(step_metrics(2))
+    path = folder.metrics.path
+    path.write_bytes(path.read_bytes()[:-9])
+    assert [row["step"] for row in folder.metrics.read()] == [1]
+    folder.continue_after(7)
+    folder.log_step(step_metrics(2))
+    assert [row["step"] for row in strict_lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{torn", "[1]", '{"loss": 1}'])
+def test_a_damaged_line_is_named(folder: RunFolder, line: str) -> None:
+    folder.metrics.path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2"):
+        folder.metrics.read()
+
+
+def test_a_run_that_never_saved_starts_anew(folder: RunFolder) -> None:
+    folder.log_step(step_metrics(3))
+    folder.write_summary(summary())
+    (folder.path / "eval_before").mkdir()
+    folder.start_anew()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["eval_before"]
+
+
+def test_resume_none_refuses_a_folder_that_holds_anything(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new").prepare("none")
+    RunFolder(tmp_path / "new").prepare("none")  # still empty
+    (tmp_path / "new" / "x").touch()
+    with pytest.raises(UserError, match="not empty"):
+        RunFolder(tmp_path / "new").prepare("none")
+    RunFolder(tmp_path / "new").prepare("auto")
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/no-such-run")):
+        with pytest.raises(UserError, match="cannot write to the run folder") as caught:
+            RunFolder(place).prepare("auto")
+        assert "\n" not in str(caught.value)
+
+
+def test_only_process_0_writes(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", writes=False)
+    run.prepare("none")
+    run.write_options({})
+    run.log_step(step_metrics(1))
+    run.log_validation(1, 1.0)
+    run.log_rank_change(rank_change(1))
+    run.write_summary(summary())
+    run.write_spectra({})
+    run.continue_after(0)
+    run.start_anew()
+    assert not run.path.exists()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    write_text_atomically(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json_files.os, "fsync", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        write_text_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_full_disk_while_logging_is_one_line() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(RunError, match=r"No space left on device \(/dev/full\)"):
+        JsonLines(full).append({"step": 1})
+
+
+def test_the_mean_of_trainable_parameters_weighs_by_steps() -> None:
+    changes = [rank_change(10, 200), rank_change(30, 50)]
+    by_step = [100] * 10 + [200] * 20 + [50] * 10
+    assert trainable_params_mean(100, changes, 40) == sum(by_step) / 40
+    assert trainable_params_mean(100, [], 40) == 100
+    assert trainable_params_mean(100, [], 0) == 100
