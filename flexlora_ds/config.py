@@ -196,7 +196,7 @@ _HUGE = 1e300  # nothing beyond is a sensible number, and whole numbers beyond d
 
 @dataclass(frozen=True)
 class _Range:
-    """The values a numeric option may take: an interval, open or closed at its ends, perhaps a word or None."""
+    """The values a numeric option may take: an interval, open or closed, perhaps a word or None beside it."""
 
     kind: type[int] | type[float]
     low: float
