@@ -143,7 +143,7 @@ def _explain(source: ModelSource, what: str, error: Exception) -> str | None:
         return f"{what} {source.name} is gated and this account has no access; {access}"
     if _any(chain, hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
         revision = source.revision or "main"
-        return f"the hub has no {source.name} at revision {revision}; correct it or, if it is private, {access}"
+        return f"the hub has no {source.name} at revision {revision}; correct it or, if private, {access}"
     if _any(chain, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError):
         return (
             f"{what} {source.name} is neither a local folder nor in the Hugging Face cache, and the hub "
