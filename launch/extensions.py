@@ -1,0 +1,191 @@
+"""DeepSpeed's compiled extension, ready before a run starts; threads per process.
+
+On the CPU `deepspeed.init_distributed` compiles `deepspeed_shm_comm` at run time (DeepSpeed 0.19.8,
+deepspeed/comm/torch.py): about a minute, and torch marks the folder with a file `lock` while it compiles
+(torch/utils/file_baton.py). A compiling process that is killed leaves that file behind, and every later start
+waits for it without end. `prepare_extensions` compiles into the virtual environment beforehand and removes
+such a file; `python -m launch.extensions` does so from the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from flexlora_ds.errors import RunError, UserError
+
+EXTENSION = "deepspeed_shm_comm"
+LOCK = "lock"
+ABANDONED_AFTER = 900.0  # seconds without a change in a folder whose builder cannot be looked up
+POLL = 0.2  # seconds
+
+
+def prepare_extensions() -> Path | None:
+    """Have the communication extension compiled and loaded; its folder, or None where no CPU needs it.
+
+    Sets TORCH_EXTENSIONS_DIR to the environment's `torch_extensions` when it is unset, and puts the
+    environment's programs on PATH when `ninja` is not found there. One process at a time compiles; the others
+    wait for it.
+    Raises UserError without a C++ compiler, RunError when compiling fails.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_default_root())))
+    if shutil.which("ninja") is None:
+        programs = str(Path(sys.executable).parent)
+        os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return None
+    folder = root / EXTENSION
+    with _one_at_a_time(root) as alone:
+        release_abandoned_lock(folder, trust_processes=alone)
+        if not (folder / f"{EXTENSION}.so").exists():
+            _require_compiler()
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ImportError) as fault:
+            raise RunError(
+                f"DeepSpeed's {EXTENSION} does not compile or load ({folder}: {_first_line(fault)}); "
+                f"remove that folder and run `python -m launch.extensions`"
+            ) from fault
+    return folder
+
+
+def release_abandoned_lock(
+    folder: Path, *, trust_processes: bool = True, abandoned_after: float = ABANDONED_AFTER
+) -> bool:
+    """Wait while somebody compiles in `folder`; then remove the lock if its owner left it. True if removed.
+
+    The owner keeps the file open, and the compiler it started works in the folder: on Linux a lock that no
+    process stands behind is seen at once. Where processes cannot tell (`trust_processes` False: another
+    machine may be compiling in a shared folder; or no /proc), the lock counts as left when nothing in the
+    folder changed for `abandoned_after` seconds.
+    """
+    lock = folder / LOCK
+    trust_processes = trust_processes and Path("/proc/self/fd").exists()
+    while lock.exists():
+        if not _held_open(lock):
+            gone = trust_processes and not _worked_in(folder)
+            if gone or _idle_seconds(folder) > abandoned_after:
+                lock.unlink(missing_ok=True)
+                return True
+        time.sleep(POLL)
+    return False
+
+
+def limit_threads(local_processes: int | None = None) -> int:
+    """Share this machine's cores among its processes; the number of threads torch now uses in this one.
+
+    `local_processes` defaults to what the launcher says (torchrun: LOCAL_WORLD_SIZE, DeepSpeed: LOCAL_SIZE).
+    A lower OMP_NUM_THREADS is kept, but for torchrun's own default.
+    """
+    variables = os.environ
+    if local_processes is None:
+        local_processes = int(variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or 1)
+    threads = max(1, _cores() // local_processes)
+    wanted = variables.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and "TORCHELASTIC_RUN_ID" not in variables:
+        threads = max(1, min(threads, int(wanted)))
+    variables["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default_root() -> Path:
+    own = Path(sys.prefix)
+    if sys.prefix != sys.base_prefix and os.access(own, os.W_OK):
+        return own / "torch_extensions"
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
+    return Path.home() / ".cache" / "flexlora" / "torch_extensions" / version
+
+
+@contextlib.contextmanager
+def _one_at_a_time(root: Path) -> Iterator[bool]:
+    """Hold a lock that the kernel frees when its holder dies; False where the file system has none."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".prepare").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _held_open(lock: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        file = lock.stat()
+        return any(_is_at(descriptor, file) for fds in _processes("fd") for descriptor in _entries(fds))
+    return False
+
+
+def _worked_in(folder: Path) -> bool:
+    place = folder.stat()
+    return any(_is_at(cwd, place) for cwd in _processes("cwd"))
+
+
+def _processes(entry: str) -> Iterator[Path]:
+    return (process / entry for process in Path("/proc").glob("[0-9]*"))
+
+
+def _entries(folder: Path) -> list[Path]:
+    # Another user's process, or one that ended just now, shows nothing.
+    with contextlib.suppress(OSError):
+        return list(folder.iterdir())
+    return []
+
+
+def _is_at(link: Path, target: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(link.stat(), target)
+    return False
+
+
+def _idle_seconds(folder: Path) -> float:
+    return time.time() - max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        raise UserError(
+            f"no C++ compiler, which DeepSpeed needs once on a CPU (`{compiler}` is not on PATH); "
+            "install g++ (Debian: apt-get install g++) or set CXX"
+        )
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).splitlines() or [type(fault).__name__])[0]
+
+
+def main() -> int:
+    """Compile now; the exit code."""
+    started = time.monotonic()
+    try:
+        folder = prepare_extensions()
+    except (UserError, RunError) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2 if isinstance(fault, UserError) else 1
+    if folder is None:
+        print("no extension to compile for this accelerator")
+    else:
+        print(f"{EXTENSION}: ready in {folder} ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
