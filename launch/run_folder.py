@@ -90,7 +90,7 @@ class Summary:
 
 
 class RunFolder:
-    """The run folder `path`. Every process may hold one; only that with `writes` (process 0) touches files."""
+    """The run folder `path`; every process may hold one, only the one with `writes` touches files."""
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
@@ -130,7 +130,7 @@ class RunFolder:
             ) from error
 
     def start_anew(self) -> None:
-        """Remove the files of an earlier run that completed no checkpoint, so that nothing of it is mixed in."""
+        """Remove the files of an earlier run that completed no checkpoint: nothing of it gets mixed in."""
         if self.writes:
             for name in ("metrics.jsonl", "ranks.jsonl", "validation.jsonl", "summary.json", "spectra.json"):
                 (self.path / name).unlink(missing_ok=True)
