@@ -1,0 +1,283 @@
+"""DeepSpeed's JSON made whole: every `auto` filled from the options; contradictions are errors.
+
+An `auto` that stayed would silently become DeepSpeed's own default.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexlora_ds.errors import UserError
+from launch.batch_layout import batch_layout
+from launch.ds_refusals import check_refusals, lookup
+from launch.options import TrainOptions
+
+AUTO = "auto"
+QUIET = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say more
+UNKNOWN_HIDDEN = 4096
+"""The width that stands in for an unknown hidden size in the sizes of ZeRO's buffers."""
+
+DsSource = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """What a user's AdamW block may set of our optimizer."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+def resolve_ds_config(
+    source: DsSource, options: TrainOptions, world_size: int, *, hidden_size: int | None = None
+) -> dict[str, Any]:
+    """The configuration for `deepspeed.initialize`: without `auto`s and optimizer, at one with the options.
+
+    Keys that are DeepSpeed's alone pass through unchanged.
+
+    Args:
+        source: path of the JSON, or its content.
+        options: a `micro_batch_size` or `dtype` of `auto` is settled as in `batch_layout` and
+            `TrainOptions.compute_dtype`.
+        world_size: number of processes.
+        hidden_size: the model's width, which sizes ZeRO's `auto` buffers; 4096 if unknown.
+
+    Raises:
+        UserError: the file is missing or no JSON object; a value contradicts the options; a setting cannot be
+            carried through rank changes; an `auto` stands where no value is known.
+    """
+    settings, origin = load_ds_config(source)
+    check_refusals(settings, origin)
+    _adam_settings(settings, origin, options)
+    settings.pop("optimizer", None)
+    stage = settings.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    for key, decided in _decided(options, world_size).items():
+        _settle(settings, key, decided, origin, options)
+    _fill(settings, _known_autos(stage, hidden_size or UNKNOWN_HIDDEN))
+    settings.setdefault("steps_per_print", QUIET)
+    settings["zero_allow_untested_optimizer"] = True
+    settings["zero_force_ds_cpu_optimizer"] = False
+    for path in auto_paths(settings):
+        raise UserError(
+            f"no value is known for this auto ({origin}, key {path}); write one, or remove the key"
+        )
+    return settings
+
+
+def adam_settings(source: DsSource, options: TrainOptions) -> AdamSettings:
+    """The AdamW or Adam block of a DeepSpeed JSON as settings of our optimizer; defaults where there is none.
+
+    Raises:
+        UserError: another optimizer, a parameter that ours has not, or one that contradicts the options.
+    """
+    settings, origin = load_ds_config(source)
+    return _adam_settings(settings, origin, options)
+
+
+def load_ds_config(source: DsSource) -> tuple[dict[str, Any], str]:
+    """A DeepSpeed JSON as a dictionary of its own, and how messages call it.
+
+    Raises:
+        UserError: the file is missing, or is no JSON object (with the line).
+    """
+    if isinstance(source, Mapping):
+        settings, origin = copy.deepcopy(dict(source)), "DeepSpeed config"
+    else:
+        settings, origin = _parsed(Path(source)), str(source)
+    if settings.get("bfloat16") is not None:  # DeepSpeed's older name of the same block
+        settings["bf16"] = settings.pop("bfloat16")
+    for block in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
+        if not isinstance(settings.get(block, {}), dict):
+            raise UserError(f"{block} is no JSON object ({origin}, key {block}); write {{...}}")
+    return settings, origin
+
+
+def auto_paths(value: Any, path: str = "") -> Iterator[str]:
+    """The dotted paths of every `auto` inside nested objects and lists."""
+    if value == AUTO:
+        yield path
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from auto_paths(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from auto_paths(item, f"{path}[{index}]")
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A value that an option decides, and which one."""
+
+    value: Any
+    option: str
+
+
+def _decided(options: TrainOptions, world_size: int) -> dict[str, _Decided]:
+    """By dotted path, what the JSON must say unless it says `auto` or nothing."""
+    layout = batch_layout(options, world_size)
+    dtype = options.compute_dtype()
+    return {
+        "train_batch_size": _Decided(layout.batch_size, "batch_size"),
+        "train_micro_batch_size_per_gpu": _Decided(layout.micro_batch_size, "micro_batch_size"),
+        "gradient_accumulation_steps": _Decided(layout.accumulation_steps, "micro_batch_size"),
+        "gradient_clipping": _Decided(options.max_grad_norm, "max_grad_norm"),
+        "fp16.enabled": _Decided(dtype == "fp16", "dtype"),
+        "bf16.enabled": _Decided(dtype == "bf16", "dtype"),
+    }
+
+
+def _settle(
+    settings: dict[str, Any], dotted: str, decided: _Decided, origin: str, options: TrainOptions
+) -> None:
+    """Write a decided value where the JSON has none or `auto`; refuse another one."""
+    *parents, last = dotted.split(".")
+    block = settings
+    for parent in parents:
+        block = block.setdefault(parent, {})
+    given = block.setdefault(last, AUTO)
+    if given == AUTO:
+        block[last] = decided.value
+    elif given != decided.value:
+        raise _contradiction(origin, dotted, given, decided, options)
+
+
+def _contradiction(
+    origin: str, dotted: str, given: Any, decided: _Decided, options: TrainOptions
+) -> UserError:
+    key, set_at = decided.option, options.places.get(decided.option, "its default")
+    return UserError(
+        f"{json.dumps(given)} contradicts the option {key} ({set_at}), which asks for "
+        f'{json.dumps(decided.value)} ({origin}, key {dotted}); write "auto" there, or change {key}'
+    )
+
+
+def _adam_settings(settings: Mapping[str, Any], origin: str, options: TrainOptions) -> AdamSettings:
+    block = settings.get("optimizer")
+    if block is None:
+        return AdamSettings(weight_decay=options.weight_decay)
+    kind = lookup(settings, "optimizer.type")
+    place = f"{origin}, key optimizer"
+    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
+        raise UserError(
+            f"optimizer {kind} holds state that rank changes cannot carry over ({place}); "
+            "remove the block, or use AdamW"
+        )
+    given = block.get("params") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"params is no JSON object ({place}.params); write one")
+    params = {name: value for name, value in given.items() if value != AUTO}
+    unknown = sorted(set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"})
+    if unknown:
+        raise UserError(f"our AdamW has no parameter {unknown[0]} ({place}.params); remove it")
+    if params.get("adam_w_mode", True) is not True:
+        raise UserError(
+            f"weight decay is decoupled here ({place}.params.adam_w_mode); remove it or write true"
+        )
+    for name, wanted in (("lr", options.lr), ("weight_decay", options.weight_decay)):
+        if name in params and params[name] != wanted:
+            raise _contradiction(
+                origin, f"optimizer.params.{name}", params[name], _Decided(wanted, name), options
+            )
+    betas, eps = params.get("betas", (0.9, 0.999)), params.get("eps", 1e-8)
+    return AdamSettings(_checked_betas(betas, place), _checked_eps(eps, place), options.weight_decay)
+
+
+def _known_autos(stage: int, hidden: int) -> dict[str, Any]:
+    """Values for the other `auto`s that DeepSpeed files commonly hold, by dotted path.
+
+    The buffer sizes follow transformers' rule: hidden², 0.9 · hidden² and 10 · hidden elements. The rest
+    are DeepSpeed's own defaults, said aloud.
+    """
+    zero = {
+        "reduce_bucket_size": hidden * hidden,
+        "allgather_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_reuse_distance": 1_000_000_000,
+        "stage3_gather_16bit_weights_on_model_save": False,
+        "sub_group_size": 1_000_000_000,
+        "overlap_comm": stage == 3,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,
+        "reduce_scatter": True,
+        "allgather_partitions": True,
+        "offload_optimizer.device": "none",
+        "offload_optimizer.pin_memory": True,
+        "offload_param.device": "none",
+        "offload_param.pin_memory": True,
+    }
+    fp16 = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
+    return {
+        **{f"zero_optimization.{key}": value for key, value in zero.items()},
+        **{f"fp16.{key}": value for key, value in fp16.items()},
+        "fp16.auto_cast": False,
+        "fp16.min_loss_scale": 1,
+        "steps_per_print": QUIET,
+        "wall_clock_breakdown": False,
+        "communication_data_type": None,
+        "data_types.grad_accum_dtype": None,
+        "data_types.param_dtype": None,
+    }
+
+
+def _fill(settings: dict[str, Any], known: Mapping[str, Any]) -> None:
+    """Replace the `auto`s whose value is known; None removes the key."""
+    for dotted in list(auto_paths(settings)):
+        if dotted not in known:
+            continue
+        *parents, last = dotted.split(".")
+        block = lookup(settings, ".".join(parents)) if parents else settings
+        block[last] = known[dotted]
+        if block[last] is None:
+            del block[last]
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the DeepSpeed JSON: {error} (--ds); see ds_configs/ for some"
+        ) from error
+    try:
+        value = json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        comment = line.startswith(("//", "#", "/*")) or "//" in line
+        mend = "JSON has no comments: remove this one" if comment else "correct it"
+        raise UserError(f"not valid JSON: {error.msg} ({path}, line {error.lineno}); {mend}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"the DeepSpeed JSON is no object ({path}); write {{...}}")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"key {key} stands twice in one block ({path}); remove one of them")
+    return dict(pairs)
+
+
+def _checked_betas(value: Any, place: str) -> tuple[float, float]:
+    numbers = value if isinstance(value, (list, tuple)) else ()
+    if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
+        raise UserError(f"betas are {json.dumps(value)} ({place}.params.betas); give two numbers in [0, 1)")
+    return float(numbers[0]), float(numbers[1])
+
+
+def _checked_eps(value: Any, place: str) -> float:
+    if not _is_number(value) or value <= 0:
+        raise UserError(f"eps is {json.dumps(value)} ({place}.params.eps); give a number above 0")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

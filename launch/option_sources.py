@@ -1,0 +1,107 @@
+"""Where option values come from: a recipe and the command line, each value with the place it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flexlora_ds.errors import UserError
+from launch.option_fields import nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+LAUNCHER_FLAGS = ("local_rank", "local-rank")
+"""What DeepSpeed's and torch's launchers append for every process; the environment says the same."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Values as they were given, by key, and the place of each for error messages."""
+
+    values: Mapping[str, Any]
+    places: Mapping[str, str]
+
+
+def read_arguments(argv: Sequence[str], known: Collection[str]) -> Given:
+    """The `--key value` and `--key=value` pairs of a command line; of a repeated key the last one counts.
+
+    Raises:
+        UserError: an unknown key, a key without a value, or a word that belongs to no key.
+    """
+    values: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} belongs to no key (command line); write --key value")
+        key, equals, value = word[2:].partition("=")
+        if key not in known and key not in LAUNCHER_FLAGS:
+            raise UserError(f"unknown key --{key} (command line); {nearest(key, known)}")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{key} has no value (command line); write --{key} VALUE")
+            value = words.pop(0)
+        values[key] = value
+    for flag in LAUNCHER_FLAGS:
+        values.pop(flag, None)
+    return Given(values, {key: f"--{key} on the command line" for key in values})
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path, or by the bare name of a shipped one.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    shipped = RECIPES / f"{Path(name).stem}.yaml"
+    is_shipped_name = name == shipped.stem or Path(name) == Path("launch", "recipes", shipped.name)
+    for path in (Path(name), shipped):
+        if path.is_file() and (path != shipped or is_shipped_name):
+            return path
+    stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise UserError(f"no recipe file {name} (--recipe); give a YAML file or one of {', '.join(stems)}")
+
+
+def read_recipe(path: Path, known: Collection[str]) -> Given:
+    """The key-value pairs of a recipe file.
+
+    Raises:
+        UserError: the file cannot be read, is no flat YAML mapping, or has an unknown or repeated key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe: {error} ({path}); give a readable UTF-8 file") from error
+    return read_yaml(text, str(path), known)
+
+
+def read_yaml(text: str, origin: str, known: Collection[str]) -> Given:
+    """As `read_recipe`, from the text of the file; `origin` names it in messages."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(_yaml_fault(error, origin)) from error
+    if node is None:
+        return Given({}, {})
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"a recipe holds 'key: value' lines ({origin}); this one has another form")
+    places: dict[str, str] = {}
+    for key_node, _ in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key not in known:
+            raise UserError(f"unknown key {key!r} ({origin}, line {line}); {nearest(key, known)}")
+        if key in places:
+            raise UserError(f"key {key} stands twice ({origin}, line {line}); remove one of them")
+        places[key] = f"{origin}, line {line}"
+    return Given(values, places)
+
+
+def _yaml_fault(error: yaml.YAMLError, origin: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = f", line {mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or "it cannot be parsed"
+    return f"not valid YAML: {problem} ({origin}{line}); correct it"
