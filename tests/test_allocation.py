@@ -30,7 +30,7 @@ class Start:
 
 
 @st.composite
-def starts(draw: st.DrawFn, **fixed: Any) -> Start:
+def starts(draw: st.DrawFn, /, **fixed: Any) -> Start:
     rank = draw(st.integers(1, 8))
     config = FlexLoRAConfig(
         rank=rank,

@@ -32,7 +32,7 @@ def autograd_twin(P: Tensor, Q: Tensor, form: str) -> tuple[Tensor, Tensor, Tens
     squares = [(gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum() for gram in (P.T @ P, Q @ Q.T)]
     value = sum(square.sqrt() if form == "norm" else square for square in squares)
     assert isinstance(value, Tensor)
-    value.backward()
+    value.backward()  # type: ignore[no-untyped-call]
     assert P.grad is not None and Q.grad is not None
     return value.detach(), P.grad, Q.grad
 
