@@ -1,0 +1,32 @@
+"""FlexLoRA: low-rank adapters ΔW = s · P diag(λ) Q whose rank changes while they train.
+
+Importing this package imports no DeepSpeed: only `RankController` and what it drives need an engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["FlexLoRAConfig", "RankController", "adapters", "inject_adapters"]
+
+_HOMES = {
+    "FlexLoRAConfig": "flexlora_ds.config",
+    "RankController": "flexlora_ds.controller",
+    "adapters": "flexlora_ds.adapter",
+    "inject_adapters": "flexlora_ds.adapter",
+}
+
+if TYPE_CHECKING:
+    from flexlora_ds.adapter import adapters, inject_adapters
+    from flexlora_ds.config import FlexLoRAConfig
+    from flexlora_ds.controller import RankController
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve the public names on first use (PEP 562), so that `--help` needs no torch and export no DeepSpeed."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -5,6 +5,8 @@ transformers is imported when a function is called; DeepSpeed only for `zero3`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ def load_causal_lm(
     attention: str = "sdpa",
     revision: str | None = None,
     device: torch.device | str | None = None,
+    zero3: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A causal language model with all weights in `dtype`, in evaluation mode.
 
@@ -34,10 +37,22 @@ def load_causal_lm(
     trains, merges and saves like any other). `attention` is transformers' name: `sdpa`, `eager`,
     `flash_attention_2`. Pickled weights (`.bin`) are refused. Raises UserError where the model is missing,
     gated, damaged or incomplete.
+
+    `zero3` is the DeepSpeed configuration of a stage-3 run: the parameters come partitioned over all processes (each
+    of which must call), and `device` is DeepSpeed's choice. See `flexlora_ds.zero3_loading`.
     """
     source = locate(model, revision)
     with one_line_errors(source, "model"):
-        return _load_whole(source, dtype, attention, device)
+        if zero3 is None:
+            return _load_whole(source, dtype, attention, device)
+        from flexlora_ds import zero3_loading
+
+        load_whole = partial(_load_whole, source, dtype, attention, None)
+        if source.gguf_file is not None:
+            return zero3_loading.partition(load_whole(), zero3)
+        return zero3_loading.load_partitioned(
+            fetch(source, "model"), dtype=dtype, attention=attention, zero3=zero3, load_whole=load_whole
+        )
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -1,0 +1,197 @@
+"""The adapted linear layer, and its injection into any model.
+
+y = W x + b + s · P diag(λ) Q x, with W, b frozen, s = alpha / r0 constant for the whole run (r0 = the initial rank):
+a scale that followed the current rank would change the function at every rank change.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.dropout import keep_mask, name_key
+from flexlora_ds.errors import UserError
+from flexlora_ds.penalty import PenaltyGradient
+from flexlora_ds.seeds import generator
+
+
+@dataclass
+class ForwardContext:
+    """What one forward pass of the whole model shares between its matrices.
+
+    `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout`), or None for torch's own dropout.
+    `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
+    """
+
+    row_keys: Tensor | None = None
+    penalty: PenaltyGradient | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen `nn.Linear` (out × in) plus s · P diag(λ) Q, P [out, r], λ [r], Q [r, in].
+
+    The three parameters keep their identity for the whole run: a rank change gives them new data.
+    """
+
+    def __init__(self, base: nn.Linear, name: str, config: FlexLoRAConfig, context: ForwardContext) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.scaling = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.context = context
+        self._key = name_key(name)
+        rng = generator(config.seed, "init", name)
+        out, features = base.out_features, base.in_features
+        kind = {"device": base.weight.device, "dtype": adapter_dtype(base.weight)}
+        self.P = nn.Parameter(gaussian(out, config.rank, init_std(config, out), rng).to(**kind))
+        self.lam = nn.Parameter(torch.zeros(config.rank, **kind))
+        self.Q = nn.Parameter(gaussian(config.rank, features, init_std(config, features), rng).to(**kind))
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def rank(self) -> int:
+        """The current rank, also while ZeRO-3 holds the parameters partitioned."""
+        return whole_shape(self.lam)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]. λ and the scale act on the r-wide activation: no extra full-width product."""
+        y: Tensor = self.base(x)
+        rows = x.reshape(-1, x.shape[-1])
+        scale = self.scaling
+        if self.training and self.dropout > 0:
+            rows, scale = self._drop(rows, scale)
+        z = F.linear(rows.to(self.Q.dtype), self.Q) * (self.lam * scale)
+        if y.dtype == z.dtype:
+            y = torch.addmm(y.reshape(-1, y.shape[-1]), z, self.P.t()).view(y.shape)
+        else:
+            y = y + F.linear(z, self.P).view(y.shape).to(y.dtype)
+        if self.context.penalty is not None and torch.is_grad_enabled():
+            y = self.context.penalty.attach(y, self.P, self.Q)
+        return y
+
+    def _drop(self, rows: Tensor, scale: float) -> tuple[Tensor, float]:
+        keys = self.context.row_keys
+        if keys is None:
+            return F.dropout(rows, self.dropout), scale
+        if keys.numel() != rows.shape[0]:
+            raise ValueError(f"{self.name}: {rows.shape[0]} input rows, but {keys.numel()} row keys")
+        keep = keep_mask(keys.reshape(-1), self._key, rows.shape[1], self.dropout)
+        return rows * keep, scale / (1 - self.dropout)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling}, dropout={self.dropout}"
+
+
+def whole_shape(p: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape before ZeRO-3 partitioned it."""
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """The base's dtype; that of torch's default for a base held in integers (quantised)."""
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+
+
+def init_std(config: FlexLoRAConfig, width: int) -> float:
+    """`unit`: a direction's vector has expected norm 1."""
+    return 1 / math.sqrt(width) if config.init_std == "unit" else float(config.init_std)
+
+
+def gaussian(rows: int, columns: int, std: float, rng: torch.Generator) -> Tensor:
+    """fp32 normal values [rows, columns], drawn on the CPU so that every device and process gets the same."""
+    return torch.randn(rows, columns, generator=rng) * std
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers that can be adapted: all but the output head, in module order."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n]
+
+
+def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
+    """The names that `target_modules` means: suffixes, else regular expressions over the whole name.
+
+    Raises:
+        UserError: a target matches nothing; the message lists what there is.
+    """
+    if "all-linear" in targets:
+        return names
+    chosen: set[str] = set()
+    for target in targets:
+        hits = [n for n in names if n == target or n.endswith("." + target)] or _regex_hits(names, target)
+        if not hits:
+            kinds = sorted({n.rsplit(".", 1)[-1] for n in names})
+            raise UserError(
+                f"target_modules: {target!r} matches no linear layer; this model has {', '.join(kinds)}"
+            )
+        chosen.update(hits)
+    return [n for n in names if n in chosen]
+
+
+def _regex_hits(names: list[str], target: str) -> list[str]:
+    try:
+        pattern = re.compile(target)
+    except re.error:
+        return []
+    return [n for n in names if pattern.fullmatch(n)]
+
+
+def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
+    """Freeze `model` and adapt its matching linear layers in place; returns their names in module order.
+
+    Raises:
+        UserError: nothing matches, a layer is adapted already, or the rank exceeds a layer's min(in, out).
+    """
+    if adapters(model):
+        raise UserError("the model already carries adapters; start from the base model")
+    names = match_modules(linear_names(model), config.target_modules)
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        limit = min(linear.in_features, linear.out_features)
+        if config.rank > limit:
+            raise UserError(f"rank {config.rank} exceeds the limit {limit} = min(in, out) of {name}; lower `rank`")
+    for p in model.parameters():
+        p.requires_grad_(False)
+    context = ForwardContext()
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = AdaptedLinear(model.get_submodule(name), name, config, context)  # type: ignore[arg-type]
+        layer.train(model.training)
+        setattr(model.get_submodule(parent), leaf, layer)
+    return names
+
+
+def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers by their names in the unwrapped model, in module order."""
+    return {layer.name: layer for layer in _layers(model)}
+
+
+def _layers(model: nn.Module) -> Iterator[AdaptedLinear]:
+    return (m for m in model.modules() if isinstance(m, AdaptedLinear))
+
+
+def forward_context(model: nn.Module) -> ForwardContext:
+    """The context that all matrices of a model share.
+
+    Raises:
+        UserError: the model carries no adapters.
+    """
+    for layer in _layers(model):
+        return layer.context
+    raise UserError("the model carries no adapters; call inject_adapters(model, config) first")

@@ -1,0 +1,227 @@
+"""The life of ranks during a run: after each step, is a change due? score -> plan -> apply -> record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexlora_ds.adapter import AdaptedLinear, adapters, forward_context
+from flexlora_ds.allocation import RankPlan, plan_ranks
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.directions import TensorEdit, matrix_edits, weakest
+from flexlora_ds.importance import exact_spectrum, not_expandable, score_matrices, spectrum_error
+from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
+from flexlora_ds.penalty import PenaltyGradient
+from flexlora_ds.record import RankChange
+from flexlora_ds.schedule import adjustment_size, resolve_calendar
+from flexlora_ds.spectra import Grams, orthogonalise, read_grams, read_lambdas, read_sensitivities
+from flexlora_ds.watch import warnings_of
+
+Validate = Callable[[], float]
+
+
+class RankController:
+    """Changes the ranks of an engine's adapters while it trains.
+
+    Call `after_step(step)` once per attempted update, right after `engine.step()` at the accumulation boundary, on
+    every process. `validate`, where given, returns a loss that is the same on every process; it is called just
+    before and just after each change that moves a direction.
+
+    Raises:
+        UserError: no adapters in the model, a calendar that contradicts itself, or a DeepSpeed optimizer whose state
+            cannot be carried.
+    """
+
+    def __init__(
+        self, engine: Any, config: FlexLoRAConfig, total_steps: int, validate: Validate | None = None
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.total_steps = total_steps
+        self.validate = validate
+        self.layers: dict[str, AdaptedLinear] = adapters(engine.module)
+        self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
+        context = forward_context(engine.module)
+        resolve_calendar(total_steps, config)
+        forget_construction(engine)
+        live_shards(engine)
+        if config.orth_form != "decoupled":
+            context.penalty = PenaltyGradient(config.orth_form, self._penalty_coefficient)
+        self.changes = 0
+        self.births: dict[str, list[tuple[int, int]]] = {n: [(0, 0)] * r for n, r in self.ranks.items()}
+        self.parameter_limit = self.trainable_parameters(with_lambda=False)
+        self.initial_total_rank = self.total_rank
+        self._pending = 0
+        self._skipped = int(engine.skipped_steps)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The current rank of every matrix, in module order."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    @property
+    def total_rank(self) -> int:
+        """Σ ranks."""
+        return sum(self.ranks.values())
+
+    def trainable_parameters(self, *, with_lambda: bool = True) -> int:
+        """Σ r · (in + out), plus r for λ."""
+        return sum(layer.rank * (sum(self.shapes[n]) + with_lambda) for n, layer in self.layers.items())
+
+    def after_step(self, step: int) -> RankChange | None:
+        """Regularise, and change ranks if a change is due after `step` (counted from 1); collective.
+
+        A change due on a step that was skipped (numbers not finite) happens after the next applied one. Returns the
+        change that was applied, or None.
+        """
+        due = adjustment_size(step, self.total_steps, self.config)
+        self._pending = max(self._pending, due)
+        skipped = int(self.engine.skipped_steps)
+        if skipped > self._skipped:
+            self._skipped = skipped
+            return None
+        if self.config.orth_form == "decoupled" and self.config.orth_strength > 0:
+            orthogonalise(live_shards(self.engine), self.layers, self.config.orth_strength * self._lr_factor())
+        if not self._pending:
+            return None
+        size, self._pending = self._pending, 0
+        return self._change(step, size)
+
+    def orthogonality(self) -> float:
+        """Mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all matrices, of the masters; collective."""
+        grams = read_grams(live_shards(self.engine), self.layers)
+        return sum(g.violation for g in grams.values()) / len(grams)
+
+    def _change(self, step: int, size: int) -> RankChange:
+        started = time.perf_counter()
+        shards = live_shards(self.engine)
+        lambdas = read_lambdas(shards, self.layers)
+        grams = read_grams(shards, self.layers)
+        exact = {n: exact_spectrum(grams[n].p, grams[n].q, lam) for n, lam in lambdas.items()}
+        mature = {n: self._mature(n) for n in self.layers}
+        scores = self._scores(shards, step, lambdas, grams, mature)
+        plan = plan_ranks(
+            scores,
+            self.ranks,
+            size,
+            self.config,
+            self.shapes,
+            limit=self.parameter_limit,
+            not_prunable=[n for n, m in mature.items() if not any(m)],
+            not_expandable=not_expandable(lambdas, self.config),
+        )
+        before = self._timed_validation(plan)
+        ages = self._apply(step, plan, lambdas, mature)
+        after = self._timed_validation(plan)
+        self.changes += 1
+        losses = (before[0], after[0])
+        return RankChange(
+            step=step,
+            adjust_size=size,
+            importance=scores,
+            score_margin=plan.score_margin,
+            pruned=plan.pruned,
+            expanded=plan.expanded,
+            prune_age=ages,
+            ranks=self.ranks,
+            total_rank=self.total_rank,
+            trainable_params=self.trainable_parameters(),
+            loss_before=losses[0],
+            loss_after=losses[1],
+            spectrum_error=max(spectrum_error(lam, exact[n]) for n, lam in lambdas.items()),
+            seconds=time.perf_counter() - started - before[1] - after[1],
+            warnings=warnings_of(self, step, ages, losses),
+        )
+
+    def _timed_validation(self, plan: RankPlan) -> tuple[float | None, float]:
+        if self.validate is None or plan.empty:
+            return None, 0.0
+        started = time.perf_counter()
+        return self.validate(), time.perf_counter() - started
+
+    def _scores(
+        self,
+        shards: Any,
+        step: int,
+        lambdas: dict[str, Tensor],
+        grams: dict[str, Grams],
+        mature: dict[str, list[bool]],
+    ) -> dict[str, float]:
+        if self.config.spectrum == "exact":
+            spectra = {}
+            for n, lam in lambdas.items():
+                keep = torch.tensor(mature[n])
+                spectra[n] = exact_spectrum(grams[n].p[keep][:, keep], grams[n].q[keep][:, keep], lam[keep])
+            masks = None
+        else:
+            spectra, masks = lambdas, {n: torch.tensor(m) for n, m in mature.items()}
+        sensitive = self.config.importance == "sensitivity"
+        return score_matrices(
+            spectra,
+            self.config,
+            mature=masks,
+            sensitivity=read_sensitivities(shards, self.layers) if sensitive else None,
+            step=step,
+        )
+
+    def _mature(self, name: str) -> list[bool]:
+        """Which directions are at least `grace` changes old; those there from the start always are."""
+        return [born == 0 or self.changes - change >= self.config.grace for born, change in self.births[name]]
+
+    def _apply(
+        self, step: int, plan: RankPlan, lambdas: dict[str, Tensor], mature: dict[str, list[bool]]
+    ) -> list[int]:
+        """Resize what the plan names; returns the ages in steps of the pruned directions."""
+        if plan.empty:
+            return []
+        edits: dict[nn.Parameter, TensorEdit] = {}
+        ages = []
+        births = dict(self.births)
+        for name in (*plan.pruned, *plan.expanded):
+            gone = weakest(lambdas[name], 1, mature[name]) if name in plan.pruned else []
+            keep = [i for i in range(len(lambdas[name])) if i not in gone]
+            added = int(name in plan.expanded)
+            ages += [step - births[name][i][0] for i in gone]
+            births[name] = [births[name][i] for i in keep] + [(step, self.changes + 1)] * added
+            edits.update(matrix_edits(self.layers[name], keep, added, self.config, step))
+        resize(self.engine, edits)
+        self.births = births
+        return ages
+
+    def _lr_factor(self) -> float:
+        """The learning-rate schedule's factor: current over initial rate of the first group."""
+        group = self.engine.basic_optimizer.param_groups[0]
+        initial = group.get("initial_lr", self.engine.basic_optimizer.defaults.get("lr", 0.0))
+        return float(group["lr"]) / float(initial) if initial else 1.0
+
+    def _penalty_coefficient(self) -> float:
+        """γ/n in the units of the scaled loss, on the first micro-step of each update; 0 on the others.
+
+        The engine divides the accumulated gradient by nothing that this one has not been multiplied by: it averages
+        over processes, which all add the same.
+        """
+        if self.engine.micro_steps % self.engine.gradient_accumulation_steps() != 0:
+            return 0.0
+        return self.config.orth_strength / (2 * len(self.layers)) * loss_scale(self.engine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the parameters; JSON."""
+        return {
+            "changes": self.changes,
+            "births": {n: [list(b) for b in birth] for n, birth in self.births.items()},
+            "parameter_limit": self.parameter_limit,
+            "initial_total_rank": self.initial_total_rank,
+            "pending": self._pending,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; the parameters must already have the saved ranks."""
+        self.changes = int(state["changes"])
+        self.births = {n: [(int(a), int(b)) for a, b in birth] for n, birth in state["births"].items()}
+        self.parameter_limit = int(state["parameter_limit"])
+        self.initial_total_rank = int(state["initial_total_rank"])
+        self._pending = int(state["pending"])

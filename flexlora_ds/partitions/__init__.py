@@ -1,0 +1,13 @@
+"""The training state of parameters inside a live DeepSpeed engine: read it, write it, give parameters new shapes.
+
+The only package that touches DeepSpeed's internals (read from 0.19.8). The training state of a parameter is its fp32
+master weight, every per-element optimizer state and its step, whole, by name, whatever the ZeRO stage, the offload or
+the number of processes; nothing outside this package knows how ZeRO lays memory out.
+"""
+
+from flexlora_ds.partitions.fresh import forget_construction
+from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
+from flexlora_ds.partitions.rebuild import Edit, resize
+from flexlora_ds.partitions.shards import MASTER, Shards
+
+__all__ = ["MASTER", "Edit", "Shards", "forget_construction", "live_shards", "loss_scale", "resize", "trainable_groups"]

@@ -1,0 +1,137 @@
+"""Where each parameter's training state lies, at every ZeRO stage, as one kind of map.
+
+A parameter's piece is the run of its elements that this process holds, inside one flat tensor per state key. At stage
+0 the piece is the whole parameter; at stages 1 and 2 it is the overlap of the parameter with this process's slice of
+the flat group; at stage 3 it is this process's slice of the parameter itself (the last one may be padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MASTER = "master"
+"""The key of the fp32 master weight, beside the optimizer's own keys (`exp_avg`, `exp_avg_sq`, `age`, …)."""
+
+BUCKET_ELEMENTS = 1 << 24
+"""How many elements one collective moves at most: 64 MiB of fp32, far below a layer's activations."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + length) of a parameter, kept at `offset` of flat tensor `flat`."""
+
+    flat: int
+    offset: int
+    start: int
+    length: int
+
+
+@dataclass
+class Shards:
+    """The training state that this process holds, and how to make whole tensors of it.
+
+    `flats`: one dict per flat tensor, key -> 1-d fp32 tensor; `scalars`: per flat, the state that is not per element
+    (the step); `pieces`, `shapes`: by parameter; `replicated`: every process holds everything.
+    """
+
+    flats: list[dict[str, Tensor]]
+    scalars: list[dict[str, Any]]
+    pieces: dict[nn.Parameter, Piece]
+    shapes: dict[nn.Parameter, tuple[int, ...]]
+    device: torch.device
+    group: Any = None
+    world_size: int = 1
+    replicated: bool = False
+    masters_are_parameters: bool = False
+    low_precision: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        """The master's key first, then the optimizer's per-element states; the same on every process."""
+        names = {key for flat in self.flats for key in flat}
+        return [MASTER, *sorted(names - {MASTER})]
+
+    def local(self, p: nn.Parameter, key: str) -> Tensor:
+        """This process's piece of a parameter's state, a 1-d view."""
+        piece = self.pieces[p]
+        return self.flats[piece.flat][key].narrow(0, piece.offset, piece.length)
+
+    def read(self, params: Iterable[nn.Parameter], key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Whole tensors of one key, bucket by bucket; collective: every process asks for the same parameters.
+
+        Each process puts its piece into zeros and the sum over processes is the whole, exactly (x + 0 = x).
+        Yields (parameter, fp32 tensor of its shape on the engine's device). A yielded tensor may be a view of the
+        state itself where this process holds all of it: clone before changing it.
+        """
+        for bucket in _buckets(params, self.shapes):
+            if self.replicated or self.world_size == 1:
+                for p in bucket:
+                    yield p, self.local(p, key).view(self.shapes[p]).to(self.device)
+                continue
+            yield from self._reduced(bucket, key)
+
+    def _reduced(self, bucket: list[nn.Parameter], key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        from deepspeed import comm
+
+        sizes = [_numel(self.shapes[p]) for p in bucket]
+        whole = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        views = whole.split(sizes)
+        for p, view in zip(bucket, views, strict=True):
+            piece = self.pieces[p]
+            view.narrow(0, piece.start, piece.length).copy_(self.local(p, key))
+        comm.all_reduce(whole, group=self.group)
+        for p, view in zip(bucket, views, strict=True):
+            yield p, view.view(self.shapes[p])
+
+    @torch.no_grad()
+    def write(self, p: nn.Parameter, key: str, whole: Tensor) -> None:
+        """Write a whole tensor into this process's piece; no communication.
+
+        A master also goes, rounded, into the parameter that the model computes with.
+        """
+        piece = self.pieces[p]
+        self.local(p, key).copy_(whole.reshape(-1).narrow(0, piece.start, piece.length))
+        if key == MASTER:
+            self._write_parameter(p, whole, piece)
+
+    def _write_parameter(self, p: nn.Parameter, whole: Tensor, piece: Piece) -> None:
+        if self.masters_are_parameters:
+            return
+        if p in self.low_precision:  # stage 3: the partition, and the gathered copy of a persistent parameter
+            self.low_precision[p].narrow(0, 0, piece.length).copy_(
+                whole.reshape(-1).narrow(0, piece.start, piece.length)
+            )
+            if p.numel() != whole.numel():
+                return
+        p.data.copy_(whole.view(p.shape))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _buckets(
+    params: Iterable[nn.Parameter], shapes: Mapping[nn.Parameter, tuple[int, ...]]
+) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    total = 0
+    for p in params:
+        n = _numel(shapes[p])
+        if bucket and total + n > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, total = [], 0
+        bucket.append(p)
+        total += n
+    if bucket:
+        yield bucket
+
+
+def split_state(state: Mapping[str, Any], like: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state of one flat tensor -> (per-element states, the rest), told apart by shape."""
+    elements = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == like.shape and v.dim() > 0}
+    return elements, {k: v for k, v in state.items() if k not in elements}

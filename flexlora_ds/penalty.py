@@ -1,0 +1,46 @@
+"""The orthogonality penalty of the loss (`orth_form: norm | squared`) as a gradient added in the backward pass.
+
+γ/n · Σ f(P) + f(Q) depends on the parameters alone, so its gradient has a closed form. It is added where a matrix's
+own backward runs: there ZeRO-3 holds P and Q gathered, and the wrapper averages and clips it with the task's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexlora_ds.orthogonality import penalty_gradients
+
+
+@dataclass(frozen=True)
+class PenaltyGradient:
+    """`form`: norm or squared; `coefficient()`: γ/n times the loss scale, or 0 where this backward adds nothing."""
+
+    form: str
+    coefficient: Callable[[], float]
+
+    def attach(self, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        """y unchanged; its backward also sends the penalty's gradient to P and Q."""
+        out: Tensor = _Attach.apply(y, p, q, self)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, p: Tensor, q: Tensor, penalty: PenaltyGradient) -> Tensor:
+        ctx.save_for_backward(p, q)
+        ctx.penalty = penalty
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        coefficient = ctx.penalty.coefficient()
+        if coefficient == 0:
+            return grad, None, None, None
+        p, q = ctx.saved_tensors
+        grad_p, grad_q = penalty_gradients(p.float(), q.float(), ctx.penalty.form)
+        return grad, (coefficient * grad_p).to(p.dtype), (coefficient * grad_q).to(q.dtype), None

@@ -1,0 +1,72 @@
+"""What a decision looks at, read from the fp32 masters of a live engine: λ, Gram matrices, sensitivities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexlora_ds.adapter import AdaptedLinear
+from flexlora_ds.importance import direction_sensitivity
+from flexlora_ds.orthogonality import gram_excess
+from flexlora_ds.partitions import MASTER, Shards
+
+
+@dataclass(frozen=True)
+class Grams:
+    """PᵀP and QQᵀ of one matrix, [r, r], float64 on the CPU."""
+
+    p: Tensor
+    q: Tensor
+
+    @property
+    def violation(self) -> float:
+        """Mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F."""
+        eye = torch.eye(len(self.p), dtype=self.p.dtype)
+        return float(torch.linalg.norm(self.p - eye) + torch.linalg.norm(self.q - eye)) / 2
+
+
+def read_lambdas(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    """λ of every matrix, [r], fp32 on the CPU; one small collective."""
+    whole = {p: v.cpu().clone() for p, v in shards.read([layer.lam for layer in layers.values()], MASTER)}
+    return {name: whole[layer.lam] for name, layer in layers.items()}
+
+
+def read_grams(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Grams]:
+    """The Gram matrices of every matrix; P and Q pass by in buckets and are never all whole at once."""
+    found: dict[object, Tensor] = {}
+    tall = {layer.P for layer in layers.values()}
+    for p, whole in shards.read([q for layer in layers.values() for q in (layer.P, layer.Q)], MASTER):
+        columns = whole if p in tall else whole.T
+        found[p] = (columns.T @ columns).double().cpu()
+    return {name: Grams(found[layer.P], found[layer.Q]) for name, layer in layers.items()}
+
+
+def read_sensitivities(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    """Score of each direction, [r], from the optimizer's averages (Eqs. 5 and 6)."""
+    params = [p for layer in layers.values() for p in (layer.P, layer.lam, layer.Q)]
+    scores = {}
+    for (p, smooth), (_, uncertain) in zip(
+        shards.read(params, "sensitivity"), shards.read(params, "uncertainty"), strict=True
+    ):
+        scores[p] = smooth * uncertain
+    return {
+        name: direction_sensitivity(scores[layer.P], scores[layer.lam], scores[layer.Q]).cpu()
+        for name, layer in layers.items()
+    }
+
+
+@torch.no_grad()
+def orthogonalise(shards: Shards, layers: Mapping[str, AdaptedLinear], eta: float) -> None:
+    """The decoupled regulariser on the masters: P ← P − η P(PᵀP − I), Q ← Q − η (QQᵀ − I)Q, after the step.
+
+    Every process computes the same from the whole masters and writes its own part, so it is exact at every stage.
+    """
+    params = [q for layer in layers.values() for q in (layer.P, layer.Q)]
+    tall = {layer.P for layer in layers.values()}
+    for p, whole in shards.read(params, MASTER):
+        columns = whole if p in tall else whole.T
+        changed = columns - eta * (columns @ gram_excess(columns))
+        shards.write(p, MASTER, changed if p in tall else changed.T.contiguous())
