@@ -165,7 +165,9 @@ def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
         assert isinstance(linear, nn.Linear)
         limit = min(linear.in_features, linear.out_features)
         if config.rank > limit:
-            raise UserError(f"rank {config.rank} exceeds the limit {limit} = min(in, out) of {name}; lower `rank`")
+            raise UserError(
+                f"rank {config.rank} exceeds the limit {limit} = min(in, out) of {name}; lower `rank`"
+            )
     for p in model.parameters():
         p.requires_grad_(False)
     context = ForwardContext()

@@ -85,7 +85,9 @@ class RankController:
             self._skipped = skipped
             return None
         if self.config.orth_form == "decoupled" and self.config.orth_strength > 0:
-            orthogonalise(live_shards(self.engine), self.layers, self.config.orth_strength * self._lr_factor())
+            orthogonalise(
+                live_shards(self.engine), self.layers, self.config.orth_strength * self._lr_factor()
+            )
         if not self._pending:
             return None
         size, self._pending = self._pending, 0

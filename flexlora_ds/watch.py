@@ -33,7 +33,9 @@ def warnings_of(
         found.append(f"{at_floor:.0%} of the matrices are at rank 1: the allocation has collapsed")
     if controller.config.direction == "both" and controller.config.budget == "ranks":
         if controller.total_rank != controller.initial_total_rank:
-            found.append(f"total rank {controller.total_rank} is not its budget {controller.initial_total_rank}")
+            found.append(
+                f"total rank {controller.total_rank} is not its budget {controller.initial_total_rank}"
+            )
     elif controller.config.budget == "params":
         used = controller.trainable_parameters(with_lambda=False)
         if used > controller.parameter_limit:
@@ -43,7 +45,9 @@ def warnings_of(
         found.append(f"the change raised the validation loss from {before:.4f} to {after:.4f}")
     young = _young(controller, step, prune_ages)
     if young > len(prune_ages) / 2:
-        found.append(f"{young} of {len(prune_ages)} prunes hit directions born at most two changes ago; see `grace`")
+        found.append(
+            f"{young} of {len(prune_ages)} prunes hit directions born at most two changes ago; see `grace`"
+        )
     return found
 
 

@@ -17,7 +17,9 @@ TOTAL = 60
 
 
 def configuration(**options: Any) -> FlexLoRAConfig:
-    return FlexLoRAConfig(**{"rank": 4, "dropout": 0.0, "target_modules": "all-linear", **CALENDAR, **options})
+    return FlexLoRAConfig(
+        **{"rank": 4, "dropout": 0.0, "target_modules": "all-linear", **CALENDAR, **options}
+    )
 
 
 def setup(case: dict[str, Any], config: FlexLoRAConfig) -> tuple[Any, RankController]:
@@ -81,7 +83,9 @@ def _lose(engine: Any, variant: str) -> None:
             flat["age"].zero_()
             scalars["step"].zero_()
         if variant == "without masters":
-            flat[MASTER].copy_(flat[MASTER].to(torch.bfloat16 if engine.bfloat16_enabled() else torch.float16))
+            flat[MASTER].copy_(
+                flat[MASTER].to(torch.bfloat16 if engine.bfloat16_enabled() else torch.float16)
+            )
 
 
 def validation(engine: Any) -> float:
@@ -121,18 +125,26 @@ def carried_state(case: dict[str, Any]) -> dict[str, float]:
     change = controller._change(15, 4)
     after = _named_state(engine)
     assert change.pruned and change.expanded
-    worst = {"survivors": 0.0, "newborn state": 0.0, "lr": abs(engine.basic_optimizer.param_groups[0]["lr"] - lr)}
+    worst = {
+        "survivors": 0.0,
+        "newborn state": 0.0,
+        "lr": abs(engine.basic_optimizer.param_groups[0]["lr"] - lr),
+    }
     worst["counters"] = float(counters != (engine.global_steps, engine.micro_steps, engine.global_samples))
     for name in before:
         gone = set(change.pruned) & {name.rsplit(".", 1)[0]}
-        _compare(name, before[name], after[name], gone, name.rsplit(".", 1)[0] in change.expanded, worst, before)
+        _compare(
+            name, before[name], after[name], gone, name.rsplit(".", 1)[0] in change.expanded, worst, before
+        )
     return worst
 
 
 def _named_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     shards = live_shards(engine)
     names = {
-        getattr(layer, role): f"{n}.{role}" for n, layer in adapters(engine.module).items() for role in ("P", "lam", "Q")
+        getattr(layer, role): f"{n}.{role}"
+        for n, layer in adapters(engine.module).items()
+        for role in ("P", "lam", "Q")
     }
     state: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names.values()}
     for key in shards.keys:
@@ -166,7 +178,9 @@ def _compare(
 
 def many_changes(case: dict[str, Any]) -> dict[str, Any]:
     """Counts and resident memory over many changes in one process."""
-    config = configuration(adjust_start=0, adjust_freeze=0, adjust_interval=1, schedule="constant", adjust_size=3)
+    config = configuration(
+        adjust_start=0, adjust_freeze=0, adjust_interval=1, schedule="constant", adjust_size=3
+    )
     changes = case["changes"]
     engine, controller = setup({**case, "total": changes + 10}, config)
     counts, memory = [], {}
@@ -181,7 +195,11 @@ def many_changes(case: dict[str, Any]) -> dict[str, Any]:
             gc.collect()
             counts.append(_counts(engine))
             memory[step] = psutil.Process().memory_info().rss / 2**20
-    same = identity == (id(engine.optimizer), id(engine.basic_optimizer), [id(p) for p in engine.module.parameters()])
+    same = identity == (
+        id(engine.optimizer),
+        id(engine.basic_optimizer),
+        [id(p) for p in engine.module.parameters()],
+    )
     return {"counts": counts, "grown_mib": memory[changes] - memory[50], "moved": moved, "identity": same}
 
 

@@ -83,7 +83,9 @@ def token_loss(model: Any, rows: list[list[int]]) -> Tensor:
     )
 
 
-def ds_config(stage: int, dtype: str = "fp32", world: int = 1, gas: int = 1, batch: int = 8, **zero: Any) -> dict[str, Any]:
+def ds_config(
+    stage: int, dtype: str = "fp32", world: int = 1, gas: int = 1, batch: int = 8, **zero: Any
+) -> dict[str, Any]:
     """A DeepSpeed configuration with small buckets, so that a tiny model exercises several."""
     config: dict[str, Any] = {
         "train_batch_size": batch,
@@ -125,7 +127,9 @@ def start() -> tuple[int, int]:
     return comm.get_rank(), comm.get_world_size()
 
 
-def make_engine(model: nn.Module, config: FlexLoRAConfig, ds: dict[str, Any], lr: float = 5e-3, total: int = 200) -> Any:
+def make_engine(
+    model: nn.Module, config: FlexLoRAConfig, ds: dict[str, Any], lr: float = 5e-3, total: int = 200
+) -> Any:
     """`deepspeed.initialize` with our optimizer, our groups and a warm-up then linear schedule."""
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR

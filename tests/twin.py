@@ -71,7 +71,7 @@ def train(
         _adam(layers, lr, factor)
         following = min((step + 1) / 5, max(0.0, 1 - step / total))
         _orthogonalise(layers, eta * following)
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step in due:
             _change(layers, config, step, due[step])
             ranks.append({n: len(layer.t["lam"]) for n, layer in layers.items()})
@@ -90,7 +90,8 @@ def _adam(layers: dict[str, TwinLayer], lr: float, factor: float) -> None:
             s["age"] += 1
             s["m"] = 0.9 * s["m"] + 0.1 * g
             s["v"] = 0.999 * s["v"] + 0.001 * g**2
-            step = (s["m"] / (1 - 0.9 ** s["age"])) / ((s["v"] / (1 - 0.999 ** s["age"])).sqrt() + 1e-8)
+            age = s["age"].double()  # 1 − 0.999 has lost four digits in fp32
+            step = s["m"] / (1 - 0.9**age).to(w) / ((s["v"] / (1 - 0.999**age).to(w)).sqrt() + 1e-8)
             w -= rate * step
             w.grad = None
 
@@ -122,16 +123,20 @@ def _change(layers: dict[str, TwinLayer], config: FlexLoRAConfig, step: int, siz
         _resize(layers[n], n, config, step, drop=None, add=True)
 
 
-def _resize(layer: TwinLayer, name: str, config: FlexLoRAConfig, step: int, drop: int | None, add: bool) -> None:
+def _resize(
+    layer: TwinLayer, name: str, config: FlexLoRAConfig, step: int, drop: int | None, add: bool
+) -> None:
     out, features = layer.base.weight.shape
     keep = [i for i in range(len(layer.t["lam"])) if i != drop]
     new = {
-        "P": torch.randn(1, out, generator=generator(config.seed, "direction", step, name, "P")).T / math.sqrt(out),
+        "P": torch.randn(1, out, generator=generator(config.seed, "direction", step, name, "P")).T
+        / math.sqrt(out),
         "lam": torch.zeros(1),
         "Q": torch.randn(1, features, generator=generator(config.seed, "direction", step, name, "Q"))
         / math.sqrt(features),
     }
     for key, axis in (("P", 1), ("lam", 0), ("Q", 0)):
+
         def edit(t: Tensor, extra: Tensor, axis: int = axis) -> Tensor:
             kept = t.index_select(axis, torch.tensor(keep))
             return torch.cat([kept, extra], axis) if add else kept

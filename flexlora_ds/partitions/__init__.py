@@ -10,4 +10,13 @@ from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_gro
 from flexlora_ds.partitions.rebuild import Edit, resize
 from flexlora_ds.partitions.shards import MASTER, Shards
 
-__all__ = ["MASTER", "Edit", "Shards", "forget_construction", "live_shards", "loss_scale", "resize", "trainable_groups"]
+__all__ = [
+    "MASTER",
+    "Edit",
+    "Shards",
+    "forget_construction",
+    "live_shards",
+    "loss_scale",
+    "resize",
+    "trainable_groups",
+]

@@ -35,7 +35,9 @@ def stage_of(engine: Any) -> int:
             "DeepSpeed chose its BF16_Optimizer (stage 1 with data_types.grad_accum_dtype fp32), whose state cannot be "
             "carried through rank changes; use ZeRO stage 2, or leave grad_accum_dtype out"
         )
-    raise UserError(f"cannot carry the training state of {type(wrapper).__name__}; use AdamW at ZeRO stage 0 to 3")
+    raise UserError(
+        f"cannot carry the training state of {type(wrapper).__name__}; use AdamW at ZeRO stage 0 to 3"
+    )
 
 
 def trainable_groups(engine: Any) -> list[list[nn.Parameter]]:
@@ -55,7 +57,9 @@ def loss_scale(engine: Any) -> float:
     wrapper = engine.optimizer
     if wrapper is engine.basic_optimizer:
         return 1.0
-    scale = wrapper.loss_scale_config.cur_scale if hasattr(wrapper, "loss_scale_config") else wrapper.loss_scale
+    scale = (
+        wrapper.loss_scale_config.cur_scale if hasattr(wrapper, "loss_scale_config") else wrapper.loss_scale
+    )
     return float(scale)
 
 
@@ -92,7 +96,9 @@ def _flat_groups(wrapper: Any, device: torch.device) -> Shards:
         flats.append({MASTER: master.data, **elements})
         scalars.append(rest)
         low, high = rank * master.numel(), (rank + 1) * master.numel()
-        for p, begin in zip(wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i], strict=True):
+        for p, begin in zip(
+            wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i], strict=True
+        ):
             first, last = max(low, begin), min(high, begin + p.numel())
             held = max(0, last - first)
             pieces[p] = Piece(i, first - low, first - begin, held) if held else Piece(i, 0, 0, 0)

@@ -83,7 +83,9 @@ def _rebuild_plain(engine: Any, edits: Mapping[nn.Parameter, Edit], old: Shards)
         engine.basic_optimizer.state.pop(p, None)
 
 
-def _rebuild_wrapper(engine: Any, edits: Mapping[nn.Parameter, Edit], groups: list[list[nn.Parameter]], stage: int) -> None:
+def _rebuild_wrapper(
+    engine: Any, edits: Mapping[nn.Parameter, Edit], groups: list[list[nn.Parameter]], stage: int
+) -> None:
     wrapper, basic = engine.optimizer, engine.basic_optimizer
     offload = _take_down(wrapper, stage)
     for p, edit in edits.items():
@@ -218,7 +220,9 @@ def _flat_masters(engine: Any) -> list[Tensor]:
     wrapper, stage = engine.optimizer, stage_of(engine)
     if stage == 0:
         return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
-    return list(wrapper.fp32_partitioned_groups_flat if stage == 3 else wrapper.single_partition_of_fp32_groups)
+    return list(
+        wrapper.fp32_partitioned_groups_flat if stage == 3 else wrapper.single_partition_of_fp32_groups
+    )
 
 
 def _allocate(engine: Any, key: str) -> None:

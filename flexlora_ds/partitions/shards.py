@@ -133,5 +133,7 @@ def _buckets(
 
 def split_state(state: Mapping[str, Any], like: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state of one flat tensor -> (per-element states, the rest), told apart by shape."""
-    elements = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == like.shape and v.dim() > 0}
+    elements = {
+        k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == like.shape and v.dim() > 0
+    }
     return elements, {k: v for k, v in state.items() if k not in elements}
