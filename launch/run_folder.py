@@ -161,8 +161,8 @@ class RunFolder:
         self.validation.append({"step": step, "loss": loss})
 
     def log_rank_change(self, change: Mapping[str, Any]) -> None:
-        """Append a line to ranks.jsonl: the keys of RANK_CHANGE_KEYS, in that order."""
-        self.rank_changes.append({key: change[key] for key in RANK_CHANGE_KEYS})
+        """Append a line to ranks.jsonl: RANK_CHANGE_KEYS in their order, then what else there is."""
+        self.rank_changes.append({key: change[key] for key in RANK_CHANGE_KEYS} | dict(change))
 
     def _write(self, name: str, text: str) -> None:
         if self.writes:

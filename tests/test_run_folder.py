@@ -73,7 +73,7 @@ def test_the_contracts_files_and_keys(folder: RunFolder) -> None:
     folder.write_options({"model": "tiny", "target_modules": ["q_proj"], "lr": 3e-4, "max_steps": None})
     folder.log_step(step_metrics(10))
     folder.log_validation(10, 1.25)
-    folder.log_rank_change(rank_change(10))
+    folder.log_rank_change({"warnings": ["jump"]} | rank_change(10))
     folder.write_summary(summary(warnings=["collapse"]))
     folder.write_spectra({"model.layers.0.q_proj": [0.5, -0.25]})
     assert yaml.safe_load((folder.path / "options.yaml").read_text()) == {
@@ -86,7 +86,7 @@ def test_the_contracts_files_and_keys(folder: RunFolder) -> None:
     contract = "step epoch loss orth lr grad_norm tokens tokens_per_s step_s peak_mem_gb total_rank skipped"
     assert list(metrics) == contract.split()
     assert strict_lines(folder.path / "validation.jsonl") == [{"step": 10, "loss": 1.25}]
-    assert list(strict_lines(folder.path / "ranks.jsonl")[0]) == list(RANK_CHANGE_KEYS)
+    assert list(strict_lines(folder.path / "ranks.jsonl")[0]) == [*RANK_CHANGE_KEYS, "warnings"]
     written = json.loads((folder.path / "summary.json").read_text())
     assert written["trainable_params"] == {"final": 990, "mean": 995.5}
     assert set(written["versions"]) == {"python", "flexlora", "torch", "deepspeed", "transformers", "peft"}

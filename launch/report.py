@@ -1,0 +1,62 @@
+"""The report of a run: three plots and a page that holds them, made from the run folder's files alone.
+
+`python -m launch.report RUN` builds it again at any time, also while the run is going on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from flexlora_ds.errors import RunError, UserError
+from launch.json_files import write_text_atomically
+from launch.plots import draw_loss, draw_rank_heatmap, draw_singular_values
+from launch.report_page import page
+from launch.run_data import read_run
+
+
+def build_report(path: str | Path) -> Path:
+    """Write `report/` into the run folder `path` and return its index.html.
+
+    A plot is left out where there is nothing to draw: no matrices (`method: lora`), no λ yet (spectra.json).
+    Raises UserError where `path` is no run folder, RunError where one of its files is damaged or cannot be
+    written.
+    """
+    run = read_run(path)
+    folder = Path(path) / "report"
+    try:
+        folder.mkdir(exist_ok=True)
+        plots = {"Loss": folder / "loss.png"}
+        draw_loss(run, plots["Loss"])
+        if run.changes or run.spectra:
+            plots["Ranks"] = folder / "rank_heatmap.png"
+            draw_rank_heatmap(run, plots["Ranks"])
+        if run.spectra:
+            plots["Singular values"] = folder / "singular_values.png"
+            draw_singular_values(run, plots["Singular values"])
+    except OSError as error:
+        raise RunError(f"cannot write: {error.strerror} ({folder}); free some space") from error
+    index = folder / "index.html"
+    write_text_atomically(index, page(run, {title: plot.read_bytes() for title, plot in plots.items()}))
+    return index
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build the report of the run folder named on the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.report", description="Rebuild a run's report.")
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(argv)
+    try:
+        print(build_report(arguments.run))
+    except (UserError, RunError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

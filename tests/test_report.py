@@ -1,0 +1,191 @@
+"""The report: what it reads from a run folder, the plots it draws and the page that holds them."""
+
+from __future__ import annotations
+
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from launch.plots import smooth
+from launch.report import build_report, main
+from launch.run_data import OTHERS, group_by_kind, layer_label, read_run
+from launch.run_folder import RunFolder, StepMetrics, Summary
+
+KINDS = ("self_attn.q_proj", "mlp.down_proj")
+NAMES = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in KINDS]
+
+
+def write_run(path: Path, *, changes: int = 3, spectra: bool = True, finished: bool = True) -> RunFolder:
+    """A run of 40 steps whose changes move one direction each from the first matrix to the last."""
+    run = RunFolder(path)
+    run.prepare("auto")
+    run.write_options({"method": "flexlora", "model": "<tiny & small>", "rank": 4})
+    ranks = dict.fromkeys(NAMES, 4)
+    for step in range(1, 41):
+        loss = math.nan if step == 7 else 2 * 0.9**step
+        run.log_step(
+            StepMetrics(step, step / 20, loss, 0.0, 1e-3, 1.0, 100, 50.0, 2.0, 0.5, 24, skipped=step == 7)
+        )
+    for number in range(1, changes + 1):
+        step = 10 * number
+        ranks[NAMES[0]] -= 1
+        ranks[NAMES[-1]] += 1
+        run.log_validation(step, 0.5)
+        run.log_rank_change(rank_change(step, ranks))
+    if spectra:
+        run.write_spectra({name: np.linspace(-1, 1, rank).tolist() for name, rank in ranks.items()})
+    if finished:
+        run.write_summary(
+            Summary("finished", 40, 0.03, 80.0, 4000, 50.0, 0.5, 24_000, 23_999.5, changes, ["collapse <b>"])
+        )
+    return run
+
+
+def rank_change(step: int, ranks: dict[str, int]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "adjust_size": 1,
+        "importance": dict.fromkeys(NAMES, 0.5),
+        "score_margin": None,
+        "pruned": [NAMES[0]],
+        "expanded": [NAMES[-1]],
+        "prune_age": [step],
+        "ranks": dict(ranks),
+        "total_rank": 24,
+        "trainable_params": 24_000,
+        "loss_before": None,
+        "loss_after": 0.5,
+        "spectrum_error": 0.001,
+        "seconds": 0.25,
+        "warnings": ["young prunes"] if step == 20 else [],
+    }
+
+
+class Page(HTMLParser):
+    """Collects a page's visible text, images and outside references, and checks that its tags are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.images, self.links = "", [], []  # type: ignore[var-annotated]
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values["src"])
+        self.links += [value for key, value in attrs if key in ("href", "src") and "base64" not in str(value)]
+        if tag not in ("img", "meta", "br"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_finished_run_has_three_plots_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    write_run(tmp_path / "demo")
+    index = build_report(tmp_path / "demo")
+    assert index == tmp_path / "demo" / "report" / "index.html"
+    for name in ("loss.png", "rank_heatmap.png", "singular_values.png"):
+        pixels = matplotlib.image.imread(index.with_name(name))
+        assert min(pixels.shape[:2]) > 300
+        assert pixels.std() > 0.02  # something is drawn on it
+    page = Page(index.read_text())
+    assert len(page.images) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in page.images)
+    assert page.links == []
+    for text in (
+        "finished",
+        "<tiny & small>",
+        "collapse <b>",
+        "step 20: young prunes",
+        "24,000",
+        "– → 0.5000",
+    ):
+        assert text in page.text
+    assert page.text.count(NAMES[-1]) == 3  # expanded at each change
+
+
+def test_the_history_starts_before_the_first_change(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    steps, history = read_run(tmp_path).rank_history()
+    assert steps == [0, 10, 20, 30]
+    assert history[NAMES[0]] == [4, 3, 2, 1]
+    assert history[NAMES[1]] == [4, 4, 4, 4]
+    assert history[NAMES[-1]] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "spectra", "plots"),
+    [
+        (0, True, ["loss.png", "rank_heatmap.png", "singular_values.png"]),
+        (0, False, ["loss.png"]),
+        (2, False, ["loss.png", "rank_heatmap.png"]),
+    ],
+)
+def test_a_run_without_changes_or_spectra_or_still_going_on(
+    tmp_path: Path, changes: int, spectra: bool, plots: list[str]
+) -> None:
+    write_run(tmp_path, changes=changes, spectra=spectra, finished=False)
+    index = build_report(tmp_path)
+    assert sorted(path.name for path in index.parent.glob("*.png")) == plots
+    page = Page(index.read_text())
+    assert len(page.images) == len(plots)
+    assert "still running" in page.text
+    assert ("No rank was changed" in page.text) == (changes == 0)
+
+
+def test_the_command_rebuilds_and_names_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", changes=1)
+    assert main([str(run.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(run.path / "report" / "index.html")
+    assert main([str(tmp_path / "nothing")]) == 2
+    fault = capsys.readouterr().err
+    assert fault.startswith("error: no run to report on") and fault.count("\n") == 1
+    run.validation.path.write_text("{\n")
+    assert main([str(run.path)]) == 1
+    assert "validation.jsonl, line 1" in capsys.readouterr().err
+    (run.path / "summary.json").write_text("")
+    assert main([str(run.path)]) == 1
+    assert "summary.json" in capsys.readouterr().err
+
+
+def test_matrices_are_grouped_by_what_differs_in_numbers_only() -> None:
+    names = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+    groups = group_by_kind([*names, "lm_head"])
+    assert groups == {"q_proj": names[::2], "up_proj": names[1::2], OTHERS: ["lm_head"]}
+    assert [layer_label(name, "q_proj") for name in groups["q_proj"]] == ["0", "1"]
+    assert layer_label("lm_head", OTHERS) == "lm_head"
+
+
+def test_kinds_of_the_same_last_name_stay_apart() -> None:
+    names = [f"{side}.{i}.attn.qkv" for side in ("encoder", "decoder") for i in range(2)]
+    assert group_by_kind(names) == {"encoder.*.attn.qkv": names[:2], "decoder.*.attn.qkv": names[2:]}
+    experts = [f"layers.{i}.experts.{e}.up" for i in range(2) for e in range(2)]
+    assert group_by_kind(experts) == {"up": experts}
+    assert [layer_label(name, "up") for name in experts] == ["0.0", "0.1", "1.0", "1.1"]
+
+
+def test_a_model_of_one_layer_is_one_group() -> None:
+    names = ["layers.0.q_proj", "layers.0.up_proj"]
+    assert group_by_kind(names) == {OTHERS: names}
+
+
+def test_smoothing_keeps_a_line_and_does_not_lag() -> None:
+    assert np.allclose(smooth([3.0] * 50), 3.0)
+    line = np.arange(600, dtype=float)
+    assert np.allclose(smooth(line)[:590], line[:590])
+    noisy = np.random.default_rng(0).normal(size=3000)
+    assert smooth(noisy)[100:].std() < 0.2
+    assert len(smooth([])) == 0
