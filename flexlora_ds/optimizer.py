@@ -9,7 +9,8 @@ saves or resizes the moments does the same with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+_Columns: TypeAlias = dict[str, list[Tensor]]
+_Moments: TypeAlias = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+_CPU_RUN = 2**17  # elements
 
 
 class FlexLoRAAdamW(Optimizer):
@@ -97,36 +102,39 @@ class FlexLoRAAdamW(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             self._prepare(p)
-        if not params:
-            return
-        torch._foreach_add_([self.state[p]["step"] for p in params], 1)
-        params = [p for p in params if p.numel() > 0]
-        if not params:
-            return
+            self.state[p]["step"] += 1
+        held = [p for p in params if p.numel() > 0]
+        rows = [self._row(p) for p in held]
+        for batch in _batches(rows):
+            self._update(batch, group)
+        for p, row in zip(held, rows, strict=True):
+            if row.tensors["weight"] is not p:
+                p.copy_(row.tensors["weight"])
 
-        states = {key: [self.state[p][key] for p in params] for key in self.state_keys()}
-        moments = states["exp_avg"]
-        weights = [
-            p.to(m.dtype) for p, m in zip(params, moments, strict=True)
-        ]  # p itself unless of low precision
-        grads = [p.grad.to(m.dtype) for p, m in zip(params, moments, strict=True)]
+    def _row(self, p: Tensor) -> _Row:
+        """What the update of one parameter reads and writes; a copy of it where it is of low precision."""
+        assert p.grad is not None
+        state = self.state[p]
+        tensors = {key: state[key] for key in self.state_keys()}
+        dtype = state["exp_avg"].dtype
+        return _Row(state["step"], tensors | {"weight": p.to(dtype), "grad": p.grad.to(dtype)})
+
+    def _update(self, rows: list[_Row], group: dict[str, Any]) -> None:
+        columns = {key: [row.tensors[key] for row in rows] for key in rows[0].tensors}
         if self.sensitivity:
-            _track_sensitivity(
-                weights, grads, states["sensitivity"], states["uncertainty"], self.sensitivity_betas
-            )
-        _update_moments(grads, moments, states["exp_avg_sq"], group["betas"])
+            _track_sensitivity(columns, self.sensitivity_betas)
+        _update_moments(columns, group["betas"])
         if self.per_element_age:
-            numerators, denominators = _corrected_by_age(states, group["betas"], group["eps"])
+            numerators, denominators = _corrected_by_age(columns, group["betas"])
         else:
-            steps = [float(self.state[p]["step"]) for p in params]
-            numerators, denominators = _corrected_by_step(states, steps, group["betas"], group["eps"])
+            numerators, denominators = _corrected_by_step(
+                columns, [float(row.step) for row in rows], group["betas"]
+            )
+        torch._foreach_add_(denominators, group["eps"])
         lr = float(group["lr"])
         if group["weight_decay"] != 0:
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(weights, numerators, denominators, value=-lr)
-        for p, weight in zip(params, weights, strict=True):
-            if weight is not p:
-                p.copy_(weight)
+            torch._foreach_mul_(columns["weight"], 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(columns["weight"], numerators, denominators, value=-lr)
 
     def _prepare(self, p: Tensor) -> None:
         """Make the state of a parameter that has none yet."""
@@ -141,57 +149,69 @@ class FlexLoRAAdamW(Optimizer):
             state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def _track_sensitivity(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    sensitivity: list[Tensor],
-    uncertainty: list[Tensor],
-    betas: tuple[float, float],
-) -> None:
+@dataclass(frozen=True)
+class _Row:
+    """A parameter, or a run of its elements: its step, and its tensors by name, all of one shape."""
+
+    step: Tensor
+    tensors: dict[str, Tensor]
+
+
+def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
+    """What to update at once: on an accelerator all, on a CPU runs of elements that its cache holds.
+
+    There a temporary as large as a partition costs more in page faults than the arithmetic on it.
+    """
+    if any(row.tensors["weight"].device.type != "cpu" for row in rows):
+        yield rows
+        return
+    for row in rows:
+        if not all(tensor.is_contiguous() for tensor in row.tensors.values()):
+            yield [row]
+            continue
+        runs = {key: torch.split(tensor.view(-1), _CPU_RUN) for key, tensor in row.tensors.items()}
+        for i in range(len(runs["weight"])):
+            yield [_Row(row.step, {key: parts[i] for key, parts in runs.items()})]
+
+
+def _track_sensitivity(columns: _Columns, betas: tuple[float, float]) -> None:
     """Ī ← β1 Ī + (1 − β1) I and Ū ← β2 Ū + (1 − β2) |I − Ī| with I = |w · ∂L/∂w|, before w moves."""
-    current = torch._foreach_mul(weights, grads)
+    current = torch._foreach_mul(columns["weight"], columns["grad"])
     torch._foreach_abs_(current)
-    torch._foreach_lerp_(sensitivity, current, 1 - betas[0])
-    torch._foreach_sub_(current, sensitivity)
+    torch._foreach_lerp_(columns["sensitivity"], current, 1 - betas[0])
+    torch._foreach_sub_(current, columns["sensitivity"])
     torch._foreach_abs_(current)
-    torch._foreach_lerp_(uncertainty, current, 1 - betas[1])
+    torch._foreach_lerp_(columns["uncertainty"], current, 1 - betas[1])
 
 
-def _update_moments(
-    grads: list[Tensor], first: list[Tensor], second: list[Tensor], betas: tuple[float, float]
-) -> None:
-    torch._foreach_lerp_(first, grads, 1 - betas[0])
-    torch._foreach_mul_(second, betas[1])
-    torch._foreach_addcmul_(second, grads, grads, 1 - betas[1])
+def _update_moments(columns: _Columns, betas: tuple[float, float]) -> None:
+    grads = columns["grad"]
+    torch._foreach_lerp_(columns["exp_avg"], grads, 1 - betas[0])
+    torch._foreach_mul_(columns["exp_avg_sq"], betas[1])
+    torch._foreach_addcmul_(columns["exp_avg_sq"], grads, grads, 1 - betas[1])
 
 
-def _corrected_by_age(
-    states: dict[str, list[Tensor]], betas: tuple[float, float], eps: float
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Numerators m / (1 − β1^age) and denominators √(v / (1 − β2^age)) + ε, ages counted up first."""
-    ages = states["age"]
+def _corrected_by_age(columns: _Columns, betas: tuple[float, float]) -> _Moments:
+    """m / (1 − β1^age) and √(v / (1 − β2^age)), ages counted up first."""
+    ages = columns["age"]
     torch._foreach_add_(ages, 1)
-    # 1 − β^age as −expm1(age · ln β): exact where β^age is near 1, and no power of a tensor.
-    corrections = []
-    for beta in betas:
-        correction = torch._foreach_mul(ages, math.log(beta))
-        torch._foreach_expm1_(correction)
-        torch._foreach_neg_(correction)
-        corrections.append(correction)
-    first, second = corrections
-    numerators = torch._foreach_div(states["exp_avg"], first)
-    denominators = torch._foreach_div(states["exp_avg_sq"], second)
+    numerators = torch._foreach_div(columns["exp_avg"], _corrections(ages, betas[0]))
+    denominators = torch._foreach_div(columns["exp_avg_sq"], _corrections(ages, betas[1]))
     torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, eps)
     return numerators, denominators
 
 
-def _corrected_by_step(
-    states: dict[str, list[Tensor]], steps: list[float], betas: tuple[float, float], eps: float
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _corrections(ages: list[Tensor], beta: float) -> tuple[Tensor, ...]:
+    """1 − β^age, as −expm1(age · ln β): the plain difference would lose its digits while β^age is near 1."""
+    corrections = torch._foreach_mul(ages, math.log(beta))
+    torch._foreach_expm1_(corrections)
+    torch._foreach_neg_(corrections)
+    return corrections
+
+
+def _corrected_by_step(columns: _Columns, steps: list[float], betas: tuple[float, float]) -> _Moments:
     """The same with one step count per parameter in place of the ages."""
-    numerators = torch._foreach_div(states["exp_avg"], [1 - betas[0] ** step for step in steps])
-    denominators = torch._foreach_sqrt(states["exp_avg_sq"])
+    numerators = torch._foreach_div(columns["exp_avg"], [1 - betas[0] ** step for step in steps])
+    denominators = torch._foreach_sqrt(columns["exp_avg_sq"])
     torch._foreach_div_(denominators, [math.sqrt(1 - betas[1] ** step) for step in steps])
-    torch._foreach_add_(denominators, eps)
     return numerators, denominators
