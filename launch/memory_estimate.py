@@ -1,0 +1,173 @@
+"""How many bytes a process needs at its peak, for the dry run and the `auto` micro-batch (estimated)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launch.ds_refusals import lookup
+
+GIB = 2**30
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MASTER = 4
+"""Bytes of an fp32 master weight and of every per-element optimizer state."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a decoder model's shape decides its memory."""
+
+    base_parameters: int
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    kv_size: int
+    """Outputs of the key projection: key-value heads × head size."""
+    vocab_size: int
+
+    @classmethod
+    def from_config(cls, config: Any, base_parameters: int) -> ModelShape:
+        """From a transformers configuration, in the names that Llama-like models share.
+
+        Where one is missing, the plain transformer's proportion stands in (4 · hidden, as many key-value
+        heads as heads), so an unusual model gets a rougher estimate and no error.
+        """
+        hidden = int(config.hidden_size)
+        heads = int(config.num_attention_heads)
+        head_size = getattr(config, "head_dim", None) or hidden // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return cls(
+            base_parameters=base_parameters,
+            layers=int(config.num_hidden_layers),
+            hidden_size=hidden,
+            intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+            kv_size=int(kv_heads * head_size),
+            vocab_size=int(config.vocab_size),
+        )
+
+
+@dataclass(frozen=True)
+class MemorySetting:
+    """How the run lays its state out."""
+
+    dtype: str
+    processes: int
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    gradient_checkpointing: bool = False
+    optimizer_states: int = 3
+    """Per-element states beside the master: both moments and the age; 5 with importance sensitivity."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; None if all do."""
+
+    @classmethod
+    def from_ds_config(
+        cls, settings: Mapping[str, Any], dtype: str, processes: int, **others: Any
+    ) -> MemorySetting:
+        """With stage and offloading read from a DeepSpeed configuration, resolved or not."""
+        return cls(
+            dtype=dtype,
+            processes=processes,
+            stage=int(lookup(settings, "zero_optimization.stage") or 0),
+            offload_optimizer=lookup(settings, "zero_optimization.offload_optimizer.device") == "cpu",
+            offload_param=lookup(settings, "zero_optimization.offload_param.device") == "cpu",
+            **others,
+        )
+
+    def shared(self, size: float, from_stage: int) -> float:
+        """Bytes of one process when ZeRO divides `size` from a stage on."""
+        return size / self.processes if self.stage >= from_stage else size
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process at its peak, by what they hold."""
+
+    weights: float
+    gathered: float
+    """Whole layers that ZeRO-3 holds for a moment."""
+    adapter: float
+    """The adapter's weights and their gradients."""
+    optimizer: float
+    activations: float
+    logits: float
+    host: float
+    """What offloading moves to the host's memory; not part of the total."""
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device (on a machine without GPU: in memory)."""
+        return self.weights + self.gathered + self.adapter + self.optimizer + self.activations + self.logits
+
+    def parts(self) -> Iterator[tuple[str, float]]:
+        """What the total consists of, in words."""
+        yield "frozen base", self.weights
+        yield "gathered layers", self.gathered
+        yield "adapter and its gradients", self.adapter
+        yield "optimizer (masters and states)", self.optimizer
+        yield "activations", self.activations
+        yield "logits and loss", self.logits
+
+
+def estimate_memory(
+    shape: ModelShape, setting: MemorySetting, trainable: int, tokens: int, *, dropped_inputs: int = 0
+) -> MemoryEstimate:
+    """Estimate the peak of one process.
+
+    Args:
+        trainable: parameters of the adapter.
+        tokens: tokens of one micro-batch, padding included.
+        dropped_inputs: with dropout, the inputs of all adapted layers together (each keeps a dropped copy).
+    """
+    width = BYTES[setting.dtype]
+    base = setting.shared(shape.base_parameters * width, from_stage=3)
+    adapter = setting.shared(trainable * width, from_stage=3) + setting.shared(
+        trainable * width, from_stage=2
+    )
+    # A plain fp32 optimizer updates the parameters themselves; every wrapper keeps masters of its own.
+    masters = 0 if setting.stage == 0 and setting.dtype == "fp32" else 1
+    optimizer = setting.shared(trainable * MASTER * (masters + setting.optimizer_states), from_stage=1)
+    return MemoryEstimate(
+        weights=0.0 if setting.offload_param else base,
+        gathered=_gathered(shape, width) if setting.stage == 3 else 0.0,
+        adapter=adapter,
+        optimizer=0.0 if setting.offload_optimizer else optimizer,
+        activations=_activations(shape, setting, tokens, dropped_inputs),
+        logits=_logits(shape, setting, tokens),
+        host=base * setting.offload_param + optimizer * setting.offload_optimizer,
+    )
+
+
+def layer_bytes_per_token(shape: ModelShape, dtype: str) -> int:
+    """Bytes that one decoder layer with a frozen base and adapters keeps for the backward pass, for a token.
+
+    Counted for Llama as transformers runs it: the residual stream at both norms, both normed inputs, q, k
+    and v before and after the rotation, the attention's output; gate, up, the activation and their product;
+    below fp32 also both norms' fp32 copies.
+    """
+    elements = 7 * shape.hidden_size + 3 * shape.kv_size + 4 * shape.intermediate_size
+    upcasts = 0 if dtype == "fp32" else 2 * shape.hidden_size * 4
+    return elements * BYTES[dtype] + upcasts
+
+
+def _activations(shape: ModelShape, setting: MemorySetting, tokens: int, dropped_inputs: int) -> float:
+    width = BYTES[setting.dtype]
+    layers = shape.layers * layer_bytes_per_token(shape, setting.dtype) + dropped_inputs * width
+    if setting.gradient_checkpointing:
+        return tokens * (shape.layers * shape.hidden_size * width + layers / max(1, shape.layers))
+    return tokens * layers
+
+
+def _logits(shape: ModelShape, setting: MemorySetting, tokens: int) -> float:
+    """Logits and their gradient in the model's dtype, the fp32 copy and its softmax."""
+    at_once = min(tokens, setting.loss_chunk or tokens)
+    return at_once * shape.vocab_size * (2 * BYTES[setting.dtype] + 8)
+
+
+def _gathered(shape: ModelShape, width: int) -> float:
+    """Two layers (one computing, one prefetched) and the head."""
+    head = shape.vocab_size * shape.hidden_size
+    layer = max(0, shape.base_parameters - head) / max(1, shape.layers)
+    return min(shape.base_parameters, 2 * layer + head) * width

@@ -1,0 +1,157 @@
+"""The dry run's page: what would be adapted, how large it is, when ranks change, what the loss sees. Pure."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from flexlora_ds.schedule import adjustment_size, describe, due_steps
+from launch.batch_layout import BatchLayout
+from launch.memory_estimate import GIB, MemoryEstimate
+from launch.options import TrainOptions
+
+Shapes = Mapping[str, tuple[int, int]]
+"""(out, in) of every adapted linear layer, by module name in the order of the model."""
+
+WIDTH = 100
+EXAMPLE_CHARACTERS = 1500
+LOSS_MARKS = ("⟦", "⟧")
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Adapted layers that differ only in the numbers inside their names."""
+
+    pattern: str
+    count: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before it begins."""
+
+    options: TrainOptions
+    shapes: Shapes
+    base_parameters: int
+    records: int
+    """Training examples, without those held out or dropped."""
+    total_steps: int
+    layout: BatchLayout
+    memory: MemoryEstimate
+    memory_limit: float | None = None
+    """Bytes that a process has, where that is known."""
+    example: Sequence[tuple[str, bool]] = ()
+    """One example as decoded tokens, each with whether it is in the loss."""
+    notes: Sequence[str] = ()
+    """Remarks to print as they are, such as how many records were dropped."""
+
+
+def trainable_parameters(shapes: Shapes, rank: int, *, with_lambda: bool = True) -> int:
+    """Parameters of adapters of one rank: P, Q and (not for LoRA) λ."""
+    return sum(rank * (out + into + with_lambda) for out, into in shapes.values())
+
+
+def group_modules(shapes: Shapes) -> list[ModuleGroup]:
+    """The adapted layers by pattern (numbers become `*`) and shape, in the order of the model."""
+    counts: dict[tuple[str, tuple[int, int]], int] = {}
+    for name, shape in shapes.items():
+        key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), shape)
+        counts[key] = counts.get(key, 0) + 1
+    return [ModuleGroup(pattern, count, shape) for (pattern, shape), count in counts.items()]
+
+
+def render_plan(plan: RunPlan) -> str:
+    """The page, ending in a line break."""
+    sections = {
+        "Run": _run_lines(plan),
+        "Adapted layers": _module_lines(plan),
+        "Memory of a process (estimate)": _memory_lines(plan),
+        "Rank changes": _calendar_lines(plan),
+        "One example": _example_lines(plan.example),
+    }
+    lines: list[str] = []
+    for heading, content in sections.items():
+        lines += [heading, *(f"  {line}".rstrip() for line in content), ""]
+    return "\n".join(lines)
+
+
+def _run_lines(plan: RunPlan) -> Iterator[str]:
+    options, layout = plan.options, plan.layout
+    yield f"{options.method} on {options.model} -> {options.out}"
+    yield f"{plan.records:,} records of {options.data}, prompt {options.prompt}, {plan.total_steps:,} steps"
+    yield (
+        f"batch {layout.batch_size} = micro-batch {layout.micro_batch_size} × accumulation "
+        f"{layout.accumulation_steps} × processes {layout.processes}"
+    )
+    yield (
+        f"lr {options.lr:g}, {options.lr_schedule} after {options.warmup_steps} steps of warm-up; "
+        f"dtype {options.dtype}; {options.ds}"
+    )
+    yield from plan.notes
+
+
+def _module_lines(plan: RunPlan) -> Iterator[str]:
+    rank, with_lambda = plan.options.rank, plan.options.method == "flexlora"
+    for group in group_modules(plan.shapes):
+        out, into = group.shape
+        of_rank = trainable_parameters({group.pattern: group.shape}, 1, with_lambda=with_lambda)
+        yield f"{group.count:5} × {group.pattern}  {out:,} × {into:,}, {of_rank:,} parameters a rank"
+    total = trainable_parameters(plan.shapes, rank, with_lambda=with_lambda)
+    part = total / max(1, plan.base_parameters + total)
+    yield (
+        f"{len(plan.shapes)} layers, rank {rank}: {total:,} trainable parameters, {part:.2%} of "
+        f"{plan.base_parameters + total:,}"
+    )
+
+
+def _memory_lines(plan: RunPlan) -> Iterator[str]:
+    for what, size in plan.memory.parts():
+        if size:
+            yield f"{size / GIB:8.2f} GiB  {what}"
+    yield f"{plan.memory.total / GIB:8.2f} GiB  in all"
+    if plan.memory.host:
+        yield f"{plan.memory.host / GIB:8.2f} GiB  more in the host's memory (offloaded)"
+    if plan.memory_limit is not None:
+        verdict = "fits" if plan.memory.total <= plan.memory_limit else "DOES NOT FIT"
+        yield f"{plan.memory_limit / GIB:8.2f} GiB  available: {verdict}"
+
+
+def _calendar_lines(plan: RunPlan) -> Iterator[str]:
+    if plan.options.method != "flexlora":
+        yield f"none: ranks are fixed with method {plan.options.method}"
+        return
+    config = plan.options.to_flexlora_config()
+    yield describe(plan.total_steps, config, len(plan.shapes) * plan.options.rank)
+    steps = due_steps(plan.total_steps, config)
+    if steps:
+        sizes = ", ".join(f"{step:,}: {adjustment_size(step, plan.total_steps, config)}" for step in steps)
+        yield from textwrap.wrap(f"step: directions at most  {sizes}", WIDTH, max_lines=6)
+
+
+def _example_lines(example: Sequence[tuple[str, bool]]) -> Iterator[str]:
+    if not example:
+        yield "none given"
+        return
+    in_loss = sum(counted for _, counted in example)
+    yield f"{len(example)} tokens, {in_loss} of them in the loss, marked {' '.join(LOSS_MARKS)}:"
+    text = mark_loss(example)
+    if len(text) > EXAMPLE_CHARACTERS:
+        half = EXAMPLE_CHARACTERS // 2
+        text = f"{text[:half]} […] {text[-half:]}"
+    for line in text.splitlines():
+        yield f"| {line}"
+
+
+def mark_loss(example: Sequence[tuple[str, bool]]) -> str:
+    """The text of decoded tokens with marks around every stretch that is in the loss."""
+    pieces: list[str] = []
+    inside = False
+    for token, counted in example:
+        if counted != inside:
+            pieces.append(LOSS_MARKS[0] if counted else LOSS_MARKS[1])
+            inside = counted
+        pieces.append(token)
+    return "".join(pieces) + (LOSS_MARKS[1] if inside else "")
