@@ -82,9 +82,9 @@ class FlexLoRAConfig:
     adjust_size: int = 4
     """The most directions that one change may move; 0 = ranks never change."""
     adjust_start: int | Auto = "auto"
-    """Steps before the calendar begins; auto = 15.65 % of the run."""
+    """Steps before the calendar begins; auto = 15.66 % of the run."""
     adjust_freeze: int | Auto = "auto"
-    """Steps at the end without a change; auto = 15.65 % of the run."""
+    """Steps at the end without a change; auto = 15.66 % of the run."""
     adjust_interval: int | Auto = "auto"
     """Steps between changes; auto = 3.13 % of the run."""
     budget: Budget = "ranks"
