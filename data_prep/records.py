@@ -120,15 +120,18 @@ def _decode(file: IO[str], text: str, at: int) -> tuple[Any, str, int]:
     """One value that starts at `text[at]`, reading on while it is cut off; with it, the text and its end."""
     while True:
         fault: json.JSONDecodeError | None = None
+        item, end = None, at
         try:
             item, end = _DECODER.raw_decode(text, at)
-            if end < len(text):  # at the very end, a number could go on in the next chunk
-                return item, text, end
         except json.JSONDecodeError as error:
             fault = error
+        if fault is None and end < len(text):  # at the very end, a number could go on in the next chunk
+            return item, text, end
         more = file.read(max(_CHUNK, len(text)))
         if not more:
-            raise fault or json.JSONDecodeError("the array is not closed", "", 0)
+            if fault is not None:
+                raise fault
+            return item, text, end
         text, at = text[at:] + more, 0
 
 

@@ -47,7 +47,8 @@ class Task:
 
     `convert` maps a raw row to (instruction, answer). `pattern` is the published answer regex, searched
     case-sensitively in the generated text. `train` lists the raw splits of the training file in their natural
-    order. `hub` lists places to load from: the first that works is used. `in_corpus`: is in commonsense_170k.json.
+    order. `hub` lists places to load from, the first that works is used. `in_corpus` says whether the task is
+    part of commonsense_170k.json.
     """
 
     name: str

@@ -1,0 +1,159 @@
+"""`python -m data_prep`: Commonsense170K and its eight test sets from the original benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .build import Options, build
+from .errors import DataError
+from .sources import HubSource, LocalSource, Source
+from .tasks import TASKS
+
+_DESCRIPTION = """\
+Build Commonsense170K (170,420 training records) and the eight test sets from the original benchmarks,
+byte for byte as LLM-Adapters published them, and say for every file whether it is identical.
+
+  python -m data_prep --out data                      from the hub (needs a network)
+  python -m data_prep --out data --source raw         from raw/<task>/<split>.jsonl, in the hub's columns
+  python -m data_prep --demo --out data/demo          a small generated sample of all eight tasks, no network
+"""
+_EPILOG = f"""\
+tasks:    {" ".join(TASKS)}
+writes:   OUT/commonsense_170k.json, OUT/<task>/train.json, OUT/<task>/test.json and OUT/manifest.json
+verdicts: identical  the SHA-256 of the published file
+          differs    as many or more records, another hash
+          partial    fewer records than published
+A second run with everything in place does nothing. Exit codes: 0 done, 2 what you must change.
+Formats, a local folder's layout, how to add a task: docs/data.md
+Overlaps, duplicates, lengths, balance: python -m data_prep.report
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DataError(message, mend="see python -m data_prep --help")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _task_list(text: str) -> tuple[str, ...]:
+    names = tuple(TASKS) if text == "all" else tuple(dict.fromkeys(filter(None, text.split(","))))
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, 1, 0.4)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(TASKS)}"
+            raise argparse.ArgumentTypeError(f"unknown task {name!r}: {hint}")
+    if not names:
+        raise argparse.ArgumentTypeError("names no task")
+    return tuple(name for name in TASKS if name in names)  # in natural order, whatever the order of asking
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m data_prep`."""
+    p = _Parser(
+        prog="python -m data_prep",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--out", type=Path, help="folder to write (default: data; with --demo: data/demo)")
+    p.add_argument("--source", default=None, help="hub, or a folder with <task>/<split>.jsonl (default: hub)")
+    p.add_argument("--demo", action="store_true", help="build from generated rows: quick, without network")
+    p.add_argument("--tasks", type=_task_list, default=tuple(TASKS), help="comma-separated (default: all)")
+    p.add_argument("--limit", type=_positive, metavar="N", help="at most N records per file (default: all)")
+    p.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="with --limit: N random records instead of the first N; with --demo: what is generated (42)",
+    )
+    p.add_argument(
+        "--strict", action="store_true", help="a missing split is an error instead of being left out"
+    )
+    p.add_argument("--force", action="store_true", help="build anew, replacing what OUT holds")
+    p.add_argument(
+        "--published",
+        type=Path,
+        metavar="DIR",
+        help="folder with the published <task>/*.json: where a file differs, show where",
+    )
+    p.add_argument("--debug", action="store_true", help="show a traceback with errors")
+    return p
+
+
+@contextmanager
+def _source(args: argparse.Namespace) -> Iterator[Source]:
+    if not args.demo:
+        yield HubSource(say=_say) if args.source in (None, "hub") else LocalSource(args.source)
+        return
+    if args.source is not None:
+        raise DataError("--demo and --source exclude each other", mend="leave one out")
+    from .demo import write_raw
+
+    with tempfile.TemporaryDirectory(prefix="data_prep_demo_") as folder:
+        write_raw(Path(folder), 42 if args.seed is None else args.seed)
+        yield LocalSource(folder, name="demo")
+
+
+def table(manifest: dict[str, Any]) -> str:
+    """The files of a build as text: records, bytes, verdict, what is to be said of each."""
+    rows = [("file", "records", "bytes", "verdict", "")]
+    for name, entry in manifest["files"].items():
+        said = "; ".join(filter(None, (entry["detail"], entry["order"])))
+        rows.append((name, f"{entry['records']:,}", f"{entry['bytes']:,}", entry["verdict"], said))
+    w = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        f"{name:<{w[0]}}  {records:>{w[1]}}  {size:>{w[2]}}  {verdict:<{w[3]}}  {said}".rstrip()
+        for name, records, size, verdict, said in rows
+    ]
+    return "\n".join([*lines, *(f"left out: {fault}" for fault in manifest["missing"])])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _run(args: argparse.Namespace) -> None:
+    start = time.monotonic()
+    out = args.out or Path("data/demo" if args.demo else "data")
+    options = Options(args.tasks, args.limit, args.seed, args.strict, args.force, args.published)
+    with _source(args) as source:
+        built = build(source, out, options, say=_say)
+    print(table(built.manifest))
+    if built.unchanged:
+        print(f"nothing to do: {built.unchanged}; --force builds anew")
+    else:
+        print(f"wrote {out} in {time.monotonic() - start:.1f} s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0, or 2 with one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(parser().parse_args(arguments))
+    except (DataError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, DataError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

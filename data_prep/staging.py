@@ -1,0 +1,100 @@
+"""Writing a set of files so that an interruption at any moment leaves the old set or the new one.
+
+Files are written into `<out>/.building`. When all are there, that folder is renamed to `<out>/.ready` (the
+commit point), then its files are moved to their places, the manifest last. A run that finds `.ready` finishes
+the moves; one that finds `.building` throws it away. One process at a time: the folder itself is locked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+MANIFEST = "manifest.json"
+_BUILDING, _READY = ".building", ".ready"
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Own the folder `out`: made if needed, removed if it stays empty; what a killed run left is put right.
+
+    Raises DataError where `out` is no folder, cannot be written, or another process owns it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DataError(
+            f"cannot be used as output folder: {error.strerror}", str(out), "choose another --out"
+        ) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError("another build is writing here", str(out), "wait for it to end") from None
+        if (out / _READY).is_dir():
+            _move(out)
+        shutil.rmtree(out / _BUILDING, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(out / _BUILDING, ignore_errors=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+    finally:
+        os.close(handle)
+
+
+def staging(out: Path) -> Path:
+    """The empty folder to write into, inside `locked(out)`."""
+    folder = out / _BUILDING
+    folder.mkdir()
+    return folder
+
+
+def commit(out: Path, manifest: dict[str, Any]) -> None:
+    """Put the staged files in place; remove files that the old manifest lists and the new one does not."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (out / _BUILDING / MANIFEST).write_text(text, encoding="utf-8")
+    (out / _BUILDING).rename(out / _READY)
+    _move(out)
+
+
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """The manifest of a finished build, or None."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+
+
+def _move(out: Path) -> None:
+    ready = out / _READY
+    new = read_manifest(ready)
+    if new is not None:  # else a killed run had moved everything, the manifest last
+        for name in new["files"]:
+            if (ready / name).exists():  # else a killed run had moved it
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (ready / name).replace(out / name)
+        for name in (read_manifest(out) or {"files": {}})["files"]:
+            if name not in new["files"]:
+                _remove(out, name)
+        (ready / MANIFEST).replace(out / MANIFEST)
+    shutil.rmtree(ready)
+
+
+def _remove(out: Path, name: str) -> None:
+    path = out / name
+    if path.resolve().is_relative_to(out.resolve()):  # a manifest is a file anyone can edit
+        path.unlink(missing_ok=True)
+        if path.parent != out and path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
