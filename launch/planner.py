@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from launch.options import TrainOptions
 Shapes = Mapping[str, tuple[int, int]]
 """(out, in) of every adapted linear layer, by module name in the order of the model."""
 
-WIDTH = 100
+CALENDAR_LINES = 8
 EXAMPLE_CHARACTERS = 1500
 LOSS_MARKS = ("⟦", "⟧")
 
@@ -126,9 +126,13 @@ def _calendar_lines(plan: RunPlan) -> Iterator[str]:
     config = plan.options.to_flexlora_config()
     yield describe(plan.total_steps, config, len(plan.shapes) * plan.options.rank)
     steps = due_steps(plan.total_steps, config)
-    if steps:
-        sizes = ", ".join(f"{step:,}: {adjustment_size(step, plan.total_steps, config)}" for step in steps)
-        yield from textwrap.wrap(f"step: directions at most  {sizes}", WIDTH, max_lines=6)
+    sizes = itertools.groupby(steps, lambda step: adjustment_size(step, plan.total_steps, config))
+    stretches = [(size, list(of_size)) for size, of_size in sizes]
+    for size, of_size in stretches[:CALENDAR_LINES]:
+        span = f"step {of_size[0]:,}" if len(of_size) == 1 else f"steps {of_size[0]:,} to {of_size[-1]:,}"
+        yield f"{len(of_size):5} × at most {size}: {span}"
+    if len(stretches) > CALENDAR_LINES:
+        yield f"      and so on, down to {stretches[-1][0]} at step {steps[-1]:,}"
 
 
 def _example_lines(example: Sequence[tuple[str, bool]]) -> Iterator[str]:

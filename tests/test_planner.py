@@ -83,7 +83,8 @@ def test_page_shows_everything_on_one_page() -> None:
         "160 layers, rank 8: 14,157,056 trainable parameters",
         "batch 16 = micro-batch 8 × accumulation 1 × processes 2",
         "21 changes, at most 63 of 1,280 directions",
-        "6,000: 4",
+        "10 × at most 4: steps 6,000 to 15,000",
+        "1 × at most 0: step 26,000",
         "3 records longer than 256 tokens were dropped",
         "80.00 GiB  available: fits",
         "3 tokens, 2 of them in the loss",
@@ -97,6 +98,7 @@ def test_page_shows_everything_on_one_page() -> None:
 def test_page_of_a_run_that_does_not_fit_or_never_changes() -> None:
     tight = render_plan(plan(memory_limit=GIB))
     assert "DOES NOT FIT" in tight
+    assert "and so on, down to 5 at step 26,000" in render_plan(plan(options={"adjust_size": 40}))
     assert "no rank changes" in render_plan(plan(options={"adjust_size": 0}))
     lora = render_plan(plan(options={"method": "lora"}))
     assert "none: ranks are fixed with method lora" in lora
