@@ -1,0 +1,1 @@
+"""The standalone evaluation harness: `python -m eval --model M [--adapter DIR]`. Needs no DeepSpeed."""

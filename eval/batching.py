@@ -1,0 +1,65 @@
+"""Cutting the items into batches of similar length, and laying token rows out as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eval.items import Item
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items of one task that are computed together; `width` is the cost in tokens of its widest row."""
+
+    task: str
+    items: tuple[Item, ...]
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """What the batch occupies, padding included."""
+        return self.width * len(self.items)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The batch cut in two, for a retry in less memory."""
+        middle = (len(self.items) + 1) // 2
+        return (
+            Batch(self.task, self.items[:middle], self.width),
+            Batch(self.task, self.items[middle:], self.width),
+        )
+
+
+def plan_batches(
+    task: str, items: Iterable[Item], cost: Callable[[Item], int], budget: int, max_rows: int | None = None
+) -> list[Batch]:
+    """Sort by length, longest first, and fill batches up to `budget` tokens and `max_rows` rows.
+
+    A batch's tokens are its rows times the widest of them; an item wider than the budget is a batch alone.
+    """
+    ordered = sorted(items, key=lambda item: (-cost(item), item.question.index))
+    batches: list[Batch] = []
+    start = 0
+    while start < len(ordered):
+        width = cost(ordered[start])
+        rows = max(1, budget // width)
+        chosen = ordered[start : start + min(rows, max_rows or rows)]
+        batches.append(Batch(task, tuple(chosen), width))
+        start += len(chosen)
+    return batches
+
+
+def order_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """Widest first, across tasks: memory runs out at the start or never, and short batches come last."""
+    return sorted(batches, key=lambda batch: (-batch.width, batch.task, batch.items[0].question.index))
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both int64 [rows, widest row], padding on the left and masked."""
+    width = max(map(len, rows))
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,63 @@
+"""The prompts' common beginning: keys and values are computed once per task, copied into every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.batching import left_pad
+from eval.language_model import LanguageModel
+
+
+class Beginning:
+    """The cached token ids that all rows of a batch start with; none where the model has no plain cache.
+
+    A row lies as [beginning | padding | rest]: the padding in between is masked and takes no position.
+    """
+
+    def __init__(self, lm: LanguageModel, ids: Sequence[int]) -> None:
+        self.lm = lm
+        self.length = len(ids) if lm.own_loop else 0
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        if self.length:
+            self._layers = _keys_and_values(lm, ids)
+
+    def open(self, rows: Sequence[Sequence[int]], *, keep: int, use_cache: bool) -> Opened:
+        """Compute whole rows (beginning included) up to their ends; see `Opened` for what comes back."""
+        ids, rest_mask = left_pad([row[self.length :] for row in rows], self.lm.pad_id, self.lm.device)
+        positions = self.length + (rest_mask.cumsum(1) - 1).clamp(min=0)
+        mask = torch.cat([rest_mask.new_ones(len(rows), self.length), rest_mask], dim=1)
+        logits, cache = self.lm.forward(
+            ids, mask, positions, cache=self._copies(len(rows), use_cache), use_cache=use_cache, keep=keep
+        )
+        return Opened(logits, mask, positions[:, -1:], cache)
+
+    def _copies(self, rows: int, use_cache: bool) -> Any:
+        if not self._layers and not use_cache:
+            return None
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.lm.model.config)
+        for index, (keys, values) in enumerate(self._layers):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        return cache
+
+
+class Opened:
+    """A computed batch.
+
+    `logits` [rows, keep, vocabulary]; `mask` [rows, places]; `last` [rows, 1], each row's last position.
+    """
+
+    def __init__(self, logits: Tensor, mask: Tensor, last: Tensor, cache: Any) -> None:
+        self.logits, self.mask, self.last, self.cache = logits, mask, last, cache
+
+
+def _keys_and_values(lm: LanguageModel, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    row = torch.tensor([list(ids)], device=lm.device)
+    places = torch.arange(len(ids), device=lm.device)[None]
+    _, cache = lm.forward(row, torch.ones_like(row), places, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]

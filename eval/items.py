@@ -1,0 +1,127 @@
+"""The items of a task: prompts and candidate answers as text and as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.prompt import evaluation_prompt
+from data_prep.records import load_records
+from data_prep.tasks import TASKS
+from eval.protocols import ANSWER_LEAD
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test record, before any model is known. `index` counts the records of its file from 0."""
+
+    task: str
+    index: int
+    prompt: str
+    answers: tuple[str, ...]
+    answer: str
+
+    @cached_property
+    def prompt_hash(self) -> str:
+        """The first 16 hex digits of the prompt's SHA-256: tells one item and prompt style from another."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question as the model reads it; `candidates`: token ids of 'the correct answer is <answer>'."""
+
+    question: Question
+    prompt: Tokens
+    candidates: tuple[Tokens, ...]
+
+    @property
+    def longest_candidate(self) -> int:
+        """Tokens that must fit behind the prompt."""
+        return max(map(len, self.candidates))
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """A task's items and what they have in common.
+
+    `shared`: the token ids that every prompt begins with (computed once per task). `lead`: the token ids that
+    every candidate begins with. `single_position`: an item's candidates differ in their last token alone.
+    """
+
+    task: str
+    pattern: re.Pattern[str]
+    items: tuple[Item, ...]
+    shared: Tokens
+    lead: Tokens
+    single_position: bool
+
+    @property
+    def chance(self) -> float:
+        """The accuracy expected of a uniform guess among each item's own answers."""
+        return sum(1 / len(item.candidates) for item in self.items) / len(self.items)
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> Tokens:
+    """The longest common beginning of all rows."""
+    columns = zip(*rows, strict=False)
+    return tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def load_questions(data: Path, task: str, style: str, limit: int | None = None) -> list[Question]:
+    """The first `limit` records of `<data>/<task>/test.json`. DataError names file and malformed record."""
+    path = data / task / "test.json"
+    records = load_records(path, need_answer=True)
+    questions = []
+    for index, record in enumerate(records[:limit]):
+        answers = tuple(TASKS[task].answers(record))
+        if len(answers) < 2 or record["answer"] not in answers:
+            raise DataError(
+                f"the answer {record['answer']!r} is not one of the instruction's choices {list(answers)}",
+                f"{path}, record {index + 1}",
+                "rebuild the file with python -m data_prep",
+            )
+        questions.append(Question(task, index, evaluation_prompt(record, style), answers, record["answer"]))
+    return questions
+
+
+def tokenise(task: str, questions: Sequence[Question], tokenizer: Any) -> TaskItems:
+    """Token ids as in training: prompts with the tokenizer's own BOS, no EOS; candidates with neither."""
+    prompts = _prompt_ids(tokenizer, [question.prompt for question in questions])
+    texts = sorted({answer for question in questions for answer in question.answers})
+    encoded = tokenizer([ANSWER_LEAD + text for text in texts], add_special_tokens=False)["input_ids"]
+    ids: dict[str, Tokens] = {text: tuple(row) for text, row in zip(texts, encoded, strict=True)}
+    items = tuple(
+        Item(question, prompt, tuple(ids[answer] for answer in question.answers))
+        for question, prompt in zip(questions, prompts, strict=True)
+    )
+    longest_shareable = min(map(len, prompts)) - 1  # at least one token of each prompt is left to be computed
+    return TaskItems(
+        task=task,
+        pattern=re.compile(TASKS[task].pattern),
+        items=items,
+        shared=common_prefix(prompts)[:longest_shareable],
+        lead=common_prefix(list(ids.values())),
+        single_position=all(_differ_in_last_token(item.candidates) for item in items),
+    )
+
+
+def _prompt_ids(tokenizer: Any, prompts: list[str]) -> list[Tokens]:
+    rows = tokenizer(prompts, return_attention_mask=False, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [tuple(row[:-1] if len(row) > 1 and row[-1] == eos else row) for row in rows]
+
+
+def _differ_in_last_token(candidates: tuple[Tokens, ...]) -> bool:
+    return len({row[:-1] for row in candidates}) == 1 and len({row[-1] for row in candidates}) == len(
+        candidates
+    )

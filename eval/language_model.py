@@ -1,0 +1,107 @@
+"""One narrow door to a causal language model: padded token rows in, the last logits out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LanguageModel:
+    """A model (with or without a PEFT adapter) and its tokenizer, ready to be asked.
+
+    `pad_id` fills masked places only, so any id of the vocabulary is right. `stop_ids` end an answer.
+    `context` is the number of positions the model has (None: no limit). `own_loop` says whether its cache is
+    plain keys and values that rows may share and leave; others use transformers' `generate`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.device = next(model.parameters()).device
+        self.config = model.config.get_text_config(decoder=True)
+        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.stop_ids = _stop_ids(model, tokenizer)
+        self.pad_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids, default=0)
+        )
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._accepts = frozenset(inspect.signature(base.forward).parameters)
+        self.own_loop = "position_ids" in self._accepts and _has_plain_cache(model.config)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        cache: Any = None,
+        use_cache: bool = False,
+        keep: int = 1,
+    ) -> tuple[Tensor, Any]:
+        """Logits of the last `keep` columns, fp32 [rows, keep, vocabulary]; the cache, if `use_cache`.
+
+        `ids` and `positions` [rows, new tokens]; `mask` [rows, cached + new tokens], 0 where none is.
+        """
+        arguments: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "use_cache": use_cache or cache is not None,
+        }
+        if "position_ids" in self._accepts:
+            arguments["position_ids"] = positions
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        if "logits_to_keep" in self._accepts:
+            arguments["logits_to_keep"] = keep
+        out = self.model(**arguments)
+        return out.logits[:, -keep:].float(), out.past_key_values if use_cache else None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens, special ones left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def room(self, prompt: Sequence[int]) -> int | None:
+        """How many tokens fit behind a prompt; None: any number."""
+        return None if self.context is None else self.context - len(prompt)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """A generous estimate of the memory a batch takes per token: cache, activations, share of logits."""
+        config, size = self.config, int(next(self.model.parameters()).element_size())
+        hidden = int(config.hidden_size)
+        heads = int(config.num_attention_heads)
+        kv_width: int = int(getattr(config, "num_key_value_heads", None) or heads) * (
+            int(getattr(config, "head_dim", None) or hidden // heads)
+        )
+        cache: int = 2 * 2 * int(config.num_hidden_layers) * kv_width * size  # twice: growing copies it
+        activations = (8 * hidden + 4 * int(getattr(config, "intermediate_size", None) or 4 * hidden)) * size
+        logits = int(config.vocab_size) * (size + 4)  # in two copies, of fewer than every fourth column
+        return cache + activations + logits // 4
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found.update(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
+    return frozenset(found)
+
+
+def _has_plain_cache(config: Any) -> bool:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, ValueError):  # state-space and other architectures without such a cache
+        return False
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def memory_is_short(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,159 @@
+"""The command line of `python -m eval`, validated."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from data_prep.prompt import PROMPTS
+from data_prep.tasks import TASKS
+from eval.protocols import PROTOCOLS
+from flexlora_ds.errors import UserError
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate and how; `None` for `batch_size` and `batch_tokens` means: find out."""
+
+    model: str
+    adapter: str | None = None
+    data: Path = Path("data")
+    tasks: tuple[str, ...] = tuple(TASKS)
+    mode: str = "generate"
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    dtype: str = "auto"
+    prompt: str = "auto"
+    attention: str = "auto"
+    merge: bool = False
+    limit: int | None = None
+    out: Path = Path("runs/eval")
+    debug: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (command line); python -m eval --help lists the options")
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Raises UserError naming the option, its value and what is allowed."""
+    parser = _build_parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_option(parser, unknown[0]))
+    return Options(
+        model=given.model,
+        adapter=given.adapter,
+        data=Path(given.data),
+        tasks=_tasks(given.tasks),
+        mode=given.mode,
+        batch_size=_count("batch_size", given.batch_size),
+        batch_tokens=_count("batch_tokens", given.batch_tokens),
+        dtype=given.dtype,
+        prompt=given.prompt,
+        attention=given.attention,
+        merge=given.merge,
+        limit=_count("limit", given.limit),
+        out=Path(given.out) if given.out else default_out(given.model, given.adapter, given.mode),
+        debug=given.debug,
+    )
+
+
+def default_out(model: str, adapter: str | None, mode: str) -> Path:
+    """`runs/eval/<model>[+<adapter>]-<mode>`, of the names' last parts (`runs/x/adapter` counts as `x`)."""
+    parts = [Path(model).stem if model.endswith(".gguf") else Path(model).name]
+    if adapter:
+        path = Path(adapter)
+        parts.append(path.parent.name if path.name == "adapter" and path.parent.name else path.name)
+    name = re.sub(r"[^\w.+-]+", "_", "+".join(parts))
+    return Path("runs/eval") / f"{name}-{mode}"
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(prog="python -m eval", description=__doc__, allow_abbrev=False, add_help=True)
+    add = parser.add_argument
+    add("--model", required=True, help="hub id, local folder or .gguf file")
+    add("--adapter", help="an adapter in PEFT's format (folder or hub id)")
+    add("--data", default="data", help="the folder with <task>/test.json (default: data)")
+    add("--tasks", default="all", help=f"all, or a comma-separated list of: {', '.join(TASKS)}")
+    add("--mode", default="generate", choices=tuple(PROTOCOLS), help="the protocol (default: generate)")
+    add(
+        "--batch_size",
+        default="auto",
+        help="most items in a batch (default: auto, no limit but --batch_tokens)",
+    )
+    add("--batch_tokens", default="auto", help="most tokens in a batch, padding included (default: auto)")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: bf16 on a GPU, fp32 on a CPU")
+    add(
+        "--prompt",
+        default="auto",
+        choices=("auto", *PROMPTS),
+        help="auto: the one recorded with the adapter, else alpaca",
+    )
+    add("--attention", default="auto", help="auto, sdpa, eager, flash_attention_2, …")
+    add(
+        "--merge",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="merge the adapter into the model first",
+    )
+    add("--limit", help="only the first N items of each task")
+    add(
+        "--out",
+        help="results' folder (default: runs/eval/<model>[+<adapter>]-<mode>); a broken-off run goes on",
+    )
+    add("--debug", type=_boolean, nargs="?", const=True, default=False, help="show the traceback of an error")
+    # Some launchers pass it; the environment says the same.
+    add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _count(name: str, text: str | None) -> int | None:
+    if text is None or text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{name} {text!r} is not a positive whole number (--{name}); give 1 or more")
+    return int(text)
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    if text == "all":
+        return tuple(TASKS)
+    chosen = [name.strip() for name in text.split(",") if name.strip()]
+    for name in chosen:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, 1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"unknown task {name!r} (--tasks); {hint}the tasks are {', '.join(TASKS)}")
+    if not chosen:
+        raise UserError(f"no task given (--tasks); choose all, or some of {', '.join(TASKS)}")
+    return tuple(name for name in TASKS if name in chosen)
+
+
+def _unknown_option(parser: argparse.ArgumentParser, text: str) -> str:
+    known = [
+        name
+        for action in parser._actions
+        for name in action.option_strings
+        if action.help != argparse.SUPPRESS
+    ]
+    near = difflib.get_close_matches(text.partition("=")[0], known, 1, cutoff=0.4)
+    return f"unknown option {text!r} (command line); " + (
+        f"did you mean {near[0]}?" if near else "see python -m eval --help"
+    )

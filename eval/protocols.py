@@ -1,0 +1,53 @@
+"""The ways to ask a model for its answer, named and versioned: no figure means anything without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ANSWER_LEAD = "the correct answer is "
+"""What every training answer starts with (LLM-Adapters' Commonsense170K)."""
+
+MAX_NEW_TOKENS = 32
+"""As in LLM-Adapters' commonsense_evaluate.py."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`version` rises with every change that can change a prediction; `beams` is 0 without generation."""
+
+    name: str
+    version: int
+    beams: int
+    summary: str
+
+    @property
+    def label(self) -> str:
+        """How results and tables name it, e.g. `generate v1`."""
+        return f"{self.name} v{self.version}"
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "generate",
+            1,
+            1,
+            f"greedy, at most {MAX_NEW_TOKENS} new tokens, ends at the first readable answer or end token; "
+            "unanswered counts as wrong",
+        ),
+        Protocol(
+            "generate-beam4",
+            1,
+            4,
+            f"beam search of width 4, at most {MAX_NEW_TOKENS} new tokens: the reference's settings, "
+            "with the attention mask that it leaves out",
+        ),
+        Protocol(
+            "score",
+            1,
+            0,
+            f"of the item's own answers, the '{ANSWER_LEAD}<answer>' of highest log-likelihood",
+        ),
+    )
+}
