@@ -38,8 +38,9 @@ def load_causal_lm(
     `flash_attention_2`. Pickled weights (`.bin`) are refused. Raises UserError where the model is missing,
     gated, damaged or incomplete.
 
-    `zero3` is the DeepSpeed configuration of a stage-3 run: the parameters come partitioned over all processes (each
-    of which must call), and `device` is DeepSpeed's choice. See `flexlora_ds.zero3_loading`.
+    `zero3` is the DeepSpeed configuration of a stage-3 run: the parameters come partitioned over all
+    processes (each of which must call), and `device` is DeepSpeed's choice. See
+    `flexlora_ds.zero3_loading`.
     """
     source = locate(model, revision)
     with one_line_errors(source, "model"):
@@ -68,6 +69,18 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf_argument(source))
     _settle_pad_token(tokenizer, source.name)
     return tokenizer
+
+
+def native_dtype(model: str | Path, revision: str | None = None) -> torch.dtype:
+    """The dtype a model's author saved it in; fp32 for a GGUF file and where none is recorded."""
+    from transformers import AutoConfig
+
+    source = locate(model, revision)
+    if source.gguf_file is not None:
+        return torch.float32
+    with one_line_errors(source, "model"):
+        dtype = AutoConfig.from_pretrained(fetch(source, "model")).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _gguf_argument(source: ModelSource) -> dict[str, Any]:

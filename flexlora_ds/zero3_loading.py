@@ -1,19 +1,21 @@
 """Load a model under ZeRO-3 without any process ever holding it whole.
 
-The model is built with `deepspeed.zero.Init`, so that each module's parameters are partitioned as soon as they exist;
-then process 0 reads the safetensors shard by shard, and each tensor goes through one gathered copy into everybody's
-partition. Peak host memory per process: its partition + one (memory-mapped) shard + the largest tensor. transformers'
-own ZeRO-3 path merges the full state in process 0 instead.
+The model is built with `deepspeed.zero.Init`, which partitions each module's parameters as soon as they
+exist; then every process goes through the safetensors shard by shard and copies its own part of each tensor
+into its partition, without communication. Peak host memory per process: its partition + one (memory-mapped)
+shard + the largest tensor. transformers' own ZeRO-3 path merges the full state in process 0 instead.
 
-A GGUF file, or a checkpoint whose names or tensors transformers converts while it loads, cannot be read this way: it is
-loaded whole in each process and then partitioned.
+What cannot be read this way is loaded whole in each process and then partitioned: a GGUF file, a checkpoint
+whose names or tensors transformers converts while it loads, partitions that are quantised, doubled (hpZ) or
+on NVMe.
 
 Read from DeepSpeed 0.19.8 and transformers 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import gc
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +39,15 @@ def load_partitioned(
 ) -> PreTrainedModel:
     """The causal LM in `folder` (safetensors), its parameters partitioned over all processes, in `dtype`.
 
-    `zero3` is the DeepSpeed configuration the engine will get; every process calls this. `load_whole` is used, and its
-    result partitioned, where the checkpoint's tensors are not one to one the model's. Raises UserError if a tensor has
-    the wrong shape, and what safetensors raises for a damaged file, on all processes alike and before any collective.
+    `zero3` is the DeepSpeed configuration the engine will get; every process calls this. `load_whole` is
+    used, and its result partitioned, where the checkpoint's tensors are not one to one the model's. Raises
+    UserError if a tensor has the wrong shape, and what safetensors raises for a damaged file, on all
+    processes alike and before any collective.
     """
     model = _build_partitioned(folder, dtype, attention, zero3)
     slots = _slots(model)
     shards = _read_headers(folder)
-    if not _one_to_one(slots, shards):
+    if not (_one_to_one(slots, shards) and all(_is_plain(slot) for slot in slots.values())):
         del model, slots
         return partition(load_whole(), zero3)
     _check_shapes(slots, shards)
@@ -54,7 +57,7 @@ def load_partitioned(
 
 
 def partition(model: PreTrainedModel, zero3: Mapping[str, Any]) -> PreTrainedModel:
-    """Partition a model that each process holds whole (process 0's weights count); buffers go to the device."""
+    """Partition a model that each process holds whole (process 0's count); buffers go to the device."""
     import deepspeed
 
     initialised = deepspeed.zero.Init(module=model, config_dict_or_path=dict(zero3))
@@ -74,15 +77,17 @@ def _build_partitioned(
     config = AutoConfig.from_pretrained(folder)
     with ExitStack() as stack:
         stack.enter_context(no_init_weights())
-        # Without the dtype override: it would round the rotary frequencies, which are fp32 whatever the model's dtype.
+        # Without the dtype override, which would round the rotary frequencies: fp32 in every model.
         overrides = {DeepSpeedTensorOverride.device}
         stack.enter_context(deepspeed.zero.Init(config_dict_or_path=dict(zero3), tensor_overrides=overrides))
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
+    gc.collect()  # a partitioned parameter is part of a cycle, so the head that tying replaced would stay
     wrong = [name for name, parameter in model.named_parameters() if parameter.dtype != dtype]
     if wrong:
         raise UserError(
-            f"the DeepSpeed configuration makes {wrong[0]} something else than {dtype}; let its bf16 and fp16 blocks agree with `dtype`"
+            f"`dtype` is {dtype}, but the DeepSpeed configuration makes {wrong[0]} another; let its bf16 and "
+            f"fp16 blocks agree with `dtype`"
         )
     return model.eval()
 
@@ -99,7 +104,8 @@ def _read_headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     headers = {}
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            headers[shard] = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = list(file.keys())
+            headers[shard] = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     return headers
 
 
@@ -117,22 +123,30 @@ def _check_shapes(slots: Mapping[str, Tensor], shards: Mapping[Path, Mapping[str
             expected = tuple(getattr(slots[name], "ds_shape", slots[name].shape))
             if shape != expected:
                 raise UserError(
-                    f"{shard}: {name} has shape {shape}, but config.json makes it {expected}; fetch the model again"
+                    f"{shard}: {name} is {shape}, but config.json makes it {expected}; fetch the model again"
                 )
 
 
-def _fill(slots: Mapping[str, Tensor], shard: Path, names: list[str]) -> None:
-    """Put one shard's tensors into the partitions, one tensor at a time; only process 0 reads the data."""
-    import deepspeed
+def _is_plain(slot: Any) -> bool:
+    """Whether a partition is just this process's run of the flat tensor, in memory, in the same dtype."""
+    if not hasattr(slot, "ds_id"):
+        return True
+    stored = slot.ds_tensor
+    in_memory = stored.status == type(stored.status).AVAILABLE and stored.numel() == slot.partition_numel()
+    return in_memory and stored.dtype == slot.dtype and slot.ds_secondary_tensor is None
+
+
+@torch.no_grad()
+def _fill(slots: Mapping[str, Any], shard: Path, names: list[str]) -> None:
+    """Copy this process's part of one shard's tensors, one tensor at a time."""
     from safetensors import safe_open
 
-    reads = deepspeed.comm.get_rank() == 0
     with safe_open(shard, framework="pt") as file:
         for name in names:
-            slot = slots[name]
+            slot, whole = slots[name], file.get_tensor(name)
             if not hasattr(slot, "ds_id"):
-                slot.data.copy_(file.get_tensor(name))
+                slot.copy_(whole)
                 continue
-            with deepspeed.zero.GatheredParameters([slot], modifier_rank=0):
-                if reads:
-                    slot.data.copy_(file.get_tensor(name))
+            begin = slot.ds_zero_partition_rank * slot.ds_tensor.numel()
+            mine = whole.view(-1)[begin : begin + slot.ds_tensor.numel()]  # the last part may be short
+            slot.ds_tensor[: mine.numel()].copy_(mine)

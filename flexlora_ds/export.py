@@ -1,0 +1,261 @@
+"""Take a trained adapter out of a run: as it is, at one uniform rank for servers, or merged into its base.
+
+    python -m flexlora_ds.export --run RUN --to peft|peft-uniform|merged --out DIR
+
+Every export is read back and compared with its source before the command reports success.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from flexlora_ds.atomic import replacing_folder
+from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.peft_format import (
+    CONFIG_FILE,
+    LoraAdapter,
+    LoraMatrix,
+    Triple,
+    finite,
+    max_relative_difference,
+    read_peft_adapter,
+    write_adapter,
+    write_peft_adapter,
+)
+from flexlora_ds.pretrained import load_causal_lm, load_tokenizer, native_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "LoraAdapter",
+    "LoraMatrix",
+    "Triple",
+    "export_merged",
+    "export_peft",
+    "export_uniform",
+    "read_peft_adapter",
+    "server_rank",
+    "write_peft_adapter",
+]
+
+SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM allows for `max_lora_rank`."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UPDATE_TOLERANCE = 1e-5  # of max |ΔW|: fp32 products of the same numbers, summed in another order
+
+
+@dataclass(frozen=True)
+class Check:
+    """What reading an export back showed: `figure` must not exceed `limit`."""
+
+    meaning: str
+    figure: float
+    limit: float
+
+    def require(self, folder: Path) -> None:
+        """Raise RunError if the export is not what it was made from."""
+        if not self.figure <= self.limit:
+            raise RunError(f"{folder}: {self}; the disk or memory may be faulty, export again")
+
+    def __str__(self) -> str:
+        return f"{self.meaning}: {self.figure:.2g} (limit {self.limit:.2g})"
+
+
+def export_peft(adapter: LoraAdapter, out: Path) -> Check:
+    """Write the adapter with each matrix at its own rank, and check it."""
+    write_adapter(out, adapter)
+    return _check_update(adapter, out)
+
+
+def export_uniform(adapter: LoraAdapter, out: Path) -> Check:
+    """Write the adapter with every matrix zero-padded to the largest rank R, alpha = R, scale folded into B.
+
+    For servers that ignore `rank_pattern` and `alpha_pattern` (vLLM among them); ΔW is the same.
+    """
+    pad = nn.functional.pad
+    rank = max(matrix.rank for matrix in adapter.matrices.values())
+    padded = {
+        name: LoraMatrix(
+            pad(m.scale * m.B.float(), (0, rank - m.rank)), pad(m.A.float(), (0, 0, 0, rank - m.rank)), 1.0
+        )
+        for name, m in adapter.matrices.items()
+    }
+    write_adapter(out, replace(adapter, matrices=padded, default_rank=rank, default_alpha=float(rank)))
+    return _check_update(adapter, out)
+
+
+def _check_update(adapter: LoraAdapter, out: Path) -> Check:
+    figure = max_relative_difference(adapter, read_peft_adapter(out))
+    check = Check("the largest relative difference of an update read back", figure, _UPDATE_TOLERANCE)
+    check.require(out)
+    return check
+
+
+def server_rank(rank: int) -> int | None:
+    """The smallest rank a server can be told to allow that holds `rank`; None above the largest."""
+    return next((allowed for allowed in SERVER_RANKS if allowed >= rank), None)
+
+
+def export_merged(
+    adapter: LoraAdapter, out: Path, base: str | None = None, dtype: torch.dtype | None = None
+) -> Check:
+    """Write base + ΔW as a plain model with its tokenizer, and check every tensor against the base.
+
+    ΔW is added in fp32 and rounded once to `dtype` (default: the base's own; fp32 for a GGUF). `base`
+    replaces the name recorded in the adapter, for a model that has moved. Holds two models in memory while
+    it checks.
+    """
+    name = base or adapter.base_model
+    dtype = dtype or native_dtype(name, adapter.revision)
+    with replacing_folder(out) as fresh:
+        model = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
+        _merge(model, adapter)
+        model.save_pretrained(fresh)
+        del model
+        load_tokenizer(name, adapter.revision).save_pretrained(fresh)
+        before = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
+        check = _check_merged(before, load_causal_lm(fresh, dtype=dtype), adapter, dtype)
+        check.require(out)
+    return check
+
+
+@torch.no_grad()
+def _merge(model: PreTrainedModel, adapter: LoraAdapter) -> None:
+    for name, matrix in adapter.matrices.items():
+        weight = _weight(model, name, matrix)
+        weight.copy_(weight.float() + matrix.delta())
+
+
+def _weight(model: PreTrainedModel, name: str, matrix: LoraMatrix) -> torch.Tensor:
+    try:
+        weight: torch.Tensor = model.get_parameter(f"{name}.weight")
+    except AttributeError:
+        raise UserError(
+            f"the base model has no {name}, which the adapter adapts; name its base with --base"
+        ) from None
+    shape = (matrix.B.shape[0], matrix.A.shape[1])
+    if tuple(weight.shape) != shape:
+        found = tuple(weight.shape)
+        raise UserError(
+            f"{name} is {shape} in the adapter, {found} in the base model; name its base with --base"
+        )
+    return weight
+
+
+@torch.no_grad()
+def _check_merged(
+    before: PreTrainedModel, after: PreTrainedModel, adapter: LoraAdapter, dtype: torch.dtype
+) -> Check:
+    """The largest error of a merged weight in units of the dtype's rounding; other tensors must be equal."""
+    merged = dict(after.state_dict())
+    worst = 0.0
+    for key, old in before.state_dict().items():
+        matrix = adapter.matrices.get(key.removesuffix(".weight"))
+        new = merged.pop(key, None)
+        if new is None or new.shape != old.shape:
+            worst = math.inf
+        elif matrix is None:
+            worst = worst if torch.equal(new, old) else math.inf
+        else:
+            expected = old.double() + matrix.delta().double()
+            worst = max(
+                worst, float(((new.double() - expected).abs() / _rounding(expected, old, dtype)).max())
+            )
+    if merged:
+        worst = math.inf
+    return Check(f"the largest error of a merged weight, in units of the rounding of {dtype}", worst, 1.0)
+
+
+def _rounding(expected: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The spacing of `dtype` at each expected value, plus that of fp32 at the two terms of the sum."""
+    terms = old.abs().double() + (expected - old.double()).abs().max()
+    spacing = torch.finfo(dtype).eps * expected.abs() + torch.finfo(torch.float32).eps * terms
+    return spacing.clamp_min(torch.finfo(dtype).tiny)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(_export(options))
+    except UserError as error:
+        return _fail(error, 2, options.debug)
+    except (RunError, OSError) as error:
+        return _fail(error, 1, options.debug)
+    return 0
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flexlora_ds.export", description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="a run folder: its adapter/ is exported")
+    parser.add_argument("--to", choices=("peft", "peft-uniform", "merged"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new or empty")
+    parser.add_argument("--base", help="the base model, if it is not where the run found it (merged only)")
+    parser.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="of the merged model")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> str:
+    """Do what the options ask; returns what to tell the user."""
+    out: Path = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists and is not empty; give a new folder")
+    adapter = read_peft_adapter(_adapter_folder(options.run))
+    if not finite(adapter):
+        raise RunError(
+            f"the adapter of {options.run} holds numbers that are not finite; its training diverged"
+        )
+    ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
+    told = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
+    if options.to == "peft":
+        check = export_peft(adapter, out)
+    elif options.to == "peft-uniform":
+        check = export_uniform(adapter, out)
+        told[0] = f"wrote {out}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
+        allowed = server_rank(ranks[-1])
+        told.append(
+            f"rank to allow in the server: --max-lora-rank {allowed}"
+            if allowed
+            else f"rank {ranks[-1]} is above the {SERVER_RANKS[-1]} that vLLM allows: use --to merged"
+        )
+    else:
+        _hide_progress_bars()
+        check = export_merged(adapter, out, options.base, _DTYPES.get(options.dtype))
+        told[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
+    return "\n".join([*told, f"checked: {check}"])
+
+
+def _hide_progress_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _adapter_folder(run: Path) -> Path:
+    for folder in (run / "adapter", run):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    raise UserError(f"--run {run} holds no adapter/{CONFIG_FILE}; give the folder of a run that has trained")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Adapters in PEFT's LoRA format: `adapter_config.json` and `adapter_model.safetensors`.
+
+FlexLoRA's ΔW = s · P diag(λ) Q is a LoRA with B = P diag(λ), A = Q and PEFT's scale alpha / r = s, so that
+`PeftModel.from_pretrained` loads it as it is. Ranks differ per matrix: `rank_pattern` and `alpha_pattern`
+hold what departs from the defaults. PEFT (0.21, `get_pattern_key`) takes their keys as regular expressions
+for the *end* of a module name, first match wins; our keys are escaped and anchored, so each means one
+module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flexlora_ds.atomic import replacing_folder
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import UserError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+METHOD_FILE = "flexlora.json"
+_PREFIX = "base_model.model."
+
+
+class Triple(NamedTuple):
+    """One matrix's adapter: P [out, r], λ [r], Q [r, in], fp32 on the CPU."""
+
+    P: Tensor
+    lam: Tensor
+    Q: Tensor
+
+
+@dataclass(frozen=True)
+class LoraMatrix:
+    """One matrix's LoRA: ΔW = scale · B A with B [out, r] and A [r, in]."""
+
+    B: Tensor
+    A: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """ΔW [out, in] in fp32."""
+        return self.scale * (self.B.float() @ self.A.float())
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A whole adapter: its matrices by module name in the unwrapped base model, and what it was made for."""
+
+    matrices: Mapping[str, LoraMatrix]
+    base_model: str
+    revision: str | None = None
+    default_rank: int = 8
+    default_alpha: float = 16.0
+    dropout: float = 0.0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Written beside the adapter as `flexlora.json`, where PEFT does not look."""
+
+
+def write_peft_adapter(
+    folder: Path,
+    matrices: Mapping[str, Triple],
+    config: FlexLoRAConfig,
+    base_model_name: str,
+    revision: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a FlexLoRA adapter to `folder` in PEFT's format; what was there is replaced once it is complete.
+
+    `matrices` holds whole tensors (at ZeRO-3: gathered; one process writes). `base_model_name` is what the
+    user called the base model. `extra` goes into `flexlora.json` beside the method's configuration.
+    """
+    scale = config.alpha / config.rank
+    adapter = LoraAdapter(
+        {name: LoraMatrix(m.P.float() * m.lam.float(), m.Q.float(), scale) for name, m in matrices.items()},
+        base_model=base_model_name,
+        revision=revision,
+        default_rank=config.rank,
+        default_alpha=config.alpha,
+        dropout=config.dropout,
+        notes={"config": config.to_dict(), **(extra or {})},
+    )
+    write_adapter(folder, adapter)
+
+
+def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
+    """Write any LoRA adapter in PEFT's format, replacing `folder` only once the new one is complete."""
+    if not adapter.matrices:
+        raise UserError(f"{folder}: there is no adapted matrix to write")
+    tensors = {}
+    for name, matrix in adapter.matrices.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = matrix.A.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = matrix.B.detach().cpu().contiguous()
+    with replacing_folder(folder) as fresh:
+        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(fresh / CONFIG_FILE, _peft_config(adapter))
+        if adapter.notes:
+            _write_json(fresh / METHOD_FILE, adapter.notes)
+
+
+def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig that are not at their defaults, and those that readers look for."""
+    ranks = {_exactly(n): m.rank for n, m in adapter.matrices.items() if m.rank != adapter.default_rank}
+    alphas = {
+        _exactly(n): _plain(m.scale * m.rank)
+        for n, m in adapter.matrices.items()
+        if not math.isclose(m.scale * m.rank, adapter.default_alpha, rel_tol=1e-12)
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model,
+        "revision": adapter.revision,
+        "r": adapter.default_rank,
+        "lora_alpha": _plain(adapter.default_alpha),
+        "lora_dropout": adapter.dropout,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": list(adapter.matrices),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_peft_adapter(folder: Path) -> LoraAdapter:
+    """Read any plain LoRA adapter in PEFT's format: ours, or one that PEFT trained.
+
+    Raises UserError if a file is missing or damaged, or if the adapter is more than LoRA on linear layers.
+    """
+    config = _read_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); write it again") from error
+    notes = folder / METHOD_FILE
+    return LoraAdapter(
+        _matrices(folder, config, tensors),
+        base_model=config.get("base_model_name_or_path") or "",
+        revision=config.get("revision"),
+        default_rank=config["r"],
+        default_alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        notes=json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {},
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a folder with an adapter in it") from error
+    refused = {
+        "peft_type": config.get("peft_type") != "LORA",
+        "use_dora": config.get("use_dora"),
+        "modules_to_save": config.get("modules_to_save"),
+        "fan_in_fan_out": config.get("fan_in_fan_out"),
+        "bias": config.get("bias", "none") != "none",
+        "lora_bias": config.get("lora_bias"),
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            value = config.get(key)
+            raise UserError(f"{path}: {key} {value!r} is more than plain LoRA; merge it with PEFT itself")
+    return config
+
+
+def _matrices(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, LoraMatrix]:
+    matrices = {}
+    for key, A in tensors.items():
+        if key.endswith(".lora_B.weight"):
+            continue
+        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        B = tensors.get(f"{_PREFIX}{name}.lora_B.weight")
+        if B is None or key != f"{_PREFIX}{name}.lora_A.weight" or B.shape[1] != A.shape[0]:
+            raise UserError(f"{folder / WEIGHTS_FILE}: {key} is not half of a LoRA pair; write it again")
+        matrices[name] = LoraMatrix(B, A, _scale(config, name, A.shape[0]))
+    return matrices
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    alpha = config["lora_alpha"]
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if key == name or re.match(rf"(.*\.)?({key})$", name):
+            alpha = value
+            break
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def max_relative_difference(one: LoraAdapter, other: LoraAdapter) -> float:
+    """max |ΔW − ΔW'| / max |ΔW| of the worst matrix; infinity if the matrices are not the same ones."""
+    if set(one.matrices) != set(other.matrices):
+        return math.inf
+    worst = 0.0
+    for name, matrix in one.matrices.items():
+        expected = matrix.delta()
+        difference = float((other.matrices[name].delta() - expected).abs().max())
+        scale = float(expected.abs().max())
+        worst = max(worst, difference / scale if scale else (0.0 if difference == 0 else math.inf))
+    return worst
+
+
+def finite(adapter: LoraAdapter) -> bool:
+    """Whether every number of the adapter is finite."""
+    numbers = (tensor for matrix in adapter.matrices.values() for tensor in (matrix.B, matrix.A))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in numbers)
