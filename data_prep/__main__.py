@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .build import Options, build
 from .errors import DataError
+from .options import Parser, positive
 from .sources import HubSource, LocalSource, Source
 from .tasks import TASKS
 
@@ -37,17 +38,6 @@ Overlaps, duplicates, lengths, balance: python -m data_prep.report
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DataError(message, mend="see python -m data_prep --help")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def _task_list(text: str) -> tuple[str, ...]:
     names = tuple(TASKS) if text == "all" else tuple(dict.fromkeys(filter(None, text.split(","))))
     for name in names:
@@ -62,18 +52,12 @@ def _task_list(text: str) -> tuple[str, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m data_prep`."""
-    p = _Parser(
-        prog="python -m data_prep",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = Parser("data_prep", _DESCRIPTION, _EPILOG)
     p.add_argument("--out", type=Path, help="folder to write (default: data; with --demo: data/demo)")
     p.add_argument("--source", default=None, help="hub, or a folder with <task>/<split>.jsonl (default: hub)")
     p.add_argument("--demo", action="store_true", help="build from generated rows: quick, without network")
     p.add_argument("--tasks", type=_task_list, default=tuple(TASKS), help="comma-separated (default: all)")
-    p.add_argument("--limit", type=_positive, metavar="N", help="at most N records per file (default: all)")
+    p.add_argument("--limit", type=positive, metavar="N", help="at most N records per file (default: all)")
     p.add_argument(
         "--seed",
         type=int,

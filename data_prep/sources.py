@@ -115,7 +115,7 @@ class HubSource:
         for place in task.hub:
             self._say(f"{task.name}/{split.file}: asking the hub for {place}")
             try:
-                with _quiet_retries():
+                with quiet_retries():
                     return self._open(place, task, split)
             # datasets, huggingface_hub and the network raise many unrelated types: each means, try the next
             except Exception as error:
@@ -151,7 +151,7 @@ class HubSource:
 
 
 @contextmanager
-def _quiet_retries() -> Iterator[None]:
+def quiet_retries() -> Iterator[None]:
     """Hide huggingface_hub's warnings about every retry: the failure itself is reported, in one line."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level

@@ -77,7 +77,7 @@ def splits() -> Iterator[tuple[str, str, int]]:
 
 
 def goal() -> dict[str, Published]:
-    """Counts, sizes and hashes that the build must reach, by the plain definition; WinoGrande in a hidden order."""
+    """Counts, sizes, hashes to be reached, by the plain definition; WinoGrande in a hidden order."""
     texts: dict[str, list[str]] = {}
     for task, split, count in splits():
         texts[f"{task}/{split}"] = [encode(TASKS[task].record(row)) for row in rows_of(task, split, count)]

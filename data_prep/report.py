@@ -1,0 +1,164 @@
+"""`python -m data_prep.report`: what is in a data folder. It only reads; its own files go elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .measure import CountTokens, Measures, Seen, count_words, measure, token_counter
+from .options import Parser, positive
+from .plots import plot_all
+from .prompt import PROMPTS
+from .published import CORPUS
+from .records import iter_records
+
+_DESCRIPTION = """\
+Report on a data folder: for every train.json and test.json (and the corpus) duplicates, lengths and
+the balance of the answers; for every test set, how much of it occurs in the training data. Changes no data.
+
+  python -m data_prep.report --data data                                    lengths in words
+  python -m data_prep.report --data data --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
+"""
+_EPILOG = """\
+columns:  dup        records whose instruction and answer occurred before in the file
+          conflict   records whose instruction occurred before with another answer
+          exact      test records whose instruction occurs in training, character for character
+          normal.    the same, ignoring case, punctuation, white space and Unicode forms
+          > cutoff   training texts longer than --cutoff (training drops those; it never cuts an answer off)
+writes:   OUT/report.md, report.json, lengths.png, answers.png, overlaps.png
+"""
+_HEAD = (
+    "file",
+    "records",
+    "dup",
+    "conflict",
+    "exact",
+    "normal.",
+    "mean",
+    "p95",
+    "max",
+    "> cutoff",
+    "answers",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m data_prep.report`."""
+    p = Parser("data_prep.report", _DESCRIPTION, _EPILOG)
+    p.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="DIR", help="folder to report on (default: data)"
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: DATA/report)")
+    p.add_argument(
+        "--tokenizer", metavar="T", help="hub id, folder or .gguf file; without it, words are counted"
+    )
+    p.add_argument(
+        "--prompt", choices=PROMPTS, default="alpaca", help="prompt style of the texts (default: alpaca)"
+    )
+    p.add_argument(
+        "--cutoff", type=positive, default=256, metavar="N", help="cutoff_len of training (default: 256)"
+    )
+    p.add_argument("--debug", action="store_true", help="show a traceback with errors")
+    return p
+
+
+def measure_folder(
+    folder: Path, count: CountTokens, style: str, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Measures]:
+    """Measure every `<task>/train.json` and `<task>/test.json` of a folder, and the corpus, in that order.
+
+    A test file's overlaps are with all training files together. Raises DataError where there are no files or
+    one is malformed.
+    """
+    train = sorted(folder.glob("*/train.json"))
+    tests = sorted(folder.glob("*/test.json"))
+    corpus = [folder / CORPUS] if (folder / CORPUS).is_file() else []
+    if not train and not tests and not corpus:
+        raise DataError(
+            "holds no <task>/train.json or test.json", str(folder), "build it with python -m data_prep"
+        )
+    seen = Seen()
+    for path in corpus + train:  # the corpus may hold more tasks than have files here, or fewer
+        say(f"reading {path}")
+        seen.add(iter_records(path))
+    measures = {}
+    for path in sorted(train + tests) + corpus:
+        say(f"measuring {path}")
+        overlaps = seen if path.name == "test.json" else None
+        measures[str(path.relative_to(folder))] = measure(path, count, style, overlaps)
+    return measures
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """The measures as a Markdown table, aligned."""
+    rows = [_HEAD, *(_row(name, summary) for name, summary in summaries.items())]
+    last = len(_HEAD) - 1
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = zip(row, widths, range(len(_HEAD)), strict=True)
+        aligned = (cell.ljust(width) if i in (0, last) else cell.rjust(width) for cell, width, i in cells)
+        return f"| {' | '.join(aligned)} |"
+
+    rules = ("-" * width if i in (0, last) else "-" * (width - 1) + ":" for i, width in enumerate(widths))
+    return "\n".join([line(rows[0]), f"| {' | '.join(rules)} |", *map(line, rows[1:])])
+
+
+def _row(name: str, summary: dict[str, Any]) -> tuple[str, ...]:
+    records = summary["records"]
+    top = sorted(summary["answers"].items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{answer or '(none)'} {100 * number / records:.0f} %" for answer, number in top[:5])
+    numbers = (
+        f"{records:,}",
+        f"{summary['duplicates']:,}",
+        f"{summary['conflicts']:,}",
+        *("" if summary[key] is None else f"{summary[key]:,}" for key in ("overlap", "overlap_normalised")),
+        f"{summary['length_mean']:.0f}",
+        f"{summary['length_p95']:,}",
+        f"{summary['length_max']:,}",
+        f"{summary['over_cutoff']:,}",
+    )
+    return (name, *numbers, shares + (", …" if len(top) > 5 else ""))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not args.data.is_dir():
+        raise DataError("no such folder", str(args.data), "build it with python -m data_prep")
+    count, unit = (token_counter(args.tokenizer), "tokens") if args.tokenizer else (count_words, "words")
+    measures = measure_folder(
+        args.data, count, args.prompt, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    summaries = {name: found.summary(args.cutoff) for name, found in measures.items()}
+    settings = {"tokenizer": args.tokenizer, "unit": unit, "prompt": args.prompt, "cutoff": args.cutoff}
+    text = table(summaries)
+    out = args.out or args.data / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = plot_all(measures, out, unit, args.cutoff)
+    title = f"# {args.data}\n\nLengths in {unit}, prompt style {args.prompt}, cutoff {args.cutoff}.\n\n"
+    shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
+    (out / "report.md").write_text(f"{title}{text}\n{shown}", encoding="utf-8")
+    document = {"settings": settings, "files": summaries}
+    (out / "report.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(f"{text}\n\nlengths in {unit} ({args.prompt} prompt); wrote {out}/report.md and the pictures")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0, 1 or 2, with one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(parser().parse_args(arguments))
+    except (DataError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, DataError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
