@@ -36,10 +36,7 @@ def locked(out: Path) -> Iterator[None]:
             f"cannot be used as output folder: {error.strerror}", str(out), "choose another --out"
         ) from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError("another build is writing here", str(out), "wait for it to end") from None
+        _lock(handle, out)
         if (out / _READY).is_dir():
             _move(out)
         shutil.rmtree(out / _BUILDING, ignore_errors=True)
@@ -51,6 +48,15 @@ def locked(out: Path) -> Iterator[None]:
                 out.rmdir()
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError("another build is writing here", str(out), "wait for it to end") from None
+    except OSError:
+        return  # network file systems may refuse locks on folders: build without one rather than not at all
 
 
 def staging(out: Path) -> Path:

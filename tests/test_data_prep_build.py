@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.__main__ import main
 from data_prep.build import Options, build
+from data_prep.convert import encode
 from data_prep.errors import DataError
+from data_prep.order import SEPARATOR, framed
 from data_prep.published import CORPUS, Published
 from data_prep.records import load_records
 from data_prep.sources import LocalSource
@@ -337,6 +341,17 @@ def test_a_killed_build_leaves_the_old_or_the_new(
     assert {name: data for name, (data, _) in snapshot(out).items()} == {
         name: data for name, (data, _) in snapshot(tmp_path / "clean").items()
     }
+
+
+@given(
+    st.lists(
+        st.builds(dict, **{key: st.text() for key in ("instruction", "input", "output", "answer")}),
+        min_size=1,
+    )
+)
+def test_any_text_is_encoded_as_json_does(records: list[Any]) -> None:
+    encoded = b"".join(framed([SEPARATOR.join(encode(record).encode() for record in records)]))
+    assert encoded.decode() == json.dumps(records, indent=4)
 
 
 def test_a_ninth_task_is_one_definition(tmp_path: Path) -> None:
