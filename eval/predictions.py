@@ -6,12 +6,15 @@ every process appends to a journal of its own, `predictions/journal-<process>.js
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from eval.files import write_json, write_text
 from eval.items import Question, TaskItems
@@ -22,8 +25,8 @@ from flexlora_ds.errors import RunError, UserError
 class Prediction:
     """What the model answered to one item.
 
-    `prediction` is None where it is unanswered. `margin` is the lead of the best over the second (the smallest
-    among the tokens' logits, or the answers' log-likelihoods): rounding turns a prediction only if it is tiny.
+    `prediction` is None where it is unanswered. `margin` is the lead of the best over the second: smallest
+    among the tokens' logits, or that of the answers' log-likelihoods. Rounding matters where it is tiny.
     `per_token` is the answer of highest log-likelihood per token (mode score, answers of several lengths).
     `note` says why nothing was asked.
     """
@@ -90,6 +93,28 @@ class PredictionFolder:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / "predictions"
+        self._lock: IO[str] | None = None
+
+    def lock(self, patience: float = 20.0) -> None:
+        """Keep other evaluations out of the folder until this process ends. RunError if another holds it.
+
+        Waits a little first: the processes of a killed evaluation end when they miss their leader.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.out / ".lock").open("w")
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    return  # a file system without locks
+                if time.monotonic() > end:
+                    raise RunError(
+                        f"another evaluation is writing to {self.out} (--out); choose another"
+                    ) from None
+            time.sleep(0.2)
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Record the settings, or check them against those of the predictions that are there.

@@ -42,6 +42,7 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     folder = PredictionFolder(options.out)
     if team.leads:
         _note(warning)
+        folder.lock()
         folder.claim(settings)
         folder.fold(tasks.values())
         _settle_too_long(asker, tasks, folder)

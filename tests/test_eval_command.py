@@ -85,7 +85,7 @@ def test_files_and_table_without_deepspeed(place: Path, tmp_path: Path) -> None:
     table = (out / "table.md").read_text()
     assert table in done.stdout
     assert "generate v1" in table and "llm_adapters" in table and "chance" in table
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.glob("[!.]*")} == {
         "predictions",
         "results.json",
         "settings.json",
