@@ -32,17 +32,14 @@ def prepare_extensions() -> Path | None:
     """Have the communication extension compiled and loaded; its folder, or None where no CPU needs it.
 
     Sets TORCH_EXTENSIONS_DIR to the environment's `torch_extensions` when it is unset, and puts the
-    environment's programs on PATH when `ninja` is not found there. One process at a time compiles; the others
-    wait for it.
+    environment's programs first on PATH. One process at a time compiles; the others wait for it.
     Raises UserError without a C++ compiler, RunError when compiling fails.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_default_root())))
-    if shutil.which("ninja") is None:
-        programs = str(Path(sys.executable).parent)
-        os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
+    _prefer_own_programs()
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return None
@@ -111,6 +108,15 @@ def _default_root() -> Path:
         return own / "torch_extensions"
     version = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
     return Path.home() / ".cache" / "flexlora" / "torch_extensions" / version
+
+
+def _prefer_own_programs() -> None:
+    # The same ninja every time, activated environment or not: another version compiles all anew, because
+    # it does not trust the first one's log.
+    programs = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if path[0] != programs:
+        os.environ["PATH"] = os.pathsep.join([programs, *path])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,8 +138,24 @@ def test_without_a_compiler_the_error_names_the_mend(tmp_path: Path, monkeypatch
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
     with pytest.raises(UserError, match=r"`no-such-compiler` is not on PATH.*install g\+\+"):
         prepare_extensions()
+
+
+def test_the_environments_own_ninja_is_used_whatever_is_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
+    with pytest.raises(UserError):
+        prepare_extensions()
+    assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
 
 
 def test_the_command_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
