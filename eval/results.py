@@ -124,10 +124,11 @@ def table(summary: Mapping[str, Any], protocol: Protocol) -> str:
         f"**{subject}**\n\nProtocol `{protocol.label}`: {protocol.summary}. Prompt `{settings['prompt']}`, "
     )
     head += f"{settings['dtype']}{limited}.\n"
-    return head + "\n" + _markdown(("task", "accuracy %", "chance %", "unanswered", "items"), rows)
+    return head + "\n" + markdown(("task", "accuracy %", "chance %", "unanswered", "items"), rows)
 
 
-def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table whose columns line up."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(row: tuple[str, ...]) -> str:

@@ -1,0 +1,205 @@
+"""`python -m eval.compare DIR DIR …`: one table of several evaluations, with differences to the first.
+
+A setting is `DIR`, or `NAME=DIR,DIR,…` for several seeds, which are averaged. Directories that
+differ only in the number behind `seed` in the adapter's path count as seeds of one setting by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eval.comparison import Difference, Run, Setting, agreement, common_tasks, difference, read_run
+from eval.files import write_text
+from eval.paper import PAPER
+from eval.results import markdown
+from flexlora_ds.errors import RunError, UserError
+
+_SEED = re.compile(r"seed[-_=]?\d+")
+_FREE = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (command line); python -m eval.compare --help lists the options")
+
+
+def read_settings(arguments: Sequence[str]) -> list[Setting]:
+    """The settings in the order given. UserError where a folder is no finished evaluation, or names clash."""
+    settings: list[Setting] = []
+    for argument in arguments:
+        name, named, folders = argument.partition("=") if "=" in argument else ("", "", argument)
+        runs = [read_run(Path(folder)) for folder in folders.split(",")]
+        if named:
+            settings.append(Setting(name, tuple(runs)))
+            continue
+        for run in runs:
+            _place(settings, run)
+    names = [setting.name for setting in settings]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two settings are called {name!r}; name them: A=DIR B=DIR")
+    return settings
+
+
+def _place(settings: list[Setting], run: Run) -> None:
+    """Put a run beside the seeds of its own setting, or on its own."""
+    adapter = run.summary.get("adapter") or ""
+    for index, setting in enumerate(settings):
+        if _SEED.search(adapter) and _identity(setting.runs[0]) == _identity(run):
+            settings[index] = Setting(setting.name, (*setting.runs, run))
+            return
+    settings.append(Setting(run.folder.name if run.folder.name else str(run.folder), (run,)))
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    kept = {key: value for key, value in run.summary["settings"].items() if key not in _FREE}
+    return kept | {"adapter": _SEED.sub("seed*", run.summary.get("adapter") or "")}
+
+
+def report(settings: Sequence[Setting], paper: bool) -> str:
+    """The comparison as Markdown."""
+    tasks = common_tasks(settings)
+    rows = []
+    for task in [*tasks, "average"]:
+        chosen = tasks if task == "average" else [task]
+        cells = [f"**{task}**" if task == "average" else task]
+        for setting in settings:
+            cells.append(_accuracy(setting, chosen))
+            if setting is not settings[0]:
+                cells.append(_interval(difference(settings[0], setting, chosen)))
+        rows.append(tuple(cells))
+    rows.append(("unanswered", *_per_setting(settings, lambda s: f"{sum(s.unanswered(t) for t in tasks):g}")))
+    if len(settings) > 1:
+        first = settings[0]
+        rows.append(("agreement %", *_per_setting(settings, lambda s: _percent(agreement(first, s, tasks)))))
+    header = ["accuracy %"]
+    for setting in settings:
+        header += [setting.name] if setting is settings[0] else [setting.name, f"− {settings[0].name}"]
+    text = "# Comparison\n\n" + markdown(tuple(header), rows) + "\n" + _notes(settings, tasks)
+    return text + (_paper_rows(tasks) if paper else "")
+
+
+def _per_setting(settings: Sequence[Setting], cell: Any) -> list[str]:
+    cells: list[str] = []
+    for setting in settings:
+        cells += [cell(setting)] if setting is settings[0] else [cell(setting), ""]
+    return cells
+
+
+def _accuracy(setting: Setting, tasks: Sequence[str]) -> str:
+    mean = sum(setting.accuracy(task) for task in tasks) / len(tasks)
+    spread = setting.spread(tasks)
+    return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def _interval(value: Difference) -> str:
+    mark = " *" if value.clear else ""
+    return f"{100 * value.value:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]{mark}"
+
+
+def _percent(value: float) -> str:
+    return "none answered" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _notes(settings: Sequence[Setting], tasks: Sequence[str]) -> str:
+    lines = [
+        "Differences: 95 % intervals of the paired bootstrap over items (10,000 draws); * leaves zero out."
+    ]
+    lines.append("Agreement with the first: same prediction, of the items that either answered.")
+    if any(len(setting.runs) > 1 for setting in settings):
+        lines.append("±: standard deviation over seeds. The intervals hold for these seeds.")
+    for setting in settings:
+        for run in setting.runs:
+            lines.append(f"{setting.name}: {_subject(run)}")
+    protocols = {run.summary["protocol"] for setting in settings for run in setting.runs}
+    if len(protocols) > 1:
+        lines.append(
+            f"**Of different protocols ({', '.join(sorted(protocols))}): not comparable as they stand.**"
+        )
+    if len(tasks) < max(len(run.predictions) for setting in settings for run in setting.runs):
+        lines.append(f"Only the tasks that all have: {', '.join(tasks)}.")
+    return "".join(f"* {line}\n" for line in lines)
+
+
+def _subject(run: Run) -> str:
+    summary, settings = run.summary, run.summary["settings"]
+    adapter = f" + {summary['adapter']}" if summary["adapter"] else ""
+    how = f"`{summary['protocol']}`, prompt `{settings['prompt']}`, {settings['dtype']}"
+    return f"{how}, {summary['model']}{adapter} ({run.folder})"
+
+
+def _paper_rows(tasks: Sequence[str]) -> str:
+    rows = [
+        (name, parameters, *(f"{row[task]:.1f}" for task in tasks), f"{row['average']:.1f}")
+        for name, parameters, row in PAPER
+    ]
+    cited = "\nAs published by the paper for LLaMA3-8B (Table 2; cited, not measured here):\n\n"
+    return cited + markdown(("cited", "parameters", *tasks, "average of eight"), rows)
+
+
+def draw(settings: Sequence[Setting], path: Path) -> bool:
+    """A bar chart of the accuracies; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = common_tasks(settings)
+    names = [*tasks, "average"]
+    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    width = 0.8 / len(settings)
+    for index, setting in enumerate(settings):
+        values = [100 * setting.accuracy(task) for task in tasks]
+        values.append(sum(values) / len(values))
+        places = [place + index * width for place in range(len(names))]
+        axes.bar(places, values, width, label=setting.name)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names, rotation=20)
+    axes.set_ylabel("accuracy %")
+    axes.set_ylim(0, 100)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 2 for what the user must change, 1 for what failed."""
+    parser = _Parser(prog="python -m eval.compare", description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", metavar="DIR", help="an evaluation's folder, or NAME=DIR,DIR for seeds"
+    )
+    parser.add_argument("--paper", action="store_true", help="add the paper's rows, marked as cited")
+    parser.add_argument(
+        "--out", default=".", help="where comparison.md and comparison.png go (default: here)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    try:
+        given = parser.parse_args(argv)
+        settings = read_settings(given.runs)
+        text, out = report(settings, given.paper), Path(given.out)
+        write_text(out / "comparison.md", text)
+        drawn = draw(settings, out / "comparison.png")
+    except (UserError, RunError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    print(
+        f"{text}\n{out}/comparison.md"
+        + (f", {out}/comparison.png" if drawn else " (no chart without matplotlib)")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

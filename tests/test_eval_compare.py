@@ -1,0 +1,148 @@
+"""Comparing evaluations: figures against hand counts and a plain bootstrap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.compare import main, read_settings, report
+from eval.comparison import Run, Setting, agreement, difference
+from eval.predictions import Prediction
+
+
+def make_prediction(task: str, index: int, prediction: str | None, answer: str = "true") -> Prediction:
+    return Prediction(task, index, f"{index:016x}", prediction or "", prediction, answer)
+
+
+def write_run(folder: Path, answers: dict[str, list[str | None]], **settings: Any) -> Path:
+    """An evaluation's folder whose right answers are all 'true'."""
+    (folder / "predictions").mkdir(parents=True)
+    tasks = {}
+    for task, given in answers.items():
+        predictions = [make_prediction(task, i, a) for i, a in enumerate(given)]
+        lines = [json.dumps(p.to_json()) + "\n" for p in predictions]
+        (folder / "predictions" / f"{task}.jsonl").write_text("".join(lines))
+        tasks[task] = {"total": len(given)}
+    summary = {
+        "model": "m",
+        "adapter": settings.pop("adapter", None),
+        "protocol": settings.pop("protocol", "score v1"),
+        "tasks": tasks,
+        "settings": {"prompt": "alpaca", "dtype": "float32", **settings},
+    }
+    (folder / "results.json").write_text(json.dumps(summary))
+    return folder
+
+
+def setting(name: str, *runs: dict[str, list[str | None]]) -> Setting:
+    made = [
+        Run(
+            Path(name),
+            {},
+            {t: tuple(make_prediction(t, i, a) for i, a in enumerate(g)) for t, g in run.items()},
+        )
+        for run in runs
+    ]
+    return Setting(name, tuple(made))
+
+
+def test_bootstrap_interval_is_that_of_resampled_items() -> None:
+    rng = np.random.default_rng(3)
+    first = ["true" if x else "false" for x in rng.random(80) < 0.5]
+    second = ["true" if x else "false" for x in rng.random(80) < 0.7]
+    ours = difference(setting("a", {"boolq": list(first)}), setting("b", {"boolq": list(second)}), ["boolq"])
+    gains = np.array([(b == "true") - (a == "true") for a, b in zip(first, second, strict=True)], dtype=float)
+    means = [gains[rng.integers(0, 80, 80)].mean() for _ in range(10_000)]
+    assert ours.value == pytest.approx(gains.mean())
+    assert (ours.low, ours.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.013)
+
+
+def test_pairing_counts() -> None:
+    """Equal runs differ by nothing, surely; an unpaired interval would be wide."""
+    run: dict[str, list[str | None]] = {"boolq": ["true", "false"] * 20}
+    same = difference(setting("a", run), setting("b", run), ["boolq"])
+    assert (same.value, same.low, same.high, same.clear) == (0, 0, 0, False)
+
+
+def test_tasks_count_the_same_whatever_their_size() -> None:
+    first = setting("a", {"boolq": ["false"] * 100, "piqa": ["false"] * 2})
+    second = setting("b", {"boolq": ["false"] * 100, "piqa": ["true"] * 2})
+    assert difference(first, second, ["boolq", "piqa"]).value == pytest.approx(0.5)
+
+
+def test_seeds_are_averaged_with_their_spread() -> None:
+    seeds = setting(
+        "s", {"boolq": ["true", "true", "true", "false"]}, {"boolq": ["true", "false", "false", "false"]}
+    )
+    assert seeds.accuracy("boolq") == pytest.approx(0.5)
+    assert seeds.spread(["boolq"]) == pytest.approx(np.std([0.75, 0.25], ddof=1))
+    assert seeds.item_means("boolq").tolist() == [1, 0.5, 0.5, 0]
+    assert setting("one", {"boolq": ["true"]}).spread(["boolq"]) is None
+
+
+def test_agreement_leaves_out_what_neither_answered() -> None:
+    first = setting("a", {"boolq": [None, None, "true", "false", "true"]})
+    second = setting("b", {"boolq": [None, "true", "true", "true", "true"]})
+    assert agreement(first, second, ["boolq"]) == pytest.approx(2 / 4)
+    nothing = setting("n", {"boolq": [None] * 5})
+    assert np.isnan(agreement(nothing, nothing, ["boolq"]))
+
+
+def test_command_writes_table_and_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run(tmp_path / "before", {"boolq": ["true", "false", None, "false"]})
+    b = write_run(tmp_path / "after", {"boolq": ["true", "true", "true", "false"], "piqa": ["true"]})
+    assert main([str(a), str(b), "--paper", "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert text in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    rows = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    assert rows["boolq"][:2] == ["25.00", "75.00"] and rows["boolq"][2].startswith("+50.00 [")
+    assert rows["unanswered"] == ["1", "0", ""]
+    assert "Only the tasks that all have: boolq" in text
+    assert "cited, not measured" in text and rows["FlexLoRA r=8"] == ["21.2M", "74.3", "85.2"]
+
+
+def test_seeds_are_recognised_by_the_adapters_path(tmp_path: Path) -> None:
+    answers: dict[str, list[str | None]] = {"boolq": ["true", "false"]}
+    runs = [write_run(tmp_path / f"r{i}", answers, adapter=f"runs/flex_seed{i}/adapter") for i in (1, 2)]
+    other = write_run(tmp_path / "other", answers, adapter="runs/lora/adapter")
+    settings = read_settings([str(runs[0]), str(other), str(runs[1])])
+    assert [(s.name, len(s.runs)) for s in settings] == [("r1", 2), ("other", 1)]
+    named = read_settings([f"both={runs[0]},{other}"])
+    assert [(s.name, len(s.runs)) for s in named] == [("both", 2)]
+
+
+def test_protocols_are_told_apart(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", {"boolq": ["true"]})
+    b = write_run(tmp_path / "b", {"boolq": ["true"]}, protocol="generate v1")
+    assert "different protocols (generate v1, score v1)" in report(
+        read_settings([str(a), str(b)]), paper=False
+    )
+
+
+def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run(tmp_path / "a", {"boolq": ["true", "true"]})
+    shorter = write_run(tmp_path / "b", {"boolq": ["true"]})
+    elsewhere = write_run(tmp_path / "c", {"piqa": ["true"]})
+    torn = write_run(tmp_path / "d", {"boolq": ["true", "true"]})
+    (torn / "predictions" / "boolq.jsonl").write_text("")
+    for arguments, words in (
+        ([str(a), str(shorter)], "different items of boolq"),
+        ([str(a), str(elsewhere)], "no task in common"),
+        ([str(tmp_path / "none")], "no results.json"),
+        ([str(torn)], "0 of 2 items"),
+        ([f"x={a}", f"x={a}"], "two settings are called 'x'"),
+        ([str(a), "--papr"], "--papr"),
+    ):
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "out").exists()
