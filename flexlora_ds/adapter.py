@@ -50,10 +50,10 @@ class AdaptedLinear(nn.Module):
         self._key = name_key(name)
         rng = generator(config.seed, "init", name)
         out, features = base.out_features, base.in_features
-        kind = {"device": base.weight.device, "dtype": adapter_dtype(base.weight)}
-        self.P = nn.Parameter(gaussian(out, config.rank, init_std(config, out), rng).to(**kind))
-        self.lam = nn.Parameter(torch.zeros(config.rank, **kind))
-        self.Q = nn.Parameter(gaussian(config.rank, features, init_std(config, features), rng).to(**kind))
+        device, dtype = base.weight.device, adapter_dtype(base.weight)
+        self.P = nn.Parameter(gaussian(out, config.rank, init_std(config, out), rng).to(device, dtype))
+        self.lam = nn.Parameter(torch.zeros(config.rank, device=device, dtype=dtype))
+        self.Q = nn.Parameter(gaussian(config.rank, features, init_std(config, features), rng).to(device, dtype))
 
     @property
     def in_features(self) -> int:
@@ -119,7 +119,8 @@ def gaussian(rows: int, columns: int, std: float, rng: torch.Generator) -> Tenso
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers that can be adapted: all but the output head, in module order."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from flexlora_ds.penalty import PenaltyGradient
 from flexlora_ds.record import RankChange
 from flexlora_ds.schedule import adjustment_size, resolve_calendar
 from flexlora_ds.spectra import Grams, orthogonalise, read_grams, read_lambdas, read_sensitivities
-from flexlora_ds.watch import warnings_of
+from flexlora_ds.watch import PruneWatch, warnings_of
 
 Validate = Callable[[], float]
 
@@ -52,6 +53,7 @@ class RankController:
         if config.orth_form != "decoupled":
             context.penalty = PenaltyGradient(config.orth_form, self._penalty_coefficient)
         self.changes = 0
+        self.watch = PruneWatch()
         self.births: dict[str, list[tuple[int, int]]] = {n: [(0, 0)] * r for n, r in self.ranks.items()}
         self.parameter_limit = self.trainable_parameters(with_lambda=False)
         self.initial_total_rank = self.total_rank
@@ -218,6 +220,7 @@ class RankController:
             "parameter_limit": self.parameter_limit,
             "initial_total_rank": self.initial_total_rank,
             "pending": self._pending,
+            "watch": asdict(self.watch),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,3 +230,4 @@ class RankController:
         self.parameter_limit = int(state["parameter_limit"])
         self.initial_total_rank = int(state["initial_total_rank"])
         self._pending = int(state["pending"])
+        self.watch = PruneWatch(**state["watch"])

@@ -108,7 +108,7 @@ def _orthonormal_to(survivors: Tensor, drawn: Tensor) -> Tensor:
     """Unit vectors in the span of `drawn` [width, k] made orthogonal to `survivors` [width, r] and to each other."""
     r = survivors.shape[1]
     stacked = torch.cat([survivors.double().cpu(), drawn.double()], 1)
-    basis, _ = torch.linalg.qr(stacked)  # columns r… are orthogonal to the span of the first r
+    basis: Tensor = torch.linalg.qr(stacked)[0]  # columns r… are orthogonal to the span of the first r
     return basis[:, r:].float()
 
 

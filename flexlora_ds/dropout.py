@@ -24,11 +24,13 @@ def name_key(name: str) -> int:
 
 
 def _mix(h: Tensor) -> Tensor:
-    h = h ^ (h >> 16)
-    h = h * _MULTIPLIER_1
-    h = h ^ (h >> 15)
-    h = h * _MULTIPLIER_2
-    return h ^ (h >> 16)
+    """A bijection of int32 values that changes half the bits for each bit changed; in place.
+
+    torch shifts signed integers arithmetically: the mask makes the shift logical.
+    """
+    h = h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(_MULTIPLIER_1)
+    h = h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).mul_(_MULTIPLIER_2)
+    return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))
 
 
 def keep_mask(row_keys: Tensor, matrix_key: int, features: int, p: float) -> Tensor:
@@ -40,7 +42,7 @@ def keep_mask(row_keys: Tensor, matrix_key: int, features: int, p: float) -> Ten
     pairs = (features + 1) // 2
     rows = row_keys ^ matrix_key
     rows = rows * _GOLDEN
-    rows = (rows ^ (rows >> 32)).to(torch.int32)
+    rows = (rows >> 32).to(torch.int32)
     columns = _mix(torch.arange(1, pairs + 1, device=row_keys.device, dtype=torch.int32))
     bits = _mix(rows.unsqueeze(1) ^ columns.unsqueeze(0)).view(torch.int16)
     threshold = round(p * 65536) - 32768

@@ -37,7 +37,7 @@ class _Attach(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         coefficient = ctx.penalty.coefficient()
         if coefficient == 0:
             return grad, None, None, None

@@ -56,6 +56,20 @@ def load_causal_lm(
         )
 
 
+def load_skeleton(model: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """The model's modules on the meta device: shapes and configuration without weights.
+
+    Raises UserError as `load_causal_lm` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = locate(model, revision)
+    with one_line_errors(source, "model"):
+        config = AutoConfig.from_pretrained(fetch(source, "tokenizer"), **_gguf_argument(source))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer with a pad token that never stands for text; padding side as its author set it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexlora_ds.schedule import resolve_calendar
@@ -14,6 +15,9 @@ COLLAPSED_SHARE = 0.9
 
 LOSS_JUMP = 0.05
 """A relative rise of the validation loss across one change that is worth a warning."""
+
+ENOUGH_PRUNES = 16
+"""Prunes before their ages say anything."""
 
 YOUNG_INTERVALS = 2
 """A direction pruned within this many intervals of its birth is young."""
@@ -43,14 +47,31 @@ def warnings_of(
     before, after = losses
     if before is not None and after is not None and after > before * (1 + LOSS_JUMP):
         found.append(f"the change raised the validation loss from {before:.4f} to {after:.4f}")
-    young = _young(controller, step, prune_ages)
-    if young > len(prune_ages) / 2:
+    if controller.watch.turned_young(step, prune_ages, _interval(controller)):
         found.append(
-            f"{young} of {len(prune_ages)} prunes hit directions born at most two changes ago; see `grace`"
+            f"{controller.watch.young} of {controller.watch.prunes} prunes so far hit directions born at most "
+            f"{YOUNG_INTERVALS} changes before; see `grace`"
         )
     return found
 
 
-def _young(controller: RankController, step: int, ages: list[int]) -> int:
-    interval = resolve_calendar(controller.total_steps, controller.config).interval
-    return sum(age < step and age <= YOUNG_INTERVALS * interval for age in ages)
+@dataclass
+class PruneWatch:
+    """Counts how many prunes hit young directions; warns once in a run."""
+
+    prunes: int = 0
+    young: int = 0
+    warned: bool = False
+
+    def turned_young(self, step: int, ages: list[int], interval: int) -> bool:
+        """Count the ages of one change's prunes; True once, when most of at least `ENOUGH_PRUNES` were young."""
+        self.prunes += len(ages)
+        self.young += sum(age < step and age <= YOUNG_INTERVALS * interval for age in ages)
+        if self.warned or self.prunes < ENOUGH_PRUNES or self.young * 2 <= self.prunes:
+            return False
+        self.warned = True
+        return True
+
+
+def _interval(controller: RankController) -> int:
+    return resolve_calendar(controller.total_steps, controller.config).interval

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flexlora_ds import __version__
 from flexlora_ds.errors import UserError
 from launch.json_files import JsonLines, to_json, write_text_atomically
@@ -140,9 +138,9 @@ class RunFolder:
         for lines in (self.metrics, self.rank_changes, self.validation):
             lines.truncate_after(step)
 
-    def write_options(self, options: Mapping[str, Any]) -> None:
-        """Write options.yaml: every resolved option, in the order given."""
-        self._write("options.yaml", yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+    def write_options(self, text: str) -> None:
+        """Write options.yaml: every resolved option, as `TrainOptions.to_yaml` puts it."""
+        self._write("options.yaml", text)
 
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""

@@ -24,7 +24,7 @@ def write_run(path: Path, *, changes: int = 3, spectra: bool = True, finished: b
     """A run of 40 steps whose changes move one direction each from the first matrix to the last."""
     run = RunFolder(path)
     run.prepare("auto")
-    run.write_options({"method": "flexlora", "model": "<tiny & small>", "rank": 4})
+    run.write_options("method: flexlora\nmodel: <tiny & small>\nrank: 4\n")
     ranks = dict.fromkeys(NAMES, 4)
     for step in range(1, 41):
         loss = math.nan if step == 7 else 2 * 0.9**step

@@ -75,7 +75,8 @@ def live_shards(engine: Any) -> Shards:
 def _replicated(engine: Any, device: torch.device) -> Shards:
     wrapper = engine.optimizer
     fp32 = wrapper is engine.basic_optimizer
-    flats, scalars, pieces, shapes = [], [], {}, {}
+    flats: list[dict[str, Tensor]] = []
+    scalars, pieces, shapes = [], {}, {}
     masters = [p for g in engine.basic_optimizer.param_groups for p in g["params"]]
     originals = [p for group in trainable_groups(engine) for p in group]
     for p, master in zip(originals, masters, strict=True):
@@ -88,7 +89,8 @@ def _replicated(engine: Any, device: torch.device) -> Shards:
 
 
 def _flat_groups(wrapper: Any, device: torch.device) -> Shards:
-    flats, scalars, pieces, shapes = [], [], {}, {}
+    flats: list[dict[str, Tensor]] = []
+    scalars, pieces, shapes = [], {}, {}
     group = wrapper.real_dp_process_group[0]
     world, rank = comm.get_world_size(group=group), comm.get_rank(group=group)
     for i, master in enumerate(wrapper.single_partition_of_fp32_groups):

@@ -146,7 +146,7 @@ def _reset_gradient_accumulator(p: nn.Parameter) -> None:
 
 def _reshape(p: nn.Parameter, edit: Edit) -> None:
     if hasattr(p, "_hp_mapping"):
-        p._hp_mapping = None  # type: ignore[assignment]
+        p._hp_mapping = None
     p.data = torch.zeros(edit.shape(tuple(p.shape)), dtype=p.dtype, device=p.device)
 
 
@@ -159,9 +159,9 @@ def _reshape_partitioned(p: Any, edit: Edit) -> None:
     p.partition()
 
 
-def _mark_persistent_again(offload: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
+def _mark_persistent_again(offload: Any, edits: Mapping[Any, Edit]) -> None:
     for p in edits:
-        p.ds_persist = False  # type: ignore[attr-defined]  # marking only ever sets True
+        p.ds_persist = False  # marking only ever sets True
     offload.persistent_parameters = offload.mark_persistent_parameters(
         offload.param_numel_persistence_threshold, offload.model_persistence_threshold
     )

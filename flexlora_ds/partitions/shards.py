@@ -80,7 +80,7 @@ class Shards:
 
         sizes = [_numel(self.shapes[p]) for p in bucket]
         whole = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
-        views = whole.split(sizes)
+        views = torch.split(whole, sizes)
         for p, view in zip(bucket, views, strict=True):
             piece = self.pieces[p]
             view.narrow(0, piece.start, piece.length).copy_(self.local(p, key))

@@ -1,0 +1,136 @@
+"""From options to an engine: data, model, adapter, optimizer, DeepSpeed. Everything before the first step."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.records import load_records
+from flexlora_ds.errors import UserError
+from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
+from launch.batch_layout import BatchLayout
+from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
+from launch.ds_config import adam_settings
+from launch.examples import TokenisedData, prepare_examples
+from launch.lr_schedule import build_lr_scheduler
+from launch.methods import Method, build_method
+from launch.options import TrainOptions
+from launch.processes import Process
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTION_NAMES = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: this process's batches, and how many steps they make."""
+
+    tokenised: TokenisedData
+    train: TrainingBatches
+    validation: ValidationBatches | None
+    steps: int
+
+
+def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
+    """Read and tokenise the records.
+
+    Raises:
+        UserError, DataError: the file is missing or malformed, or nothing is left to train on.
+    """
+    return prepare_examples(
+        load_records(require_data(options)),
+        tokenizer,
+        prompt=options.prompt,
+        cutoff_len=options.cutoff_len,
+        train_on_inputs=options.train_on_inputs,
+        val_size=options.val_size,
+        seed=options.seed,
+    )
+
+
+def require_data(options: TrainOptions) -> Path:
+    """The data file; said at once where it is missing, before a model is loaded for nothing."""
+    path = Path(options.data)
+    if not path.exists():
+        raise UserError(
+            f"no training data at {path} ({options.place('data')}); build it with `python -m data_prep --out data`, "
+            "or name another file with --data"
+        )
+    return path
+
+
+def cut_batches(
+    options: TrainOptions, data: TokenisedData, layout: BatchLayout, process: Process, pad: int
+) -> Data:
+    """Share the data over the processes."""
+    cut = Cut(process.world_size, process.rank, layout.micro_batch_size)
+    steps = total_steps(len(data.train), options.epochs, options.batch_size, options.max_steps)
+    validation = ValidationBatches(data.validation, cut, pad) if len(data.validation) else None
+    train = TrainingBatches(data.train, options.batch_size, options.seed, cut, pad)
+    return Data(data, train, validation, steps)
+
+
+def attention_of(options: TrainOptions) -> str:
+    """transformers' name of the attention kernels; `auto` takes flash where it is installed and can run.
+
+    Raises:
+        UserError: flash was asked for where it cannot run.
+    """
+    can_flash = (
+        torch.cuda.is_available()
+        and options.compute_dtype() != "fp32"
+        and importlib.util.find_spec("flash_attn") is not None
+    )
+    if options.attention == "flash" and not can_flash:
+        raise UserError(
+            f"attention flash needs a GPU, bf16 or fp16, and the package flash-attn ({options.place('attention')}); "
+            "install flash-attn or choose sdpa"
+        )
+    chosen = ("flash" if can_flash else "sdpa") if options.attention == "auto" else options.attention
+    return ATTENTION_NAMES[chosen]
+
+
+def build_engine(
+    options: TrainOptions, ds_config: dict[str, Any], steps: int, process: Process
+) -> tuple[Any, Method]:
+    """Load the model, adapt it, and wrap it in a DeepSpeed engine.
+
+    Raises:
+        UserError: the model is missing or gated, or the adapter does not fit it.
+    """
+    import deepspeed
+
+    method = build_method(options)
+    stage = ds_config["zero_optimization"]["stage"]
+    model = load_causal_lm(
+        options.model,
+        dtype=TORCH_DTYPES[options.compute_dtype()],
+        attention=attention_of(options),
+        device=None if stage == 3 else process.device,
+        zero3=ds_config if stage == 3 else None,
+    )
+    trained = method.adapt(model)
+    if options.gradient_checkpointing is True:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained.train()
+    optimizer = method.optimizer(trained, adam_settings(options.ds, options))
+    engine, *_ = deepspeed.initialize(
+        model=trained,
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(optimizer, options, steps),
+        config=ds_config,
+    )
+    torch.manual_seed(
+        options.seed * 1009 + process.rank
+    )  # PEFT's own dropout; FlexLoRA's masks have named seeds
+    return engine, method
+
+
+def load_tokenizer_of(options: TrainOptions) -> Any:
+    """The model's tokenizer."""
+    return load_tokenizer(options.model)

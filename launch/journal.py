@@ -1,0 +1,95 @@
+"""What a run tells while it runs: the metrics file, the progress line, the controller's warnings."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed import comm
+
+from flexlora_ds.record import RankChange
+from launch.batches import TrainingBatches
+from launch.methods import Method
+from launch.options import TrainOptions
+from launch.progress import Progress
+from launch.run_folder import RunFolder, StepMetrics
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process held so far, in 10^9 bytes: the GPU's allocations, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@dataclass
+class Journal:
+    """Counts and reports the steps of a run; every process has one, process 0's writes."""
+
+    options: TrainOptions
+    folder: RunFolder
+    batches: TrainingBatches
+    progress: Progress
+    device: torch.device
+    tokens: int = 0
+    warnings: list[str] = field(default_factory=list)
+    last_loss: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+    _since: float = field(default_factory=time.perf_counter)
+    _tokens_since: int = 0
+    _steps_since: int = 0
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether this step is logged."""
+        return step == 1 or step == last or step % self.options.log_every == 0
+
+    def count(self, step: int) -> None:
+        """Count a step's real tokens (padding left out)."""
+        tokens = self.batches.tokens(step)
+        self.tokens += tokens
+        self._tokens_since += tokens
+        self._steps_since += 1
+
+    def log(self, step: int, loss_sum: torch.Tensor, engine: Any, method: Method, skipped: bool) -> None:
+        """Write the line of a step; collective: the loss is summed over all processes here."""
+        comm.all_reduce(loss_sum)
+        loss = float(loss_sum) / self.batches.target_tokens(step)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        norm = engine.get_global_grad_norm()
+        lr = float(engine.basic_optimizer.param_groups[0]["lr"])
+        metrics = StepMetrics(
+            step=step,
+            epoch=self.batches.order.epoch(step),
+            loss=loss,
+            orth=method.orthogonality(),
+            lr=lr,
+            grad_norm=None if norm is None else float(norm),
+            tokens=self.tokens,
+            tokens_per_s=self._tokens_since / seconds,
+            step_s=seconds / self._steps_since,
+            peak_mem_gb=peak_memory_gb(self.device),
+            total_rank=method.total_rank,
+            skipped=skipped,
+        )
+        self._tokens_since = self._steps_since = 0
+        self.last_loss = loss
+        self.folder.log_step(metrics)
+        self.progress.update(step, loss=loss, tokens_per_s=metrics.tokens_per_s, lr=lr)
+
+    def rank_change(self, change: RankChange) -> None:
+        """Write a rank change, and say its warnings."""
+        self.folder.log_rank_change(change.to_dict())
+        self.progress.rank_change(change.step, len(change.pruned), len(change.expanded))
+        if change.loss_after is not None:
+            self.folder.log_validation(change.step, change.loss_after)
+        for text in change.warnings:
+            self.warn(f"step {change.step}: {text}")
+
+    def warn(self, text: str) -> None:
+        """Say a warning now and again in the summary."""
+        self.warnings.append(text)
+        self.progress.message(f"warning: {text}")

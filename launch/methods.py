@@ -1,0 +1,225 @@
+"""What is trained: FlexLoRA, or PEFT's LoRA in the same loop. One small class each, with the same face."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from flexlora_ds.adapter import adapters, forward_context, inject_adapters
+from flexlora_ds.controller import RankController
+from flexlora_ds.groups import parameter_groups
+from flexlora_ds.optimizer import FlexLoRAAdamW
+from flexlora_ds.partitions import MASTER, forget_construction, live_shards
+from flexlora_ds.peft_format import Triple, write_peft_adapter
+from flexlora_ds.record import RankChange
+from launch.batches import MicroBatch
+from launch.ds_config import AdamSettings
+from launch.json_files import write_text_atomically
+from launch.options import TrainOptions
+
+
+class Method(Protocol):
+    """One training method: built in the order of these functions."""
+
+    matrices: list[str]
+
+    def adapt(self, model: nn.Module) -> nn.Module:
+        """Freeze the base, add what is trained, return the model to train."""
+
+    def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
+        """The optimizer over the trainable parameters."""
+
+    def attach(self, engine: Any, total_steps: int, validate: Callable[[], float] | None) -> None:
+        """Begin to live with a DeepSpeed engine."""
+
+    def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
+        """Told of every micro-batch just before the model sees it."""
+
+    def after_step(self, step: int) -> RankChange | None:
+        """Called once after every attempted update."""
+
+    def orthogonality(self) -> float | None:
+        """Mean ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F; None where there is nothing of the kind."""
+
+    @property
+    def total_rank(self) -> int:
+        """Σ of the ranks of all matrices."""
+
+    @property
+    def trainable_parameters(self) -> int:
+        """The number of trainable parameters now."""
+
+    def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
+        """Write the adapter in PEFT's format; collective. Returns λ by matrix (empty without λ) on process 0."""
+
+
+class FlexLoRA:
+    """The method of this project."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.config = options.to_flexlora_config()
+        self.matrices: list[str] = []
+        self._controller: RankController | None = None
+
+    @property
+    def controller(self) -> RankController:
+        """The rank controller, once there is an engine."""
+        assert self._controller is not None, "attach(engine) comes first"
+        return self._controller
+
+    def adapt(self, model: nn.Module) -> nn.Module:
+        """Inject the adapters in place."""
+        self.matrices = inject_adapters(model, self.config)
+        return model
+
+    def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
+        """Our AdamW, with λ in groups of its own."""
+        return FlexLoRAAdamW(
+            parameter_groups(model, self.config, self.options.lr),
+            lr=self.options.lr,
+            betas=adam.betas,
+            eps=adam.eps,
+            per_element_age=self.config.new_moment == "own_age",
+            sensitivity=self.config.importance == "sensitivity",
+        )
+
+    def attach(self, engine: Any, total_steps: int, validate: Callable[[], float] | None) -> None:
+        """Start the rank controller."""
+        self._controller = RankController(engine, self.config, total_steps, validate)
+        self._context = forward_context(engine.module)
+
+    def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
+        """Seed the dropout masks of this micro-batch."""
+        self._context.row_keys = batch.row_keys.to(device, non_blocking=True)
+
+    def after_step(self, step: int) -> RankChange | None:
+        """Regularise, and change ranks where a change is due."""
+        return self.controller.after_step(step)
+
+    def orthogonality(self) -> float | None:
+        """How far P and Q are from orthonormal; collective."""
+        return self.controller.orthogonality()
+
+    @property
+    def total_rank(self) -> int:
+        """Σ of the ranks of all matrices."""
+        return self.controller.total_rank
+
+    @property
+    def trainable_parameters(self) -> int:
+        """The number of trainable parameters now."""
+        return self.controller.trainable_parameters()
+
+    def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
+        """Write P diag(λ) Q of every matrix, from the fp32 masters, as a LoRA with rank and alpha patterns."""
+        shards = live_shards(self.controller.engine)
+        writes = self.controller.engine.global_rank == 0
+        layers = adapters(self.controller.engine.module)
+        whole: dict[nn.Parameter, torch.Tensor] = {}
+        for p, value in shards.read([p for a in layers.values() for p in (a.P, a.lam, a.Q)], MASTER):
+            if writes:
+                whole[p] = value.detach().cpu().clone()
+        if not writes:
+            return {}
+        triples = {n: Triple(whole[a.P], whole[a.lam], whole[a.Q]) for n, a in layers.items()}
+        write_peft_adapter(folder, triples, self.config, base_model)
+        record_prompt(folder, self.options)
+        return {n: triple.lam.tolist() for n, triple in triples.items()}
+
+
+class PeftLoRA:
+    """PEFT's LoRA, as it comes, under the same loop, data and loss."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.matrices: list[str] = []
+
+    def adapt(self, model: nn.Module) -> nn.Module:
+        """Wrap the model in PEFT's LoRA."""
+        from peft import LoraConfig, get_peft_model
+
+        targets = self.options.target_modules
+        torch.manual_seed(self.options.seed)
+        wrapped: nn.Module = get_peft_model(
+            model,
+            LoraConfig(
+                r=self.options.rank,
+                lora_alpha=self.options.alpha,
+                lora_dropout=self.options.dropout,
+                target_modules="all-linear" if "all-linear" in targets else list(targets),
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,
+        )
+        self.matrices = [n for n, m in wrapped.named_modules() if hasattr(m, "lora_A")]
+        return wrapped
+
+    def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
+        """torch's AdamW over all of LoRA's parameters."""
+        params = [p for p in model.parameters() if p.requires_grad]
+        options = self.options
+        return torch.optim.AdamW(
+            params, lr=options.lr, betas=adam.betas, eps=adam.eps, weight_decay=options.weight_decay
+        )
+
+    def attach(self, engine: Any, total_steps: int, validate: Callable[[], float] | None) -> None:
+        """Remember the engine."""
+        self.engine = engine
+        forget_construction(engine)
+
+    def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
+        """PEFT draws its dropout from torch's generator."""
+
+    def after_step(self, step: int) -> RankChange | None:
+        """Ranks never change."""
+        return None
+
+    def orthogonality(self) -> float | None:
+        """There is no P and Q."""
+        return None
+
+    @property
+    def total_rank(self) -> int:
+        """Σ of the ranks of all matrices."""
+        return self.options.rank * len(self.matrices)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """The number of trainable parameters."""
+        return sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters() if p.requires_grad
+        )
+
+    def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
+        """Write PEFT's files from the fp32 masters."""
+        from safetensors.torch import save_file
+
+        named = {p: n for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        tensors = {}
+        for p, value in live_shards(self.engine).read(list(named), MASTER):
+            if self.engine.global_rank == 0:
+                tensors[named[p].replace(".default.", ".")] = value.detach().cpu().clone().contiguous()
+        if self.engine.global_rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = self.engine.module.peft_config["default"]
+            config.base_model_name_or_path, config.inference_mode = base_model, True
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(folder)
+            record_prompt(folder, self.options)
+        return {}
+
+
+def build_method(options: TrainOptions) -> Method:
+    """The method that the options name."""
+    return FlexLoRA(options) if options.method == "flexlora" else PeftLoRA(options)
+
+
+def record_prompt(folder: Path, options: TrainOptions) -> None:
+    """Say beside the adapter which prompt it was trained with; the evaluation uses it."""
+    write_text_atomically(folder / "prompt.json", json.dumps({"prompt": options.prompt}) + "\n")

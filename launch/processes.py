@@ -1,0 +1,64 @@
+"""This process among the others: its rank, its device, its threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from launch.extensions import limit_threads, prepare_extensions
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    threads: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0, which prints and writes."""
+        return self.rank == 0
+
+
+def world_size_of_environment() -> int:
+    """The number of processes as the launcher says, before communication begins."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes() -> Process:
+    """Begin communication, under a launcher or alone, with or without a GPU.
+
+    Raises:
+        UserError, RunError: as `prepare_extensions` (a CPU run without a C++ compiler).
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    threads = limit_threads()
+    prepare_extensions()
+    import deepspeed
+    from deepspeed import comm
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    device = torch.device("cpu")
+    if gpus:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False)
+    return Process(comm.get_rank(), comm.get_world_size(), device, threads)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,42 @@
+"""The loss of a micro-batch as a sum over its target tokens, with logits only where there are targets."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launch.batches import MicroBatch
+from launch.examples import IGNORED
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model computes logits at chosen positions only (`logits_to_keep`, transformers)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def token_loss(model: Any, batch: MicroBatch, device: torch.device, *, at_positions: bool) -> Tensor:
+    """Σ over the target tokens of −ln p(token), in fp32: a scalar that keeps its graph.
+
+    A micro-batch without targets gives 0 with a graph, so that every process runs the same collectives.
+    """
+    wanted = (batch.labels[:, 1:] != IGNORED).any(0)
+    if not at_positions or not bool(wanted.any()):
+        wanted = torch.ones_like(wanted)
+    positions = wanted.nonzero().squeeze(1)
+    targets = batch.labels[:, positions + 1].to(device)
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(device, non_blocking=True),
+        "attention_mask": batch.attention_mask.to(device, non_blocking=True),
+        "use_cache": False,
+    }
+    if at_positions:
+        inputs["logits_to_keep"] = positions.to(device)
+        logits = model(**inputs).logits
+    else:
+        logits = model(**inputs).logits[:, positions.to(device)]
+    flat = logits.float().reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")

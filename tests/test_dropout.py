@@ -1,0 +1,55 @@
+"""The seeded dropout mask: unbiased, uncorrelated, and the same however a batch is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexlora_ds.dropout import keep_mask, name_key
+
+ROWS, FEATURES = 4000, 500
+
+
+def keys(rows: int = ROWS) -> torch.Tensor:
+    return torch.randint(-(2**62), 2**62, (rows,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_every_row_and_every_feature_is_dropped_as_often_as_asked(p: float) -> None:
+    kept = keep_mask(keys(), name_key("q_proj"), FEATURES, p).double()
+    sigma = (p * (1 - p)) ** 0.5
+    assert abs(kept.mean() - (1 - p)) < 5 * sigma / (ROWS * FEATURES) ** 0.5
+    for axis, count in ((0, ROWS), (1, FEATURES)):
+        deviations = (kept.mean(axis) - (1 - p)) / (sigma / count**0.5)
+        assert deviations.abs().max() < 5
+        assert 0.85 < deviations.std() < 1.15
+
+
+def test_neighbours_are_independent() -> None:
+    kept = keep_mask(keys(), name_key("q_proj"), FEATURES, 0.5).double() - 0.5
+    bound = 5 * 0.25 / (ROWS * FEATURES) ** 0.5
+    assert abs((kept[:, 1:] * kept[:, :-1]).mean()) < bound
+    assert abs((kept[:, 2:] * kept[:, :-2]).mean()) < bound
+    assert abs((kept[1:] * kept[:-1]).mean()) < bound
+    other = keep_mask(keys(), name_key("k_proj"), FEATURES, 0.5).double() - 0.5
+    assert abs((kept * other).mean()) < bound
+
+
+def test_consecutive_keys_are_as_good_as_random_ones() -> None:
+    kept = keep_mask(torch.arange(ROWS), 0, FEATURES, 0.5).double() - 0.5
+    assert abs((kept[1:] * kept[:-1]).mean()) < 5 * 0.25 / (ROWS * FEATURES) ** 0.5
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    all_rows = keep_mask(keys(), name_key("v_proj"), 33, 0.3)
+    some = torch.tensor([5, 999, 3])
+    assert torch.equal(keep_mask(keys()[some], name_key("v_proj"), 33, 0.3), all_rows[some])
+
+
+def test_the_mask_is_pinned() -> None:
+    """Runs must repeat across versions: these bits are part of the checkpoint's meaning."""
+    kept = keep_mask(torch.tensor([1, -7, 2**40]), name_key("model.layers.0.self_attn.q_proj"), 12, 0.5)
+    assert ["".join(map(str, row)) for row in kept.int().tolist()] == PINNED
+
+
+PINNED = ["000100001100", "111100011100", "101010011000"]
