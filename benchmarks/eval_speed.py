@@ -90,9 +90,9 @@ def reference(
     """The stand-in: one item at a time, beam 4."""
 
     def work(item: Item) -> int:
-        (text,) = generate_with_library(lm, [item.prompt], beams=4, max_new_tokens=MAX_NEW_TOKENS)
+        (row,) = generate_with_library(lm, [item.prompt], beams=4, max_new_tokens=MAX_NEW_TOKENS)
         question = item.question
-        found[question.task, question.index] = read_answer(tasks[question.task].pattern, text)
+        found[question.task, question.index] = read_answer(tasks[question.task].pattern, lm.decode(row))
         return 1
 
     return Contender("reference", in_rounds([lambda item=item: work(item) for item in items]))  # type: ignore[misc]

@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int, team: Team, arguments: Sequence[str]) -> int:
-    """Before the work starts all processes meet the same fault, and the leading one tells it."""
+    """Before the work starts all processes meet the same fault of the user's: the leading one tells it."""
     if _wants_traceback(arguments):
         traceback.print_exception(error)
-    if team.leads or team.started:
+    if team.leads or team.started or code == 1:
         text = " ".join(str(error).split())
         known = isinstance(error, (UserError, DataError)) or type(error).__name__ == "RunError"
         fault = text if known else f"{type(error).__name__}: {text[:500]}; --debug shows where"

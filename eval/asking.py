@@ -11,7 +11,7 @@ from eval.beginning import Beginning
 from eval.generate import Drafter, generate_greedy
 from eval.items import Item, TaskItems
 from eval.language_model import LanguageModel, memory_is_short
-from eval.library_generate import generate_with_library
+from eval.library_generate import decode_until_decided, generate_with_library
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import ANSWER_LEAD, MAX_NEW_TOKENS, Protocol
@@ -98,7 +98,7 @@ class Asker:
             self._beginning(task),
             [item.prompt for item in batch.items],
             [self._limit(item) for item in batch.items],
-            lambda text: read_answer(task.pattern, text) is not None,
+            task.decides,
             drafter.draft,
         )
         drafter.learn(answers)
@@ -109,7 +109,7 @@ class Asker:
     def _draft(self, task: TaskItems) -> tuple[int, ...]:
         draft = task.lead[: MAX_NEW_TOKENS - 1]
         shortest = min((len(candidate) for item in task.items for candidate in item.candidates), default=0)
-        undecided = read_answer(task.pattern, self.lm.decode(draft)) is None
+        undecided = not task.decides(self.lm.decode(draft))
         return draft if undecided and len(draft) < shortest and not self.lm.stop_ids & set(draft) else ()
 
     def _limit(self, item: Item) -> int:
@@ -118,15 +118,15 @@ class Asker:
 
     def _generate_with_library(self, batch: Batch) -> list[Prediction]:
         """Items with less room than the others go apart: the library has one limit per batch."""
-        task, predictions = self._tasks[batch.task], []
+        task, beams = self._tasks[batch.task], self.protocol.beams
+        predictions = []
         for limit in sorted({self._limit(item) for item in batch.items}):
             items = [item for item in batch.items if self._limit(item) == limit]
-            texts = generate_with_library(
-                self.lm, [item.prompt for item in items], beams=self.protocol.beams, max_new_tokens=limit
-            )
-            predictions += [
-                _generated(task, item, text, None) for item, text in zip(items, texts, strict=True)
-            ]
+            prompts = [item.prompt for item in items]
+            rows = generate_with_library(self.lm, prompts, beams=beams, max_new_tokens=limit)
+            for item, row in zip(items, rows, strict=True):
+                text = self.lm.decode(row) if beams > 1 else decode_until_decided(self.lm, row, task.decides)
+                predictions.append(_generated(task, item, text, None))
         return predictions
 
     def _score(self, batch: Batch) -> list[Prediction]:

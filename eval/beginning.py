@@ -27,6 +27,8 @@ class Beginning:
 
     def open(self, rows: Sequence[Sequence[int]], *, keep: int, use_cache: bool) -> Opened:
         """Compute whole rows (beginning included) up to their ends; see `Opened` for what comes back."""
+        if self.lm.one_by_one and len(rows) > 1:
+            return _stack([self.open([row], keep=keep, use_cache=use_cache) for row in rows])
         ids, rest_mask = left_pad([row[self.length :] for row in rows], self.lm.pad_id, self.lm.device)
         positions = self.length + (rest_mask.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([rest_mask.new_ones(len(rows), self.length), rest_mask], dim=1)
@@ -54,6 +56,12 @@ class Opened:
 
     def __init__(self, logits: Tensor, mask: Tensor, last: Tensor, cache: Any) -> None:
         self.logits, self.mask, self.last, self.cache = logits, mask, last, cache
+
+
+def _stack(opened: Sequence[Opened]) -> Opened:
+    """The logits of rows computed one by one; nothing goes on from them, so masks and caches are left out."""
+    logits = torch.cat([one.logits for one in opened])
+    return Opened(logits, opened[0].mask[:0], opened[0].last[:0], None)
 
 
 def _keys_and_values(lm: LanguageModel, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from data_prep.errors import DataError
 from data_prep.prompt import evaluation_prompt
 from data_prep.records import load_records
 from data_prep.tasks import TASKS
+from eval.parsing import read_answer
 from eval.protocols import ANSWER_LEAD
 
 Tokens = tuple[int, ...]
@@ -64,6 +65,10 @@ class TaskItems:
     shared: Tokens
     lead: Tokens
     single_position: bool
+
+    def decides(self, text: str) -> bool:
+        """Whether an answer can be read in a generated text."""
+        return read_answer(self.pattern, text) is not None
 
     @property
     def chance(self) -> float:

@@ -15,7 +15,8 @@ class LanguageModel:
 
     `pad_id` fills masked places only, so any id of the vocabulary is right. `stop_ids` end an answer.
     `context` is the number of positions the model has (None: no limit). `own_loop` says whether its cache is
-    plain keys and values that rows may share and leave; others use transformers' `generate`.
+    plain keys and values that rows may share and leave; others use transformers' `generate`. `one_by_one`: rows
+    must not be padded (prompt-learning adapters put virtual tokens before the padding and ignore positions).
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -30,7 +31,10 @@ class LanguageModel:
         )
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = frozenset(inspect.signature(base.forward).parameters)
-        self.own_loop = "position_ids" in self._accepts and _has_plain_cache(model.config)
+        peft_config = getattr(model, "active_peft_config", None)
+        self.one_by_one = bool(getattr(peft_config, "is_prompt_learning", False))
+        plain = "position_ids" in self._accepts and _has_plain_cache(model.config)
+        self.own_loop = plain and not self.one_by_one
 
     def forward(
         self,
@@ -51,7 +55,7 @@ class LanguageModel:
             "attention_mask": mask,
             "use_cache": use_cache or cache is not None,
         }
-        if "position_ids" in self._accepts:
+        if "position_ids" in self._accepts and not self.one_by_one:
             arguments["position_ids"] = positions
         if cache is not None:
             arguments["past_key_values"] = cache

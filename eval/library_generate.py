@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,8 +13,8 @@ from eval.language_model import LanguageModel
 @torch.inference_mode()
 def generate_with_library(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], *, beams: int, max_new_tokens: int
-) -> list[str]:
-    """The generated texts, without their prompts; the model's own sampling settings are not used."""
+) -> list[list[int]]:
+    """The generated tokens, without prompts and end tokens; the model's own sampling settings are not used."""
     from transformers import GenerationConfig
 
     ids, mask = left_pad(prompts, lm.pad_id, lm.device)
@@ -27,7 +27,16 @@ def generate_with_library(
         use_cache=True,
     )
     rows = lm.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
-    return [lm.decode(_until_stop(row, lm.stop_ids)) for row in rows.tolist()]
+    return [_until_stop(row, lm.stop_ids) for row in rows.tolist()]
+
+
+def decode_until_decided(lm: LanguageModel, tokens: Sequence[int], decided: Callable[[str], bool]) -> str:
+    """The text of the fewest leading tokens that decide an answer, or of all: where `generate_greedy` ends."""
+    for count in range(1, len(tokens)):
+        text = lm.decode(tokens[:count])
+        if decided(text):
+            return text
+    return lm.decode(tokens)
 
 
 def _until_stop(row: list[int], stop_ids: frozenset[int]) -> list[int]:

@@ -148,9 +148,7 @@ class PredictionFolder:
             known = {item.question.index: item.question.prompt_hash for item in task.items}
             merged = self.read(task.task)
             merged.update({p.index: p for p in found[task.task] if known.get(p.index) == p.prompt_hash})
-            lines = [
-                json.dumps(merged[index].to_json(), ensure_ascii=False) + "\n" for index in sorted(merged)
-            ]
+            lines = [json.dumps(merged[index].to_json()) + "\n" for index in sorted(merged)]
             write_text(self.folder / f"{task.task}.jsonl", "".join(lines))
         for journal in journals:
             journal.unlink()
@@ -178,7 +176,7 @@ class Journal:
 
     def add(self, predictions: Sequence[Prediction]) -> None:
         """Append predictions. RunError where the disk does not take them."""
-        lines = [json.dumps({"task": p.task, **p.to_json()}, ensure_ascii=False) + "\n" for p in predictions]
+        lines = [json.dumps({"task": p.task, **p.to_json()}) + "\n" for p in predictions]
         data = memoryview("".join(lines).encode())
         try:
             while data:

@@ -41,7 +41,7 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     settings = _settings(options, style, lm, tasks)
     folder = PredictionFolder(options.out)
     if team.leads:
-        _note(warning)
+        _note(warning and f"warning: {warning}")
         folder.lock()
         folder.claim(settings)
         folder.fold(tasks.values())
@@ -109,7 +109,7 @@ def _settle_too_long(asker: Asker, tasks: dict[str, TaskItems], folder: Predicti
     folder.fold(tasks.values())
     first = too_long[0].question
     _note(
-        f"{len(too_long)} items do not fit the model's context of {context} tokens and count as unanswered "
+        f"warning: {len(too_long)} items do not fit the model's context of {context} tokens and count as unanswered "
         f"(the first: {first.task}, item {first.index})"
     )
 
@@ -123,10 +123,15 @@ def _plan(
     team: Team,
 ) -> list[Batch]:
     """The batches still to do, the same list on every process: nothing is written while any process plans."""
-    left = {}
+    left, kept = {}, 0
     for name, task in tasks.items():
         done = folder.read(name)
         left[name] = [item for item in task.items if item.question.index not in done]
+        kept += len(done)
+    if kept and team.leads:
+        _note(f"continuing: {kept:,} of {kept + sum(map(len, left.values())):,} items are there already")
+    if asker.lm.one_by_one:
+        max_rows = 1
     if team.size > 1:
         everything = sum(asker.cost(item) for items in left.values() for item in items)
         budget = max(1, min(budget, everything // (_BATCHES_PER_PROCESS * team.size)))
@@ -171,7 +176,7 @@ def _report(
 
 def _note(text: str | None) -> None:
     if text:
-        print(f"warning: {text}", file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 def _quiet_libraries() -> None:

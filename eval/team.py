@@ -90,5 +90,11 @@ class Team:
     def set_threads(self) -> int:
         """Share the machine's cores unless OMP_NUM_THREADS is set; the number of threads in use."""
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
+            torch.set_num_threads(max(1, _cores() // self.local_size))
         return torch.get_num_threads()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

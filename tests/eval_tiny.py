@@ -151,7 +151,9 @@ def one_by_one(lm: LanguageModel, questions: list[Question]) -> list[tuple[str, 
     answers = []
     for question in questions:
         ids = torch.tensor([lm.tokenizer(question.prompt)["input_ids"]])
-        whole = lm.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0]
+        whole = lm.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+        )[0]
         text = lm.tokenizer.decode(whole, skip_special_tokens=True).split("### Response:")[-1].strip()
         found = re.findall(TASKS[question.task].pattern, text)
         answers.append((text, found[0] if found else None))

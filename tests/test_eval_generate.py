@@ -14,7 +14,6 @@ from eval.beginning import Beginning
 from eval.generate import Drafter, generate_greedy
 from eval.items import TaskItems
 from eval.language_model import LanguageModel
-from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import PROTOCOLS
 from tests import eval_tiny
@@ -103,7 +102,7 @@ def test_a_draft_changes_nothing(taught: LanguageModel, draft: str) -> None:
             Beginning(taught, task.shared),
             [item.prompt for item in task.items],
             [32] * len(task.items),
-            lambda text: read_answer(task.pattern, text) is not None,
+            task.decides,
             draft_ids,
         )
 
@@ -144,9 +143,31 @@ def test_a_model_with_another_kind_of_cache() -> None:
     assert not lm.own_loop
     task = eval_tiny.task_items(lm, "ARC-Easy", 6)
     reference = eval_tiny.one_by_one(lm, [item.question for item in task.items])
+    for rows in (1, None):
+        ours = ask_all(lm, [task], "generate", 10_000, rows)
+        for prediction, (text, answer) in zip(ours, reference, strict=True):
+            assert prediction.prediction == answer
+            assert text.startswith(prediction.output.strip())
+
+
+def test_adapters_with_virtual_tokens_are_never_padded() -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    lm = LanguageModel(get_peft_model(eval_tiny.make_model(seed=4), config), eval_tiny.make_tokenizer())
+    assert lm.one_by_one and not lm.own_loop
+    task = eval_tiny.task_items(lm, "ARC-Easy", 6)
+    rows = [item.prompt for item in task.items]
+    together = Beginning(lm, task.shared).open(rows, keep=1, use_cache=False).logits[:, 0]
+    for logits, prompt in zip(together, rows, strict=True):
+        alone = lm.model(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt))).logits[
+            0, -1
+        ]
+        assert torch.allclose(logits, alone, atol=1e-4)
     ours = ask_all(lm, [task], "generate", 1, 1)
-    for prediction, (text, answer) in zip(ours, reference, strict=True):
-        assert (prediction.output.strip(), prediction.prediction) == (text, answer)
+    reference = eval_tiny.one_by_one(lm, [item.question for item in task.items])
+    assert [p.prediction for p in ours] == [answer for _, answer in reference]
 
 
 def test_beam_search_in_batches_equals_one_by_one(taught: LanguageModel) -> None:
