@@ -48,6 +48,7 @@ def load_causal_lm(
             return _load_whole(source, dtype, attention, device)
         from flexlora_ds import zero3_loading
 
+        zero3_loading.require_same_dtype(dtype, zero3)
         load_whole = partial(_load_whole, source, dtype, attention, None)
         if source.gguf_file is not None:
             return zero3_loading.partition(load_whole(), zero3)

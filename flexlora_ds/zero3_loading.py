@@ -15,6 +15,7 @@ Read from DeepSpeed 0.19.8 and transformers 5.23.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,11 +43,11 @@ def load_partitioned(
     `zero3` is the DeepSpeed configuration the engine will get; every process calls this. `load_whole` is
     used, and its result partitioned, where the checkpoint's tensors are not one to one the model's. Raises
     UserError if a tensor has the wrong shape, and what safetensors raises for a damaged file, on all
-    processes alike and before any collective.
+    processes alike.
     """
+    shards = _read_headers(folder)
     model = _build_partitioned(folder, dtype, attention, zero3)
     slots = _slots(model)
-    shards = _read_headers(folder)
     if not (_one_to_one(slots, shards) and all(_is_plain(slot) for slot in slots.values())):
         del model, slots
         return partition(load_whole(), zero3)
@@ -83,13 +84,18 @@ def _build_partitioned(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     gc.collect()  # a partitioned parameter is part of a cycle, so the head that tying replaced would stay
-    wrong = [name for name, parameter in model.named_parameters() if parameter.dtype != dtype]
-    if wrong:
-        raise UserError(
-            f"`dtype` is {dtype}, but the DeepSpeed configuration makes {wrong[0]} another; let its bf16 and "
-            f"fp16 blocks agree with `dtype`"
-        )
     return model.eval()
+
+
+def require_same_dtype(dtype: torch.dtype, zero3: Mapping[str, Any]) -> None:
+    """Raise UserError if the engine would train another dtype than the one that is loaded."""
+    blocks = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    enabled = [block for block in blocks if zero3.get(block, {}).get("enabled")]
+    if [blocks[block] for block in enabled] != ([] if dtype == torch.float32 else [dtype]):
+        found = " and ".join(enabled) or "neither bf16 nor fp16"
+        raise UserError(
+            f"`dtype` is {dtype}, but the DeepSpeed configuration enables {found}; let them agree"
+        )
 
 
 def _slots(model: nn.Module) -> dict[str, Tensor]:
@@ -97,12 +103,19 @@ def _slots(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict(keep_vars=True))
 
 
+def _shard_files(folder: Path) -> list[Path]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
 def _read_headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     """The tensors' shapes by name by shard; opening each file also checks that it is complete."""
     from safetensors import safe_open
 
     headers = {}
-    for shard in sorted(folder.glob("*.safetensors")):
+    for shard in _shard_files(folder):
         with safe_open(shard, framework="pt") as file:
             names = list(file.keys())
             headers[shard] = {name: tuple(file.get_slice(name).get_shape()) for name in names}
