@@ -36,7 +36,9 @@ def _leave(error: Exception, code: int, debug: bool) -> int:
 
 def quiet_libraries() -> None:
     """Keep other libraries' remarks off the run's own output; before they are imported."""
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch.distributed, transformers: not the user's to mend
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
