@@ -26,21 +26,22 @@ def train(options: TrainOptions) -> None:
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
-    from launch.batch_layout import batch_layout
     from launch.build import build_engine, cut_batches, load_tokenizer_of, prepare_data, require_data
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish
     from launch.journal import Journal
+    from launch.memory_plan import plan_memory
     from launch.processes import join_processes, world_size_of_environment
     from launch.progress import Progress
     from launch.run_folder import RunFolder
     from launch.validation import Validator
 
     world_size = world_size_of_environment()
-    layout = batch_layout(options, world_size)
-    options = options.replace(micro_batch_size=layout.micro_batch_size, dtype=options.compute_dtype())
-    ds_config = resolve_ds_config(options.ds, options, world_size)
     require_data(options)
+    plan = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)
+    repeatable, layout = plan.options, plan.layout()
+    options = repeatable.replace(micro_batch_size=layout.micro_batch_size)
+    ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     process = join_processes()
@@ -49,7 +50,7 @@ def train(options: TrainOptions) -> None:
     folder.start_anew()
     batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
     engine, method = build_engine(options, ds_config, batches.steps, process)
-    folder.write_options(options.to_yaml())
+    folder.write_options(repeatable.to_yaml())
     progress = Progress(batches.steps, log_every=options.log_every, shows=process.first)
     journal = Journal(options, folder, batches.train, progress, process.device)
     validator = Validator(engine, method, batches.validation, process.device)
