@@ -74,7 +74,7 @@ def run_commands(plan: Plan, model: Path, tasks: Sequence[str]) -> Iterator[tupl
     yield "evaluation before", [*evaluate, "--out", str(before)]
     yield "training", training_command(RECIPE, options, processes=plan.processes)
     yield "evaluation after", [*evaluate, "--adapter", str(plan.out / "adapter"), "--out", str(after)]
-    yield "both tables", ["-m", "eval.compare", str(before), str(after)]
+    yield "both tables", ["-m", "eval.compare", str(before), str(after), "--out", str(plan.out)]
 
 
 def tasks_with_tests(records: Path) -> list[str]:
@@ -99,7 +99,7 @@ def run(plan: Plan) -> None:
         run_step(title, command)
     print(f"\nreport  {plan.out}/report/index.html")
     print(f"adapter {plan.out}/adapter")
-    print(f"tables  {plan.out}/eval_before/table.md, {plan.out}/eval_after/table.md")
+    print(f"tables  {plan.out}/comparison.md")
 
 
 def _make_room(out: Path) -> None:
