@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for what the user must change; 1 for what failed; 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     team = Team()
+    team.follow_launcher()
     try:
         evaluate(parse_options(arguments), team)
     except (UserError, DataError) as error:

@@ -5,7 +5,10 @@ No process group: the launcher's key-value store hands out batches one by one, a
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
 _START_TIMEOUT = timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WORK_TIMEOUT = timedelta(days=7)  # the launcher ends the others when one is lost
 
 
@@ -29,12 +33,20 @@ class Team:
         self._store: Any = HashStore()
         self.started = self.size == 1
 
+    def follow_launcher(self) -> None:
+        """End with the launcher: a killed one must not leave processes that go on writing (Linux only)."""
+        if self.size > 1 and sys.platform == "linux":
+            launcher = os.getppid()
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != launcher:  # it died before the call
+                sys.exit(1)
+
     def connect(self) -> None:
         """Meet the others at the launcher's address."""
         if self.size > 1:
             from torch.distributed.rendezvous import rendezvous
 
-            store, _, _ = next(iter(rendezvous("env://")))
+            store, _, _ = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
             # A restarted group must not see the counters of the group before.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = PrefixStore(f"eval/{attempt}", store)

@@ -89,7 +89,7 @@ def kill_after(process: subprocess.Popen[str], out: Path, lines: int) -> None:
     while lines_written(out) < lines and process.poll() is None:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=30)  # ends only when the last process has: none survives its launcher
 
 
 def test_two_processes_equal_one(place: Path, tmp_path: Path) -> None:
@@ -123,6 +123,7 @@ def test_five_kills_lose_and_repeat_nothing(place: Path, tmp_path: Path) -> None
     out, rng = tmp_path / "out", random.Random(0)
     for kill in range(1, 6):
         kill_after(launch(place, out, 2, "--batch_size", "1"), out, 15 * kill + rng.randrange(10))
+        assert not (out / "results.json").exists()
     process = launch(place, out, 2)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
