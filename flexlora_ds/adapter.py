@@ -53,7 +53,9 @@ class AdaptedLinear(nn.Module):
         device, dtype = base.weight.device, adapter_dtype(base.weight)
         self.P = nn.Parameter(gaussian(out, config.rank, init_std(config, out), rng).to(device, dtype))
         self.lam = nn.Parameter(torch.zeros(config.rank, device=device, dtype=dtype))
-        self.Q = nn.Parameter(gaussian(config.rank, features, init_std(config, features), rng).to(device, dtype))
+        self.Q = nn.Parameter(
+            gaussian(config.rank, features, init_std(config, features), rng).to(device, dtype)
+        )
 
     @property
     def in_features(self) -> int:

@@ -40,19 +40,19 @@ def load_causal_lm(
 
     `zero3` is the DeepSpeed configuration of a stage-3 run: the parameters come partitioned over all
     processes (each of which must call), and `device` is DeepSpeed's choice. See
-    `flexlora_ds.zero3_loading`.
+    `flexlora_ds.partitions.loading`.
     """
     source = locate(model, revision)
     with one_line_errors(source, "model"):
         if zero3 is None:
             return _load_whole(source, dtype, attention, device)
-        from flexlora_ds import zero3_loading
+        from flexlora_ds.partitions import loading
 
-        zero3_loading.require_same_dtype(dtype, zero3)
+        loading.require_same_dtype(dtype, zero3)
         load_whole = partial(_load_whole, source, dtype, attention, None)
         if source.gguf_file is not None:
-            return zero3_loading.partition(load_whole(), zero3)
-        return zero3_loading.load_partitioned(
+            return loading.partition(load_whole(), zero3)
+        return loading.load_partitioned(
             fetch(source, "model"), dtype=dtype, attention=attention, zero3=zero3, load_whole=load_whole
         )
 

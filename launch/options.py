@@ -6,9 +6,7 @@ Values come from a recipe file and the command line (which wins). Importing this
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,14 +265,7 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
 
     Raises:
         UserError: no such recipe, an unknown or misspelt key, or a value that is not allowed.
-        SystemExit: with code 0, after the help text that `--help` asks for.
     """
-    if "--help" in argv or "-h" in argv:
-        if os.environ.get("RANK", "0") == "0":
-            from launch.option_help import help_text
-
-            sys.stdout.write(help_text())
-        raise SystemExit(0)
     typed = read_arguments(argv, [spec.name for spec in SPECS])
     recipe = find_recipe(str(typed.values.get("recipe", DEFAULT_RECIPE)))
     written = read_recipe(recipe, _recipe_keys())

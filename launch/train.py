@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn errors into one line and an exit code."""
     quiet_libraries()
     arguments = sys.argv[1:] if argv is None else list(argv)
-    asked: dict[str, TrainOptions] = {}
+    if "--help" in arguments or "-h" in arguments:
+        show_help()
+        return 0
 
     def body() -> None:
-        asked["options"] = parse_options(arguments)
-        run(asked["options"])
+        run(parse_options(arguments))
 
     debug = any(a in ("--debug=true", "--debug") for a in arguments)
     return guarded(body, debug=debug)
+
+
+def show_help() -> None:
+    """Print every key with its default and what it means, from process 0."""
+    from launch.option_help import help_text
+
+    if os.environ.get("RANK", "0") == "0":
+        print(help_text(), end="")
 
 
 def run(options: TrainOptions) -> None:
@@ -135,10 +144,8 @@ def run(options: TrainOptions) -> None:
         from launch.dry_run import dry_run
 
         dry_run(options)
-        return
-    started = time.perf_counter()
-    train(options)
-    del started
+    else:
+        train(options)
 
 
 if __name__ == "__main__":

@@ -226,8 +226,8 @@ def test_docs_page_is_in_step() -> None:
 
 def test_help_exits_0_and_needs_no_torch() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from launch.options import parse_options; "
-        "parse_options(['--rank', '0', '--help'])"
+        "import sys; sys.modules['torch'] = None; from launch.train import main; "
+        "sys.exit(main(['--rank', '0', '--help']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from flexlora_ds.errors import RunError
+from flexlora_ds.host_memory import returning_large_blocks
 from flexlora_ds.partitions.layout import live_shards, stage_of, trainable_groups
 from flexlora_ds.partitions.shards import MASTER, Shards
 
@@ -54,6 +55,11 @@ def resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
     """
     if engine.micro_steps % engine.gradient_accumulation_steps() != 0:
         raise RunError("ranks can change at a gradient accumulation boundary only; call after engine.step()")
+    with returning_large_blocks():
+        _resize(engine, edits)
+
+
+def _resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
     groups = trainable_groups(engine)
     stage = stage_of(engine)
     _drop_gradients(groups)

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.host_memory import returning_large_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@returning_large_blocks()
 def load_partitioned(
     folder: Path,
     *,
