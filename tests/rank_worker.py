@@ -9,7 +9,9 @@ import psutil
 import torch
 
 from flexlora_ds import FlexLoRAConfig, RankController, adapters
+from flexlora_ds.importance import score_matrices
 from flexlora_ds.partitions import MASTER, live_shards, resize
+from flexlora_ds.spectra import read_lambdas
 from tests import tiny
 
 CALENDAR = {"adjust_start": 5, "adjust_freeze": 8, "adjust_interval": 10}  # due at 15, 25, 35, 45 of 60
@@ -39,14 +41,24 @@ def batches(steps: int) -> list[list[list[int]]]:
 def trajectory(case: dict[str, Any]) -> dict[str, Any]:
     """Losses of every step and ranks after every change."""
     engine, controller = setup(case, configuration(**case.get("options", {})))
-    losses, ranks, margins = [], [], []
+    losses, ranks, margins, scores = [], [], [], {}
     for step, rows in enumerate(batches(case.get("steps", TOTAL)), 1):
         losses.append(tiny.train_step(engine, rows))
+        if step in case.get("score_at", ()):
+            scores[step] = score_matrices(
+                read_lambdas(live_shards(engine), controller.layers), controller.config
+            )
         change = controller.after_step(step)
         if change is not None:
             ranks.append(change.ranks)
             margins.append(change.score_margin)
-    return {"losses": losses, "ranks": ranks, "margins": margins, "checksum": _checksum(engine)}
+    return {
+        "losses": losses,
+        "ranks": ranks,
+        "margins": margins,
+        "scores": list(scores.values()),
+        "checksum": _checksum(engine),
+    }
 
 
 def _checksum(engine: Any) -> list[float]:

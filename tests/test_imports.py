@@ -84,7 +84,10 @@ def test_only_the_partitions_touch_deepspeeds_internals() -> None:
 @pytest.mark.parametrize(
     ("blocked", "code"),
     [
-        ("deepspeed", "import flexlora_ds; from flexlora_ds import FlexLoRAConfig, inject_adapters, adapters"),
+        (
+            "deepspeed",
+            "import flexlora_ds; from flexlora_ds import FlexLoRAConfig, inject_adapters, adapters",
+        ),
         ("deepspeed", "import flexlora_ds.export, flexlora_ds.pretrained, eval.__main__"),
         ("torch", "import data_prep.build, data_prep.prompt, data_prep.records, data_prep.__main__"),
         ("torch", "import flexlora_ds, launch.options, flexlora_ds.config"),
@@ -92,5 +95,7 @@ def test_only_the_partitions_touch_deepspeeds_internals() -> None:
 )
 def test_imports_without(blocked: str, code: str) -> None:
     program = f"import sys; sys.modules[{blocked!r}] = None\n{code}"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr

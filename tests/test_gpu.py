@@ -1,0 +1,44 @@
+"""The same mechanisms on a GPU, where there is one: streams, NCCL, device copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexlora_ds.dropout import keep_mask, name_key
+from tests import rank_worker as worker
+from tests import tiny, twin
+from tests.distributed import Processes
+
+pytestmark = pytest.mark.gpu
+DUE = {15: 4, 25: 4, 35: 3, 45: 2}
+
+
+def test_the_dropout_mask_is_that_of_the_cpu() -> None:
+    keys = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
+    key = name_key("model.layers.3.mlp.up_proj")
+    expected = keep_mask(keys, key, 4096, 0.05)
+    assert torch.equal(keep_mask(keys.cuda(), key, 4096, 0.05).cpu(), expected)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_ranks_and_losses_are_those_of_plain_torch_on_a_cpu(stage: int) -> None:
+    config = worker.configuration()
+    expected = twin.train(
+        tiny.adapted_llama(config), config, worker.batches(60), DUE, lr=5e-3, total=200, eta=0.05
+    )
+    with Processes(1, timeout=300) as processes:
+        (result,) = processes.run(worker.trajectory, {"stage": stage})
+    assert result["ranks"] == expected["ranks"]
+    for ours, theirs in zip(result["losses"], expected["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_survivors_and_empty_plans(stage: int) -> None:
+    with Processes(min(2, torch.cuda.device_count()), timeout=300) as processes:
+        for worst in processes.run(worker.carried_state, {"stage": stage, "dtype": "bf16"}):
+            assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
+        case = {"stage": stage, "dtype": "bf16", "variants": ["none", "rebuilt", "without moments"]}
+        (losses, *_) = processes.run(worker.empty_plans, case)
+        assert losses["rebuilt"] == losses["none"] != losses["without moments"]
