@@ -89,8 +89,10 @@ def test_a_death_is_reported_and_the_next_call_starts_anew() -> None:
 
 def test_a_time_out_kills_the_processes_and_their_children(tmp_path: Path) -> None:
     record = tmp_path / "pids"
-    with pytest.raises(ProcessError, match=r"no answer from ranks \[0, 1\]"):
-        run_processes(hang_with_child, 2, str(record), timeout=5)
+    with Processes(2) as processes:
+        processes.run(pid)  # started: the time below is the call's alone
+        with pytest.raises(ProcessError, match=r"no answer from ranks \[0, 1\]"):
+            processes.run(hang_with_child, str(record), timeout=5)
     pids = [int(word) for word in record.read_text().split()]
     assert len(pids) == 4
     assert not any(psutil.pid_exists(each) and psutil.Process(each).status() != "zombie" for each in pids)
