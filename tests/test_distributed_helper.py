@@ -52,6 +52,13 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def runs(process: int) -> bool:
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Processes]:
     with Processes(2, timeout=60) as processes:
@@ -95,7 +102,10 @@ def test_a_time_out_kills_the_processes_and_their_children(tmp_path: Path) -> No
             processes.run(hang_with_child, str(record), timeout=5)
     pids = [int(word) for word in record.read_text().split()]
     assert len(pids) == 4
-    assert not any(psutil.pid_exists(each) and psutil.Process(each).status() != "zombie" for each in pids)
+    deadline = time.monotonic() + 10  # far below the minute that the children would sleep
+    while any(map(runs, pids)):
+        assert time.monotonic() < deadline, f"still running: {[each for each in pids if runs(each)]}"
+        time.sleep(0.05)
 
 
 def test_a_script_gives_its_exit_code_and_output_per_rank(tmp_path: Path) -> None:
