@@ -39,24 +39,31 @@ Key = tuple[str, int]
 
 @dataclass
 class Contender:
-    """One way to answer: its work in rounds, the seconds and items of each, and what it predicted."""
+    """One way to answer: its work in rounds, and of each the items, the seconds and the CPU's seconds."""
 
     name: str
     rounds: list[list[Callable[[], int]]]
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     items: list[int] = field(default_factory=list)
 
     def run(self, number: int) -> None:
         """Do the work of one round."""
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         done = sum(work() for work in self.rounds[number])
         self.seconds.append(time.perf_counter() - start)
+        self.cpu_seconds.append(time.process_time() - cpu_start)
         self.items.append(done)
 
     @property
     def rate(self) -> float:
         """Items per second over all rounds."""
         return sum(self.items) / sum(self.seconds)
+
+    @property
+    def cpu_cost(self) -> float:
+        """CPU seconds per item: what a busy machine leaves as it is."""
+        return sum(self.cpu_seconds) / sum(self.items)
 
 
 def in_rounds(work: Sequence[Callable[[], int]]) -> list[list[Callable[[], int]]]:
@@ -170,9 +177,11 @@ def main() -> None:
         done, seconds = sum(contender.items), sum(contender.seconds)
         print(
             f"{contender.name:10} {done:6,} items {seconds:8.1f} s {contender.rate:8.2f} items/s "
-            f"{contender.rate / base.rate:6.1f} x (median round {statistics.median(ratios):.1f})"
+            f"{contender.rate / base.rate:6.1f} x (median round {statistics.median(ratios):.1f}), "
+            f"CPU {contender.cpu_cost:.3f} s/item, {base.cpu_cost / contender.cpu_cost:.1f} x"
         )
-    print(f"score / forward: {contenders[2].rate / contenders[3].rate:.2f}")
+    of_floor = contenders[3].cpu_cost / contenders[2].cpu_cost
+    print(f"score / forward: {contenders[2].rate / contenders[3].rate:.2f}, by CPU time {of_floor:.2f}")
     print("same answer as the reference, of the items that either answered:")
     print(f"  generate {agreement(references, generated)}, score {agreement(references, scored)}")
     for name, answers in (
