@@ -224,7 +224,8 @@ class RankController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; the parameters must already have the saved ranks."""
+        """Continue from `state_dict()`; the parameters and the engine's counts must already be the saved ones."""
+        self._skipped = int(self.engine.skipped_steps)
         self.changes = int(state["changes"])
         self.births = {n: [(int(a), int(b)) for a, b in birth] for n, birth in state["births"].items()}
         self.parameter_limit = int(state["parameter_limit"])

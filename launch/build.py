@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from data_prep.records import load_records
+from flexlora_ds.checkpoint import set_ranks
 from flexlora_ds.errors import UserError
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from launch.batch_layout import BatchLayout
@@ -95,9 +97,15 @@ def attention_of(options: TrainOptions) -> str:
 
 
 def build_engine(
-    options: TrainOptions, ds_config: dict[str, Any], steps: int, process: Process
+    options: TrainOptions,
+    ds_config: dict[str, Any],
+    steps: int,
+    process: Process,
+    ranks: Mapping[str, int] | None = None,
 ) -> tuple[Any, Method]:
     """Load the model, adapt it, and wrap it in a DeepSpeed engine.
+
+    `ranks` are those of a checkpoint to be continued; None begins with the options' rank everywhere.
 
     Raises:
         UserError: the model is missing or gated, or the adapter does not fit it.
@@ -114,6 +122,8 @@ def build_engine(
         zero3=ds_config if stage == 3 else None,
     )
     trained = method.adapt(model)
+    if ranks is not None:
+        set_ranks(trained, ranks)
     if options.gradient_checkpointing is True:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

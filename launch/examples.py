@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
@@ -64,6 +65,16 @@ class Examples(Sequence[Example]):
         masked = min(int(self._label_starts[index]), length)
         ids = self._tokens[start : start + length].tolist()
         return Example(int(self.record_ids[index]), ids, [IGNORED] * masked + ids[masked:])
+
+    def digest(self) -> str:
+        """Return the SHA-256 of what the examples say and in which order: the data's identity across runs."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            start, length = int(self._starts[index]), int(self.lengths[index])
+            digest.update(self._tokens[start : start + length].tobytes())
+        for array in (self.lengths, self._label_starts, self.record_ids):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def subset(self, indices: Ints) -> Examples:
         """Return the examples at these indices, in this order; the tokens are shared, not copied."""

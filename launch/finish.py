@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
-from launch.journal import Journal, peak_memory_gb
-from launch.methods import Method
-from launch.options import TrainOptions
+from launch.interrupt import stop_line
+from launch.journal import peak_memory_gb
 from launch.report import build_report
 from launch.run_folder import Summary, trainable_params_mean
+from launch.session import Session
 
 
-def finish(
-    options: TrainOptions, engine: Any, method: Method, journal: Journal, steps: int, initial_parameters: int
-) -> None:
+def finish(session: Session) -> None:
     """Write what a run leaves behind; collective."""
-    folder = journal.folder
-    spectra = method.save(folder.adapter, options.model)
+    folder, journal = session.folder, session.journal
+    session.saver.save(session.control.done)
+    spectra = session.method.save(folder.adapter, session.options.model)
     journal.progress.close()
     if not folder.writes:
         return
     if spectra:
         folder.write_spectra(spectra)
-    changes = folder.rank_changes.read()
-    wall = time.perf_counter() - journal.started
-    folder.write_summary(
-        Summary(
-            state="finished",
-            steps=steps,
-            final_loss=journal.last_loss,
-            wall_seconds=wall,
-            tokens=journal.tokens,
-            tokens_per_s=journal.tokens / wall,
-            peak_mem_gb=peak_memory_gb(journal.device),
-            trainable_params_final=method.trainable_parameters,
-            trainable_params_mean=trainable_params_mean(initial_parameters, changes, steps),
-            rank_changes=sum(bool(c["pruned"] or c["expanded"]) for c in changes),
-            warnings=journal.warnings,
-        )
-    )
+    folder.write_summary(summary_of(session, "finished"))
     report = build_report(folder.path)
     print(f"adapter: {folder.adapter}\nreport: {report}", flush=True)
+
+
+def stop(session: Session, reason: str | None) -> None:
+    """Leave a run that was told to stop so that it can be continued: one complete checkpoint; collective."""
+    done, journal = session.control.done, session.journal
+    journal.progress.message(stop_line(reason, done))
+    if done:
+        session.saver.save(done)
+    journal.progress.close()
+    session.folder.write_summary(summary_of(session, "stopped"))
+
+
+def summary_of(session: Session, state: str) -> Summary:
+    """What summary.json says after the steps done so far."""
+    journal, done = session.journal, session.control.done
+    changes = session.folder.rank_changes.read() if session.folder.writes else []
+    wall = journal.wall_seconds
+    return Summary(
+        state=state,
+        steps=done,
+        final_loss=journal.last_loss,
+        wall_seconds=wall,
+        tokens=journal.tokens,
+        tokens_per_s=journal.tokens / wall,
+        peak_mem_gb=peak_memory_gb(journal.device),
+        trainable_params_final=session.method.trainable_parameters,
+        trainable_params_mean=trainable_params_mean(journal.initial_parameters, changes, done),
+        rank_changes=sum(bool(c["pruned"] or c["expanded"]) for c in changes),
+        warnings=journal.warnings,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from dataclasses import dataclass, field
@@ -25,6 +26,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 @dataclass
 class Journal:
     """Counts and reports the steps of a run; every process has one, process 0's writes."""
@@ -37,10 +43,34 @@ class Journal:
     tokens: int = 0
     warnings: list[str] = field(default_factory=list)
     last_loss: float | None = None
+    initial_parameters: int = 0
     started: float = field(default_factory=time.perf_counter)
     _since: float = field(default_factory=time.perf_counter)
     _tokens_since: int = 0
     _steps_since: int = 0
+
+    @property
+    def wall_seconds(self) -> float:
+        """How long the run has taken, earlier sessions included."""
+        return time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint; JSON."""
+        return {
+            "tokens": self.tokens,
+            "warnings": list(self.warnings),
+            "last_loss": finite_or_none(self.last_loss),
+            "initial_parameters": self.initial_parameters,
+            "wall_seconds": self.wall_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.tokens = int(state["tokens"])
+        self.warnings = [str(text) for text in state["warnings"]]
+        self.last_loss = state["last_loss"]
+        self.initial_parameters = int(state["initial_parameters"])
+        self.started = time.perf_counter() - float(state["wall_seconds"])
 
     def due(self, step: int, last: int) -> bool:
         """Whether this step is logged."""
@@ -84,7 +114,7 @@ class Journal:
         """Write a rank change, and say its warnings."""
         self.folder.log_rank_change(change.to_dict())
         self.progress.rank_change(change.step, len(change.pruned), len(change.expanded))
-        if change.loss_after is not None:
+        if change.loss_after is not None and math.isfinite(change.loss_after):
             self.folder.log_validation(change.step, change.loss_after)
         for text in change.warnings:
             self.warn(f"step {change.step}: {text}")

@@ -28,6 +28,10 @@ class Method(Protocol):
 
     matrices: list[str]
 
+    @property
+    def controller(self) -> RankController | None:
+        """What changes ranks, for the checkpoint; None where nothing does."""
+
     def adapt(self, model: nn.Module) -> nn.Module:
         """Freeze the base, add what is trained, return the model to train."""
 
@@ -139,6 +143,11 @@ class PeftLoRA:
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
         self.matrices: list[str] = []
+
+    @property
+    def controller(self) -> None:
+        """Ranks never change."""
+        return None
 
     def adapt(self, model: nn.Module) -> nn.Module:
         """Wrap the model in PEFT's LoRA."""

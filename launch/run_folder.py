@@ -8,6 +8,7 @@ checkpoint's step on resume. Every number that is not finite is written as `null
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from flexlora_ds import __version__
 from flexlora_ds.errors import UserError
 from launch.json_files import JsonLines, to_json, write_text_atomically
+from launch.lock import LOCK_FILE
 
 RANK_CHANGE_KEYS = (
     "step",
@@ -115,7 +117,8 @@ class RunFolder:
         if not self.writes:
             return
         try:
-            if resume == "none" and self.path.is_dir() and any(self.path.iterdir()):
+            held = [p for p in self.path.iterdir() if p.name != LOCK_FILE] if self.path.is_dir() else []
+            if resume == "none" and held:
                 raise UserError(
                     f"the run folder is not empty ({self.path}); choose another out or set resume auto"
                 )
@@ -137,6 +140,13 @@ class RunFolder:
         """Cut the JSON-lines files back to `step`: the steps after it will be run, and written, again."""
         for lines in (self.metrics, self.rank_changes, self.validation):
             lines.truncate_after(step)
+
+    def sync(self) -> None:
+        """Bring the JSON-lines files to the disk: they must not end before a checkpoint that continues them."""
+        for lines in (self.metrics, self.rank_changes, self.validation):
+            if self.writes and lines.path.exists():
+                with lines.path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     def write_options(self, text: str) -> None:
         """Write options.yaml: every resolved option, as `TrainOptions.to_yaml` puts it."""

@@ -11,30 +11,35 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # a launcher puts this folder on the path; the packages are beside it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from launch.interrupt import Watch
+    from launch.resume import Start
+    from launch.session import Session
 
 from launch.edge import guarded, quiet_libraries
 from launch.options import TrainOptions, parse_options
 
 
-def train(options: TrainOptions) -> None:
-    """The whole run.
+def train(options: TrainOptions, watch: Watch) -> None:
+    """The whole run; `watch` is told of signals and of processes that end.
 
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
-    from launch.build import build_engine, cut_batches, load_tokenizer_of, prepare_data, require_data
+    from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_data
     from launch.ds_config import resolve_ds_config
-    from launch.finish import finish
-    from launch.journal import Journal
+    from launch.finish import finish, stop
     from launch.memory_plan import plan_memory
     from launch.processes import join_processes, world_size_of_environment
-    from launch.progress import Progress
-    from launch.run_folder import RunFolder
-    from launch.validation import Validator
+    from launch.resume import continue_files, find_start
+    from launch.session import begin, identify, run_folder
 
     world_size = world_size_of_environment()
     require_data(options)
@@ -45,36 +50,45 @@ def train(options: TrainOptions) -> None:
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     process = join_processes()
-    folder = RunFolder(options.out, writes=process.first)
-    folder.prepare(options.resume)
-    folder.start_anew()
-    batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
-    engine, method = build_engine(options, ds_config, batches.steps, process)
-    folder.write_options(repeatable.to_yaml())
-    progress = Progress(batches.steps, log_every=options.log_every, shows=process.first)
-    journal = Journal(options, folder, batches.train, progress, process.device)
-    validator = Validator(engine, method, batches.validation, process.device)
-    method.attach(engine, batches.steps, validator if options.val_every != 0 else None)
-    introduce(options, method, batches, progress)
+    watch.follow(process)
+    with run_folder(options, process) as folder:
+        identity = identify(options, data, process)
+        start = find_start(options, folder, process, identity)
+        batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
+        session = begin(options, ds_config, folder, process, batches, identity, start, watch)
+        continue_files(start, folder, process)
+        folder.write_options(repeatable.to_yaml())
+        introduce(session, start)
+        run_steps(session, start.step)
+        if session.control.stopping:
+            stop(session, watch.reason)
+        else:
+            finish(session)
+        watch.part(process)
 
-    initial_parameters = method.trainable_parameters
-    validator.log(folder, 0)
-    for step in range(1, batches.steps + 1):
-        skipped_before = engine.skipped_steps
-        loss_sum = train_step(engine, method, batches.train, step, process.device)
+
+def run_steps(session: Session, done: int) -> None:
+    """The steps after `done`, to the last one or until the processes agree to stop; then the last validation."""
+    options, method, journal = session.options, session.method, session.journal
+    last = session.batches.steps
+    session.validator.catch_up(session.folder, done, last, options.val_every)
+    for step in session.control.steps(last, session.saver):
+        loss_sum = train_step(session, step)
+        skipped = session.guard.after_step(step)
         change = method.after_step(step)
         journal.count(step)
         if change is not None:
             journal.rank_change(change)
-        if journal.due(step, batches.steps):
-            journal.log(step, loss_sum, engine, method, engine.skipped_steps > skipped_before)
-        if isinstance(options.val_every, int) and options.val_every and step % options.val_every == 0:
-            validator.log(folder, step)
-    validator.log(folder, batches.steps)
-    finish(options, engine, method, journal, batches.steps, initial_parameters)
+        if skipped or journal.due(step, last):
+            journal.log(step, loss_sum, session.engine, method, skipped)
+        if session.validator.due(step, last, options.val_every):
+            session.validator.log(session.folder, step)
+        session.saver.after_step(step, last)
+    if not session.control.stopping and done < last:
+        session.validator.log(session.folder, last)
 
 
-def train_step(engine: Any, method: Any, batches: Any, step: int, device: Any) -> Any:
+def train_step(session: Session, step: int) -> Tensor:
     """One global step; the sum of this process's token losses, left on the device.
 
     The loss is the token losses' sum over the number of target tokens of the whole global batch. The engine averages
@@ -84,23 +98,25 @@ def train_step(engine: Any, method: Any, batches: Any, step: int, device: Any) -
 
     from launch.token_loss import takes_positions, token_loss
 
+    engine, device = session.engine, session.process.device
     at_positions = takes_positions(engine.module)
-    parts = engine.gradient_accumulation_steps() * engine.world_size
-    weight = parts / batches.target_tokens(step)
+    batches = session.batches.train
+    weight = engine.gradient_accumulation_steps() * engine.world_size / batches.target_tokens(step)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches.micro_batches(step):
-        method.before_forward(batch, device)
-        loss = token_loss(engine, batch, device, at_positions=at_positions)
+        session.method.before_forward(batch, device)
+        loss = session.guard.checked(token_loss(engine, batch, device, at_positions=at_positions), batch)
         engine.backward(loss * weight)
         engine.step()
         total += loss.detach().double()
     return total
 
 
-def introduce(options: TrainOptions, method: Any, batches: Any, progress: Any) -> None:
+def introduce(session: Session, start: Start) -> None:
     """Say what is about to happen, and what of it deserves a doubt."""
     from flexlora_ds.schedule import describe, due_steps
 
+    options, method, batches = session.options, session.method, session.batches
     dropped = batches.tokenised.dropped_line()
     lines = [
         f"{options.method}: {len(method.matrices)} matrices, {method.trainable_parameters:,} trainable parameters",
@@ -111,8 +127,8 @@ def introduce(options: TrainOptions, method: Any, batches: Any, progress: Any) -
         lines.append(describe(batches.steps, config, method.total_rank))
         if config.adjust_size and not due_steps(batches.steps, config):
             lines.append("warning: no rank change falls into this calendar; ranks stay as they are")
-    for line in ([dropped] if dropped else []) + lines:
-        progress.message(line)
+    for line in ([dropped] if dropped else []) + lines + start.messages:
+        session.journal.progress.message(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,8 +160,11 @@ def run(options: TrainOptions) -> None:
         from launch.dry_run import dry_run
 
         dry_run(options)
-    else:
-        train(options)
+        return
+    from launch.interrupt import Watch
+
+    with Watch() as watch:
+        train(options, watch)
 
 
 if __name__ == "__main__":

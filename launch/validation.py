@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepspeed import comm
 
+from launch.agreement import on_first
 from launch.batches import ValidationBatches
 from launch.methods import Method
+from launch.processes import Process
 from launch.run_folder import RunFolder
 from launch.token_loss import takes_positions, token_loss
 
@@ -17,12 +20,19 @@ class Validator:
     """Computes Σ token losses / target tokens over the records held out; collective."""
 
     def __init__(
-        self, engine: Any, method: Method, batches: ValidationBatches | None, device: torch.device
+        self,
+        engine: Any,
+        method: Method,
+        batches: ValidationBatches | None,
+        process: Process,
+        interrupted: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._method = method
         self._batches = batches
-        self._device = device
+        self._process = process
+        self._device = process.device
+        self._interrupted = interrupted
         self._at_positions = takes_positions(engine.module)
 
     def __bool__(self) -> bool:
@@ -31,11 +41,14 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """The loss in evaluation mode (no dropout)."""
+        """The loss in evaluation mode (no dropout); NaN where the run is told to stop meanwhile."""
         assert self._batches is not None, "no records are held out"
         self._engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for batch in self._batches:
+            if self._interrupted():
+                total += float("nan")
+                break
             self._method.before_forward(batch, self._device)
             total += token_loss(self._engine, batch, self._device, at_positions=self._at_positions).double()
         self._engine.train()
@@ -43,6 +56,21 @@ class Validator:
         return float(total) / self._batches.target_tokens
 
     def log(self, folder: RunFolder, step: int) -> None:
-        """Validate and write the line, where records are held out."""
+        """Validate and write the line, where records are held out and none stops it."""
         if self:
-            folder.log_validation(step, self())
+            loss = self()
+            if not self._interrupted():
+                folder.log_validation(step, loss)
+
+    @staticmethod
+    def due(step: int, last: int, every: int | str) -> bool:
+        """Whether a validation comes after `step`; the one after the last step is the run's own."""
+        return isinstance(every, int) and every > 0 and step % every == 0 and step != last
+
+    def catch_up(self, folder: RunFolder, step: int, last: int, every: int | str) -> None:
+        """Before a run goes on after `step`: the validation due there, where its line is not written yet."""
+        if step not in (0, last) and not self.due(step, last, every):
+            return
+        rows = on_first(self._process, lambda: folder.validation.read()[-1:])
+        if not rows or rows[0]["step"] < step:
+            self.log(folder, step)

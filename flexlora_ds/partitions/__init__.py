@@ -5,6 +5,7 @@ master weight, every per-element optimizer state and its step, whole, by name, w
 the number of processes; nothing outside this package knows how ZeRO lays memory out.
 """
 
+from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
 from flexlora_ds.partitions.fresh import forget_construction
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
 from flexlora_ds.partitions.rebuild import Edit, resize
@@ -13,10 +14,12 @@ from flexlora_ds.partitions.shards import MASTER, Shards
 __all__ = [
     "MASTER",
     "Edit",
+    "GradientProbe",
     "Shards",
     "forget_construction",
     "live_shards",
     "loss_scale",
     "resize",
+    "skip_non_finite",
     "trainable_groups",
 ]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from flexlora_ds.errors import RunError
 from flexlora_ds.host_memory import returning_large_blocks
 from flexlora_ds.partitions.layout import live_shards, stage_of, trainable_groups
-from flexlora_ds.partitions.shards import MASTER, Shards
+from flexlora_ds.partitions.shards import Shards
+from flexlora_ds.partitions.states import allocate, flat_masters
 
 CARRIED = (
     "loss_scaler",
@@ -197,7 +198,7 @@ def _constructing_in_place(wrapper: Any) -> Iterator[None]:
 def _write_back(engine: Any, edits: Mapping[nn.Parameter, Edit], old: Shards) -> None:
     """Carry every key from the old layout into the new one, one key at a time."""
     for key in old.keys:
-        _allocate(engine, key)
+        allocate(engine, key)
     new = live_shards(engine)
     kept = [p for p in old.pieces if p not in edits]
     moved = list(edits) if _stays(engine) else list(old.pieces)
@@ -222,30 +223,12 @@ def _copy_piece(old: Shards, new: Shards, p: nn.Parameter, key: str) -> None:
         target.copy_(source)
 
 
-def _flat_masters(engine: Any) -> list[Tensor]:
-    wrapper, stage = engine.optimizer, stage_of(engine)
-    if stage == 0:
-        return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
-    return list(
-        wrapper.fp32_partitioned_groups_flat if stage == 3 else wrapper.single_partition_of_fp32_groups
-    )
-
-
-def _allocate(engine: Any, key: str) -> None:
-    if key == MASTER:
-        return
-    for master in _flat_masters(engine):
-        state = engine.basic_optimizer.state[master]
-        if key not in state or state[key].shape != master.shape:
-            state[key] = torch.zeros_like(master.data)
-
-
 def _write_scalars(engine: Any, old: Shards, new: Shards) -> None:
     """The step and whatever else is not per element: each flat takes it from the first parameter in it."""
     first: dict[int, nn.Parameter] = {}
     for p, piece in new.pieces.items():
         first.setdefault(piece.flat, p)
-    for i, master in enumerate(_flat_masters(engine)):
+    for i, master in enumerate(flat_masters(engine)):
         scalars = old.scalars[old.pieces[first[i]].flat]
         state = engine.basic_optimizer.state
         if scalars or master in state:

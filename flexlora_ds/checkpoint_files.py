@@ -1,0 +1,252 @@
+"""The files of checkpoints: appear complete or not at all, and prove it before anything is read from them.
+
+    checkpoints/step_00001000/   state.json, state-00001-of-00002.safetensors, ..., manifest.json (sizes, SHA-256)
+    checkpoints/latest           the name of the newest one
+
+A checkpoint is written into `.step_00001000.part`; the manifest comes last; every file and the folder are synced; one
+rename makes it a checkpoint. So a folder `step_*` was complete once, and what is wrong with it now is damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexlora_ds.errors import RunError
+
+FORMAT = 1
+"""The version of the layout; a reader refuses any other."""
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+LATEST = "latest"
+_FOLDER = re.compile(r"step_(\d{8,})")
+_PLAIN_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+)  # no separator, no leading dot: nothing outside the folder
+_BLOCK = 1 << 20
+
+
+class DamagedError(RunError):
+    """A checkpoint that is not what was written: which file, and how."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file as the manifest knows it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def folder_name(step: int) -> str:
+    """`step_00001000`."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder.
+
+    Raises:
+        RunError: the name is none of a checkpoint.
+    """
+    match = _FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise RunError(f"not a checkpoint ({folder}); give a folder like checkpoints/{folder_name(1000)}")
+    return int(match[1])
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The checkpoints below `root`, newest first; damaged ones among them."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if _FOLDER.fullmatch(p.name)), key=step_of, reverse=True)
+
+
+def ever_held_one(root: Path) -> bool:
+    """Whether a checkpoint was completed below `root` at some time, still there or not."""
+    return (root / LATEST).exists() or bool(checkpoints_in(root))
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into; what an interrupted save left is removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for rest in root.glob(".step_*"):
+        shutil.rmtree(rest)
+    part = root / f".{folder_name(step)}.part"
+    part.mkdir()
+    return part
+
+
+def seal(path: Path) -> FileEntry:
+    """Bring a written file to the disk; its entry for the manifest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileEntry(path.name, path.stat().st_size, sha256_of(path))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write canonical JSON."""
+    path.write_text(canonical(value), encoding="utf-8")
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling for each value: sorted keys, no NaN."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def commit(part: Path, entries: Iterable[FileEntry]) -> Path:
+    """Write the manifest and make the folder a checkpoint; afterwards `latest` names it."""
+    files = [asdict(entry) for entry in sorted(entries, key=lambda e: e.name)]
+    body = {"format": FORMAT, "files": files}
+    write_json(part / MANIFEST, {**body, "sha256": _digest(body)})
+    seal(part / MANIFEST)
+    _sync_folder(part)
+    folder = part.with_name(part.name[1 : -len(".part")])
+    if folder.exists():  # the same step again, after a damaged one
+        old = part.with_name(f".{folder.name}.old")
+        folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        part.rename(folder)
+    _sync_folder(folder.parent)
+    _point_at(folder)
+    return folder
+
+
+def discard(part: Path) -> None:
+    """Remove a checkpoint that could not be completed."""
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def keep_newest(root: Path, count: int) -> None:
+    """Remove all but the `count` newest checkpoints: renamed first, so that none is ever seen half-removed."""
+    for folder in checkpoints_in(root)[max(1, count) :]:
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside_after(root: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, damaged ones or of a course that was given up; returns their new names.
+
+    From then on the newest checkpoint is again the run's latest.
+    """
+    aside = []
+    for folder in checkpoints_in(root):
+        if step_of(folder) > step:
+            target = _free_name(folder.with_name(f"set_aside_{folder.name}"))
+            folder.rename(target)
+            aside.append(target)
+    return aside
+
+
+def verify(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint by name, after reading every byte of each; nothing is loaded.
+
+    Raises:
+        DamagedError: a file is missing, of another size or content, or the manifest is not as written.
+        RunError: another format version.
+    """
+    entries = _read_manifest(folder)
+    for entry in entries:
+        if sha256_of(_sized(folder, entry)) != entry.sha256:
+            raise DamagedError(f"{entry.name} is not what was written: its SHA-256 differs ({folder})")
+    return listed(folder)
+
+
+def listed(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint by name, after comparing the sizes only. Raises as `verify`."""
+    files = {entry.name: _sized(folder, entry) for entry in _read_manifest(folder)}
+    if STATE not in files:
+        raise DamagedError(f"the manifest names no {STATE} ({folder})")
+    return files
+
+
+def _sized(folder: Path, entry: FileEntry) -> Path:
+    path = folder / entry.name
+    if path.is_symlink() or not path.is_file():
+        raise DamagedError(f"{entry.name} is missing ({folder})")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise DamagedError(f"{entry.name} has {size} bytes instead of {entry.size} ({folder})")
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> list[FileEntry]:
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes().decode("utf-8")
+        value = json.loads(text)
+        body = {"format": value["format"], "files": value["files"]}
+    except FileNotFoundError:
+        raise DamagedError(f"{MANIFEST} is missing ({folder})") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {type(error).__name__} ({folder})") from None
+    if text != canonical({**body, "sha256": _digest(body)}):
+        raise DamagedError(f"{MANIFEST} is not what was written ({folder})")
+    if value["format"] != FORMAT:
+        raise RunError(
+            f"the checkpoint has format version {value['format']}, this program reads {FORMAT} ({folder}); "
+            "use the program's version that wrote it"
+        )
+    return _entries(value["files"], folder)
+
+
+def _entries(values: Any, folder: Path) -> list[FileEntry]:
+    try:
+        entries = [FileEntry(str(v["name"]), int(v["size"]), str(v["sha256"])) for v in values]
+    except (KeyError, TypeError, ValueError):
+        raise DamagedError(f"{MANIFEST} lists no files ({folder})") from None
+    for entry in entries:
+        if not _PLAIN_NAME.fullmatch(entry.name):
+            raise DamagedError(f"{MANIFEST} names {entry.name!r}, which is no plain file name ({folder})")
+    return entries
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(canonical(body).encode()).hexdigest()
+
+
+def _point_at(folder: Path) -> None:
+    aside = folder.with_name(f".{LATEST}.part")
+    aside.write_text(folder.name + "\n", encoding="utf-8")
+    seal(aside)
+    aside.replace(folder.with_name(LATEST))
+    _sync_folder(folder.parent)
+
+
+def _free_name(path: Path) -> Path:
+    number = 2
+    free = path
+    while free.exists():
+        free = path.with_name(f"{path.name}_{number}")
+        number += 1
+    return free
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

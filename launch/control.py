@@ -1,0 +1,37 @@
+"""The steps of a run, until the last one or until the processes agree to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launch.agreement import largest
+from launch.interrupt import Watch
+from launch.processes import Process
+from launch.saving import Saver
+
+
+class Control:
+    """Asks, before every step and wherever something takes long, whether any process was told to stop."""
+
+    def __init__(self, process: Process, watch: Watch, start: int) -> None:
+        self._process = process
+        self._watch = watch
+        self.done = start
+        """The last step that was completed."""
+        self.stopping = False
+
+    def steps(self, total: int, saver: Saver) -> Iterator[int]:
+        """The steps still to do; ends early when a stop is agreed. Completes background saves between them."""
+        while self.done < total:
+            stop, busy = largest(self._process, [self._watch.stop, saver.busy])
+            self.stopping = self.stopping or bool(stop)
+            saver.settle(bool(busy))
+            if self.stopping:
+                return
+            yield self.done + 1
+            self.done += 1
+
+    def interrupted(self) -> bool:
+        """Whether a stop is agreed by now; collective, for loops inside a step."""
+        self.stopping = self.stopping or bool(largest(self._process, [self._watch.stop])[0])
+        return self.stopping

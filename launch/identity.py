@@ -1,0 +1,116 @@
+"""Whether a checkpoint and a run belong together: what must be equal, what may change and is said, what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flexlora_ds.checkpoint import Checkpoint
+from flexlora_ds.errors import RunError
+from launch.json_files import to_json
+from launch.options import SPECS, TrainOptions
+
+FREE = (
+    "model",
+    "data",
+    "out",
+    "recipe",
+    "ds",
+    "micro_batch_size",
+    "dtype",
+    "attention",
+    "gradient_checkpointing",
+    "padding_free",
+    "epochs",
+    "max_steps",
+    "log_every",
+    "val_every",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+    "dry_run",
+    "debug",
+)
+"""Options that may differ: where and how the run is computed. Model, data and steps are compared by content."""
+
+BOUND = (
+    "method",
+    "rank",
+    "alpha",
+    "target_modules",
+    "seed",
+    "batch_size",
+    "prompt",
+    "cutoff_len",
+    "train_on_inputs",
+    "val_size",
+)
+"""Options without which the saved state, or its position in the data, means something else."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is a run of."""
+
+    base: str
+    """The base model's name, as given."""
+    fingerprint: str
+    """Of the base model's files (`flexlora_ds.fingerprint`)."""
+    data: str
+    """Of the tokenised training examples."""
+    total_steps: int
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, options: TrainOptions, fingerprint: str, data: str, total_steps: int) -> Identity:
+        """The identity of a run about to begin."""
+        values = {spec.name: getattr(options, spec.name) for spec in SPECS}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return cls(options.model, fingerprint, data, total_steps, plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return asdict(self)
+
+    def compare(self, checkpoint: Checkpoint) -> list[str]:
+        """What the checkpoint's run did otherwise and this one may: sentences for the log.
+
+        Raises:
+            RunError: the checkpoint is of another method, model or data, or an option that binds differs.
+        """
+        saved = checkpoint.run.get("identity", {})
+        options = dict(saved.get("options", {}))
+        names = [name for name in self.options if to_json(self.options[name]) != to_json(options.get(name))]
+        for name in names:
+            if name in BOUND:
+                _refuse(checkpoint, name, options.get(name), self.options[name])
+        if saved.get("fingerprint") != self.fingerprint:
+            _refuse(checkpoint, "base model", saved.get("base"), f"{self.base} (its files differ)")
+        if saved.get("data") != self.data:
+            _refuse(
+                checkpoint,
+                "training data",
+                options.get("data"),
+                f"{self.options['data']} (its examples differ)",
+            )
+        changed = [n for n in names if n not in FREE]
+        told = [f"{name} {_show(options.get(name))} → {_show(self.options[name])}" for name in changed]
+        if saved.get("total_steps") != self.total_steps:
+            told.append(f"steps {saved.get('total_steps')} → {self.total_steps}")
+        if checkpoint.step > self.total_steps:
+            _refuse(
+                checkpoint, "number of steps", f"at {checkpoint.step} already", f"only {self.total_steps}"
+            )
+        return told
+
+
+def _refuse(checkpoint: Checkpoint, what: str, there: object, here: object) -> None:
+    raise RunError(
+        f"the checkpoint is of another run: {what} is {_show(there)} in it and {_show(here)} here "
+        f"({checkpoint.folder}); use its value, or choose another out"
+    )
+
+
+def _show(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,171 @@
+"""What happens to a process from outside while it trains: signals, a launcher that dies, another process that dies.
+
+Python runs a signal handler only between two of its own instructions, and the main thread spends its time in
+collectives and kernels. So a thread reads the signals from a pipe that the C handler writes to: it notes the first,
+and ends the process at the second, whatever the main thread is doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from flexlora_ds.errors import RunError
+from launch.agreement import gather
+from launch.processes import Process
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_POLL_SECONDS = 1.0
+_SAME_SIGNAL_SECONDS = 0.3  # a scheduler and a launcher may both deliver one request
+_LOSS_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another process of the run on this machine."""
+
+    rank: int
+    pid: int
+    started: str
+
+    def gone(self) -> bool:
+        """Whether it has ended, reaped by its parent or not."""
+        return _start_of(self.pid) != self.started
+
+
+class Watch:
+    """While active, the first SIGTERM or SIGUSR1 asks for a stop and the second ends the process at once.
+
+    A launcher that dies asks for a stop as well: its processes would go on as orphans. A process of the run that dies
+    ends this one with exit code 1, whatever collective it hangs in.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        """Why a stop is asked for on this process; None while it is not."""
+        self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
+        self._peers: list[Peer] = []
+        self._rank = 0
+        self._first = 0.0
+
+    @property
+    def stop(self) -> bool:
+        """Whether a stop is asked for on this process."""
+        return self.reason is not None
+
+    def __enter__(self) -> Watch:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._old = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
+        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and self._peers:
+            time.sleep(_LOSS_SECONDS if _is_lost_connection(error) else 0)  # the thread says who is gone
+        self._leave.set()
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.write(self._write, b"\0")
+        self._thread.join()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        os.close(self._read)
+        os.close(self._write)
+        if error is not None and _is_lost_connection(error):
+            raise RunError(
+                f"the connection to another process broke ({_first_line(error)}); start the run again: it resumes"
+            ) from error
+
+    def follow(self, process: Process) -> None:
+        """Begin to watch the other processes on this machine; collective. Says `signals: ready`."""
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+        others = [
+            Peer(rank, other["pid"], other["started"])
+            for rank, other in enumerate(gather(process, me))
+            if rank != process.rank and other["host"] == me["host"] and other["started"]
+        ]
+        self._rank = process.rank
+        self._peers = [peer for peer in others if not peer.gone()]
+        if process.first:
+            print("signals: ready", file=sys.stderr, flush=True)
+
+    def part(self, process: Process) -> None:
+        """Wait for the others, and stop watching them: they may leave from now on; collective."""
+        gather(process, "done")
+        self._peers = []
+
+    def _run(self) -> None:
+        while not self._leave.is_set():
+            ready, _, _ = select.select([self._read], [], [], _POLL_SECONDS)
+            for number in os.read(self._read, 64) if ready else b"":
+                if number in STOP_SIGNALS:
+                    self._signalled(signal.Signals(number))
+            self._look_around()
+
+    def _signalled(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self.reason is None or not self._first:
+            self._first = now
+            self.reason = self.reason or number.name
+        elif now - self._first > _SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    def _look_around(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher and self.reason is None:
+            self.reason = "the launcher is gone"
+        gone = [peer for peer in self._peers if peer.gone()]
+        if gone and not self._leave.is_set():
+            alive = [peer.rank for peer in self._peers if peer not in gone]
+            if self._rank < min(alive, default=self._rank + 1):
+                lost = ", ".join(f"{peer.rank} (pid {peer.pid})" for peer in gone)
+                text = (
+                    f"error: process {lost} is gone; start the run again: it resumes from its last checkpoint"
+                )
+                print(text, file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The thread does the work; without a handler of Python's, the C handler would write no byte."""
+
+
+def _start_of(pid: int) -> str:
+    """When a process started, in the kernel's ticks; empty for one that has ended (also if not yet reaped)."""
+    with contextlib.suppress(OSError):
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+        return "" if fields[0] in "ZX" else fields[19]
+    return ""
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    marks = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "gloo", "timed out", "Timed out")
+    return type(error).__name__.startswith("Dist") or (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, RunError)
+        and any(m in str(error) for m in marks)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def stop_line(reason: str | None, step: int) -> str:
+    """What is said when a run stops."""
+    return f"stopping after step {step}: {reason or 'asked on another process'}"

@@ -1,0 +1,134 @@
+"""Where a run begins: at a checkpoint, or anew. Process 0 looks and checks, all hear the same answer."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexlora_ds import checkpoint_files as files
+from flexlora_ds.checkpoint import Checkpoint, open_checkpoint
+from flexlora_ds.errors import RunError, UserError
+from launch.agreement import on_first
+from launch.identity import Identity
+from launch.options import TrainOptions
+from launch.processes import Process
+from launch.run_folder import RunFolder
+
+LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, and what is to be said about it."""
+
+    checkpoint: Checkpoint | None = None
+    origin: str | None = None
+    """The checkpoint that `resume` named, where one was: a restart of the same command continues, not repeats."""
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """The steps done already."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def ranks(self) -> dict[str, int] | None:
+        """The ranks to build the model at; None for those of the options."""
+        return None if self.checkpoint is None or not self.checkpoint.ranks else self.checkpoint.ranks
+
+
+def find_start(options: TrainOptions, folder: RunFolder, process: Process, identity: Identity) -> Start:
+    """Choose the checkpoint to continue, by `resume`, and compare it with this run; collective.
+
+    Raises:
+        UserError: `resume` names no checkpoint, or one that `out` does not go with.
+        RunError: every checkpoint is damaged, or the one chosen is of another run.
+    """
+
+    def look() -> dict[str, Any]:
+        chosen, origin, messages = _choose(options, folder)
+        if chosen is not None:
+            told = identity.compare(chosen)
+            messages += [f"continuing after step {chosen.step} ({chosen.folder})"]
+            messages += [f"warning: other options than before: {', '.join(told)}"] if told else []
+        return {"folder": chosen and str(chosen.folder), "origin": origin, "messages": messages}
+
+    answer = on_first(process, look)
+    if answer["folder"] is None:
+        return Start(messages=answer["messages"])
+    checkpoint = open_checkpoint(Path(answer["folder"]), check=False)
+    return Start(checkpoint, answer["origin"], answer["messages"])
+
+
+def continue_files(start: Start, folder: RunFolder, process: Process) -> None:
+    """Make the run folder's files those of a run that has just done `start.step` steps; collective.
+
+    Raises:
+        RunError: the disk refuses, or a log is damaged.
+    """
+
+    def prepare() -> list[str]:
+        if start.checkpoint is None:
+            folder.start_anew()
+            return []
+        source = start.checkpoint.folder.parent.parent
+        if source.resolve() != folder.path.resolve():
+            for name in LOGS:
+                (folder.path / name).unlink(missing_ok=True)
+                if (source / name).exists():
+                    shutil.copyfile(source / name, folder.path / name)
+        folder.continue_after(start.step)
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        return [path.name for path in files.set_aside_after(folder.checkpoints, start.step)]
+
+    aside = on_first(process, prepare)
+    start.messages.extend(f"a later checkpoint is kept as {name}, and not used" for name in aside)
+
+
+def _choose(options: TrainOptions, folder: RunFolder) -> tuple[Checkpoint | None, str | None, list[str]]:
+    root = folder.checkpoints
+    if options.resume in ("auto", "none"):
+        if not files.ever_held_one(root):
+            anew = folder.metrics.path.exists()
+            said = ["no checkpoint was ever completed here: starting anew"] if anew else []
+            return None, None, said
+        chosen, messages = _newest(root)
+        return chosen, chosen.run.get("origin"), messages
+    return _named(Path(options.resume), options, root)
+
+
+def _newest(root: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest valid checkpoint, and what was found damaged on the way to it."""
+    damage: list[str] = []
+    for folder in files.checkpoints_in(root):
+        try:
+            return open_checkpoint(folder), damage
+        except files.DamagedError as error:
+            damage.append(f"warning: damaged checkpoint, trying the one before: {error}")
+    told = damage[0].partition(": ")[2].partition(": ")[2] if damage else f"all were removed ({root})"
+    raise RunError(
+        f"no valid checkpoint is left of those completed here: {told}; restore one, or choose another out"
+    )
+
+
+def _named(path: Path, options: TrainOptions, root: Path) -> tuple[Checkpoint, str, list[str]]:
+    """The checkpoint that `resume` names, or the newest one in `out` that came of it."""
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path} ({options.place('resume')}); give auto, none or its folder")
+    origin = str(path.resolve())
+    if files.checkpoints_in(root):
+        newest, messages = _newest(root)
+        if newest.run.get("origin") == origin:
+            return newest, origin, [*messages, f"already continued from {path}"]
+        if path.resolve().parent != root.resolve():
+            raise UserError(
+                f"{options.out} holds checkpoints of its own, which did not start from {path} "
+                f"({options.place('resume')}); choose another out"
+            )
+    inner = path if (path / files.MANIFEST).exists() else path / "checkpoints"
+    if files.checkpoints_in(inner):
+        found, messages = _newest(inner)
+        return found, origin, messages
+    return open_checkpoint(path), origin, []

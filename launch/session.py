@@ -1,0 +1,127 @@
+"""The parts of a run that live from its first step to its last, and how they are put back to where a run stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from flexlora_ds.fingerprint import base_fingerprint
+from launch.agreement import on_first
+from launch.batches import total_steps
+from launch.build import Data, build_engine
+from launch.control import Control
+from launch.examples import TokenisedData
+from launch.guard import Guard
+from launch.identity import Identity
+from launch.interrupt import Watch
+from launch.journal import Journal
+from launch.lock import locked
+from launch.methods import Method
+from launch.options import TrainOptions
+from launch.processes import Process
+from launch.progress import Progress
+from launch.resume import Start
+from launch.run_folder import RunFolder, library_versions
+from launch.saving import Saver
+from launch.validation import Validator
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run in one process."""
+
+    options: TrainOptions
+    process: Process
+    folder: RunFolder
+    engine: Any
+    method: Method
+    batches: Data
+    journal: Journal
+    validator: Validator
+    guard: Guard
+    control: Control
+    saver: Saver
+
+    def resume(self, start: Start) -> None:
+        """Put everything back to where the checkpoint was taken; nothing to do without one.
+
+        Raises:
+            RunError: the checkpoint does not fit the engine; nothing has been changed then.
+        """
+        if start.checkpoint is None:
+            self.journal.initial_parameters = self.method.trainable_parameters
+            return
+        start.checkpoint.restore(self.engine, controller=self.method.controller)
+        self.journal.load_state_dict(start.checkpoint.run["journal"])
+        self.guard.load_state_dict(start.checkpoint.run["guard"])
+        if start.checkpoint.folder.parent.resolve() == self.folder.checkpoints.resolve():
+            self.saver.saved = start.step
+
+
+@contextmanager
+def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
+    """The run folder, checked and locked by process 0 while the run lives; collective.
+
+    Raises:
+        UserError: it cannot be written, or `resume none` finds it in use. RunError: another run holds it.
+    """
+    folder = RunFolder(options.out, writes=process.first)
+    on_first(process, lambda: folder.prepare(options.resume))
+    lock = locked(folder.path)
+    on_first(process, lock.__enter__)
+    try:
+        yield folder
+    finally:
+        if process.first:
+            lock.__exit__(None, None, None)
+
+
+def identify(options: TrainOptions, data: TokenisedData, process: Process) -> Identity:
+    """What this run is a run of; process 0 looks at the model's files."""
+    steps = total_steps(len(data.train), options.epochs, options.batch_size, options.max_steps)
+    fingerprint = on_first(process, lambda: base_fingerprint(options.model))
+    return Identity.of(options, str(fingerprint), data.train.digest(), steps)
+
+
+def begin(
+    options: TrainOptions,
+    ds_config: dict[str, Any],
+    folder: RunFolder,
+    process: Process,
+    batches: Data,
+    identity: Identity,
+    start: Start,
+    watch: Watch,
+) -> Session:
+    """Build the engine and all that lives around it, at the place where the run begins; collective.
+
+    Raises:
+        UserError: as `launch.build.build_engine`. RunError: the checkpoint does not fit.
+    """
+    engine, method = build_engine(options, ds_config, batches.steps, process, start.ranks)
+    progress = Progress(batches.steps, log_every=options.log_every, start=start.step, shows=process.first)
+    journal = Journal(options, folder, batches.train, progress, process.device)
+    control = Control(process, watch, start.step)
+    validator = Validator(engine, method, batches.validation, process, control.interrupted)
+    method.attach(engine, batches.steps, validator if options.val_every != 0 else None)
+    guard = Guard(engine, process, journal.warn)
+
+    def notes() -> dict[str, Any]:
+        """What a checkpoint says beside the engine's state."""
+        return {
+            "identity": identity.to_dict(),
+            "origin": start.origin,
+            "journal": journal.state_dict(),
+            "guard": guard.state_dict(),
+            "versions": library_versions(),
+        }
+
+    controller, every, keep = method.controller, options.save_every, options.keep_checkpoints
+    saver = Saver(folder, process, engine, controller, notes, every=every, keep=keep)
+    session = Session(
+        options, process, folder, engine, method, batches, journal, validator, guard, control, saver
+    )
+    session.resume(start)
+    return session

@@ -1,0 +1,247 @@
+"""The files of a checkpoint: complete or not there, every damage found before anything is read, nothing ever run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexlora_ds import checkpoint_files as files
+from flexlora_ds.checkpoint import Snapshot, open_checkpoint, set_ranks
+from flexlora_ds.checkpoint_files import DamagedError
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import RunError
+from flexlora_ds.fingerprint import base_fingerprint
+from tests import tiny
+
+SHAPES = {"a.P": [4, 2], "a.lam": [2], "b.P": [3, 1]}
+KEYS = ["exp_avg", "master"]
+
+
+def snapshots(step: int, count: int = 2) -> list[Snapshot]:
+    """What `count` processes would write."""
+    state = {
+        "step": step,
+        "ranks": {"a": 2, "b": 1},
+        "shapes": SHAPES,
+        "keys": KEYS,
+        "scalars": {},
+        "counters": {},
+        "updates": step,
+        "scaler": None,
+        "controller": None,
+        "run": {"note": "λ"},
+    }
+    shares: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        for key in KEYS:
+            shares[i % count][f"{name}:{key}"] = torch.randn(shape)
+    return [Snapshot(i, count, share, state) for i, share in enumerate(shares)]
+
+
+def save(root: Path, step: int) -> Path:
+    part = files.begin(root, step)
+    return files.commit(part, [entry for s in snapshots(step) for entry in s.write(part)])
+
+
+def test_a_checkpoint_opens_as_it_was_written(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7)
+    assert folder.name == "step_00000007"
+    assert (tmp_path / "latest").read_text().strip() == folder.name
+    opened = open_checkpoint(folder)
+    assert (opened.step, opened.ranks, opened.run) == (7, {"a": 2, "b": 1}, {"note": "λ"})
+    assert [path.name for path in opened.shards] == [
+        "state-00001-of-00002.safetensors",
+        "state-00002-of-00002.safetensors",
+    ]
+
+
+def flip(position: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[position % len(data)] ^= 1
+        path.write_bytes(data)
+
+    return change
+
+
+def cut(kept: Callable[[int], int]) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(path.read_bytes()[: kept(path.stat().st_size)])
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "emptied": cut(lambda size: 0),
+    "half": cut(lambda size: size // 2),
+    "one byte short": cut(lambda size: size - 1),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+    "first byte": flip(0),
+    "a byte in the middle": flip(101),
+    "last byte": flip(-1),
+    "deleted": Path.unlink,
+    "a link": lambda path: (
+        path.rename(path.with_suffix(".moved")),
+        path.symlink_to(path.with_suffix(".moved")),
+    )[1],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "state.json", "state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors"],
+)
+def test_every_damage_to_every_file_is_found(tmp_path: Path, kind: str, name: str) -> None:
+    if (kind, name) == ("a link", "manifest.json"):
+        pytest.skip("a linked manifest is read as a manifest; what it names is checked")
+    folder = save(tmp_path, 7)
+    DAMAGE[kind](folder / name)
+    with pytest.raises(DamagedError):
+        open_checkpoint(folder)
+
+
+@pytest.mark.full
+def test_every_single_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7)
+    path = folder / "manifest.json"
+    original = path.read_bytes()
+    for position in range(len(original)):
+        for bit in (0x01, 0x20, 0xFF):
+            changed = bytearray(original)
+            changed[position] ^= bit
+            path.write_bytes(changed)
+            with pytest.raises(RunError):
+                open_checkpoint(folder)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Write a manifest that is true of the files as they are now: an attacker's."""
+    entries = [files.seal(path) for path in sorted(folder.iterdir()) if path.name != files.MANIFEST]
+    body = {"format": files.FORMAT, "files": [vars(entry) for entry in entries], **changes}
+    files.write_json(folder / files.MANIFEST, {**body, "sha256": files._digest(body)})
+
+
+class Payload:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_in_place_of_tensors_is_refused_and_never_runs(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7)
+    trace = tmp_path / "ran"
+    (folder / "state-00001-of-00002.safetensors").write_bytes(pickle.dumps(Payload(trace)))
+    reseal(folder)
+    with pytest.raises(DamagedError, match="no safetensors file"):
+        open_checkpoint(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/file", "..", ".hidden", "a\\b", ""])
+def test_a_manifest_that_names_paths_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path, 7)
+    (tmp_path / "outside").write_text("x")
+    reseal(folder, files=[{"name": name, "size": 1, "sha256": "0"}])
+    with pytest.raises(DamagedError, match="no plain file name"):
+        open_checkpoint(folder)
+
+
+def test_another_format_version_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7)
+    reseal(folder, format=files.FORMAT + 1)
+    with pytest.raises(RunError, match=f"format version {files.FORMAT + 1}") as caught:
+        open_checkpoint(folder)
+    assert not isinstance(caught.value, DamagedError), "it is whole: nothing to fall back from"
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "extra", "step", "field"])
+def test_a_state_that_contradicts_its_tensors_is_refused(tmp_path: Path, change: str) -> None:
+    folder = save(tmp_path, 7)
+    state = json.loads((folder / "state.json").read_text())
+    if change == "shape":
+        state["shapes"]["a.P"] = [4, 3]
+    elif change == "missing":
+        state["shapes"]["c.P"] = [1, 1]
+    elif change == "extra":
+        del state["shapes"]["a.P"]
+    elif change == "step":
+        state["step"] = 8
+    else:
+        del state["scaler"]
+    files.write_json(folder / "state.json", state)
+    reseal(folder)
+    with pytest.raises(DamagedError):
+        open_checkpoint(folder)
+
+
+def test_an_interrupted_save_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    part = files.begin(tmp_path, 9)
+    snapshots(9)[0].write(part)
+    assert [p.name for p in files.checkpoints_in(tmp_path)] == ["step_00000007"]
+    save(tmp_path, 11)
+    assert not part.exists()
+
+
+def test_the_newest_are_kept_and_never_fewer_than_one(tmp_path: Path) -> None:
+    for step in (2, 10, 100_000_000):
+        save(tmp_path, step)
+    files.keep_newest(tmp_path, 2)
+    assert [files.step_of(p) for p in files.checkpoints_in(tmp_path)] == [100_000_000, 10]
+    files.keep_newest(tmp_path, 0)
+    assert [files.step_of(p) for p in files.checkpoints_in(tmp_path)] == [100_000_000]
+
+
+def test_later_checkpoints_are_set_aside_not_removed(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    assert [p.name for p in files.set_aside_after(tmp_path, 2)] == [
+        "set_aside_step_00000006",
+        "set_aside_step_00000004",
+    ]
+    assert [files.step_of(p) for p in files.checkpoints_in(tmp_path)] == [2]
+
+
+def test_a_removed_checkpoint_is_remembered(tmp_path: Path) -> None:
+    assert not files.ever_held_one(tmp_path)
+    shutil.rmtree(save(tmp_path, 7))
+    assert files.ever_held_one(tmp_path)
+
+
+def test_ranks_are_set_before_the_engine_is_built() -> None:
+    config = FlexLoRAConfig(rank=4, target_modules="all-linear")
+    model = tiny.adapted_llama(config)
+    from flexlora_ds import adapters
+
+    wanted = {name: 1 + i % 6 for i, name in enumerate(adapters(model))}
+    identities = [id(p) for p in model.parameters()]
+    set_ranks(model, wanted)
+    assert {name: layer.rank for name, layer in adapters(model).items()} == wanted
+    assert identities == [id(p) for p in model.parameters()]
+    for layer in adapters(model).values():
+        assert layer.P.shape == (layer.out_features, layer.rank) and layer.Q.shape[0] == layer.rank
+    with pytest.raises(RunError, match="rank 1000"):
+        set_ranks(model, {**wanted, next(iter(wanted)): 1000})
+    with pytest.raises(RunError, match="other matrices"):
+        set_ranks(model, {"elsewhere": 1})
+
+
+def test_a_base_is_known_by_its_content(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    first, second = tmp_path / "first", tmp_path / "elsewhere" / "second"
+    model = tiny.tiny_llama()
+    model.save_pretrained(first)
+    LlamaForCausalLM.from_pretrained(first).save_pretrained(second)
+    assert base_fingerprint(first) == base_fingerprint(second)
+    tiny.tiny_llama(seed=1).save_pretrained(second)
+    assert base_fingerprint(first) != base_fingerprint(second)

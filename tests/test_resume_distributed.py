@@ -1,0 +1,163 @@
+"""A resumed run is the run: bit for bit with the same configuration, within rounding with another."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests import training
+from tests.distributed import Processes
+from tests.training import Place
+
+SAVE_EVERY = 7  # of 16 steps: after the first of three rank changes, between two validations
+
+Runs = dict[tuple[str, int, str], Path]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return training.make_place(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def whole_runs() -> Runs:
+    """Uninterrupted runs by (ds_config, processes, method), each made once."""
+    return {}
+
+
+def run(processes: Processes, arguments: list[str]) -> str:
+    """Run the command in processes that stay; what it said."""
+    results = processes.run(training.command, arguments, timeout=300)
+    for result in results:
+        assert result["code"] == 0, result["stderr"]
+    return str(results[0]["stderr"])
+
+
+def uninterrupted(
+    runs: Runs, place: Place, folder: Path, processes: Processes, ds: str, method: str = "flexlora"
+) -> Path:
+    key = (ds, processes.world_size, method)
+    if key not in runs:
+        out = folder / "-".join(map(str, key))
+        run(processes, arguments(place, out, ds, method=method))
+        runs[key] = out
+    return runs[key]
+
+
+def arguments(place: Place, out: Path, ds: str, **options: Any) -> list[str]:
+    accumulation = {"micro_batch_size": 2, "save_every": SAVE_EVERY, "keep_checkpoints": 9, "val_every": 4}
+    return place.arguments(out, ds=f"ds_configs/{ds}.json", **{**accumulation, **options})
+
+
+def final_state(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, by label."""
+    tensors = {}
+    for path in sorted((out / "checkpoints" / "step_00000016").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
+
+
+def rows(out: Path, name: str) -> list[dict[str, Any]]:
+    """A log without what is measured in seconds or bytes."""
+    timed = ("seconds", "tokens_per_s", "step_s", "peak_mem_gb")
+    return [{k: v for k, v in row.items() if k not in timed} for row in training.read_lines(out / name)]
+
+
+def assert_same(out: Path, reference: Path) -> None:
+    for name in ("metrics.jsonl", "ranks.jsonl", "validation.jsonl"):
+        assert rows(out, name) == rows(reference, name), name
+    mine, theirs = final_state(out), final_state(reference)
+    assert mine.keys() == theirs.keys()
+    for label in theirs:
+        assert torch.equal(mine[label], theirs[label]), label
+
+
+@pytest.mark.parametrize(
+    "ds",
+    [
+        "zero2",
+        *(
+            pytest.param(ds, marks=pytest.mark.full)
+            for ds in ("zero0", "zero1", "zero3", "zero1_offload", "zero2_offload", "zero3_offload")
+        ),
+    ],
+)
+def test_same_configuration_continues_bit_for_bit(
+    ds: str, place: Place, whole_runs: Runs, tmp_path: Path, two_processes: Processes
+) -> None:
+    whole = uninterrupted(whole_runs, place, tmp_path.parent, two_processes, ds)
+    checkpoint = whole / "checkpoints" / "step_00000007"
+    said = run(two_processes, arguments(place, tmp_path / "resumed", ds, resume=checkpoint))
+    assert "continuing after step 7" in said
+    assert_same(tmp_path / "resumed", whole)
+    assert len(training.ranks(whole)) == 3, "the run must change ranks on both sides of the checkpoint"
+
+
+@pytest.mark.full
+def test_lora_with_dropout_continues_bit_for_bit(
+    place: Place, whole_runs: Runs, tmp_path: Path, two_processes: Processes
+) -> None:
+    whole = uninterrupted(whole_runs, place, tmp_path.parent, two_processes, "zero2", "lora")
+    checkpoint = whole / "checkpoints" / "step_00000007"
+    run(two_processes, arguments(place, tmp_path / "resumed", "zero2", method="lora", resume=checkpoint))
+    assert_same(tmp_path / "resumed", whole)
+
+
+CHANGES = [
+    ("zero2", 2, "zero3_offload", 1),
+    ("zero3", 2, "zero0", 1),
+    ("zero0", 1, "zero1", 2),
+    ("zero2_offload", 2, "zero2", 1),
+    ("zero3_offload", 1, "zero3", 2),
+    ("zero1", 2, "zero2", 2),
+    ("zero2", 4, "zero2", 2),
+    ("zero3", 4, "zero3", 1),
+    ("zero2", 2, "zero2", 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "size_before", "after", "size_after"),
+    [CHANGES[0], *(pytest.param(*change, marks=pytest.mark.full) for change in CHANGES[1:])],
+)
+def test_another_stage_and_number_of_processes_continue_within_rounding(
+    before: str,
+    size_before: int,
+    after: str,
+    size_after: int,
+    place: Place,
+    whole_runs: Runs,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    whole = uninterrupted(whole_runs, place, tmp_path.parent, team(request, size_before), before)
+    resumed = tmp_path / "resumed"
+    checkpoint = whole / "checkpoints" / "step_00000007"
+    micro = 2 if size_after < 4 else 1
+    options = {"resume": checkpoint, "micro_batch_size": micro}
+    run(team(request, size_after), arguments(place, resumed, after, **options))
+    assert [row["step"] for row in rows(resumed, "metrics.jsonl")] == list(range(1, training.STEPS + 1))
+    assert training.ranks(resumed) == training.ranks(whole)
+    assert training.relative(training.losses(resumed), training.losses(whole)) < 1e-5
+    mine, theirs = final_state(resumed), final_state(whole)
+    worst = max(
+        float((mine[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs if n.endswith(":master")
+    )
+    assert worst < 1e-4 and not math.isnan(worst)
+
+
+def team(request: pytest.FixtureRequest, size: int) -> Processes:
+    """The session's processes of that number."""
+    names = {1: "one_process", 2: "two_processes"}
+    if size in names:
+        found: Processes = request.getfixturevalue(names[size])
+        return found
+    more = Processes(size, timeout=300)
+    request.addfinalizer(more.close)
+    return more
