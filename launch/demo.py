@@ -1,0 +1,79 @@
+"""The demo: the whole path on generated data, in a few minutes on two CPU cores, without a network.
+
+`python -m launch.demo [--out runs/demo]` generates records of all eight tasks, pre-trains a small base model on fact
+sentences, evaluates it, trains an adapter whose ranks change with `deepspeed launch/train.py`, evaluates again and
+shows both tables. Each step is a command of its own, printed before it runs. A rerun replaces the demo's own folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flexlora_ds.errors import RunError, UserError
+from launch.steps import run_step, training_command
+
+DEFAULT_OUT = Path("runs/demo")
+RECIPE = Path("launch/recipes/demo.yaml")
+_OWN = {"data", "base", "eval_before", "eval_after"}
+"""What only the demo puts into its folder, besides what a training run does."""
+
+
+def commands(out: Path, *, processes: int | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Titles and commands of the steps, in order; paths lie below `out`, which is also the run folder."""
+    data, base = out / "data", out / "base"
+    evaluate = ["-m", "eval", "--model", str(base), "--data", str(data)]
+    before, after = out / "eval_before", out / "eval_after"
+    options = ["--model", str(base), "--data", str(data / "commonsense_170k.json"), "--out", str(out)]
+    yield "data", ["-m", "data_prep", "--demo", "--out", str(data)]
+    yield "base model", ["-m", "launch.demo_base", "--out", str(base)]
+    yield "evaluation before", [*evaluate, "--mode", "score", "--out", str(before)]
+    yield "training", training_command(RECIPE, options, processes=processes)
+    yield (
+        "evaluation after",
+        [*evaluate, "--adapter", str(out / "adapter"), "--mode", "generate", "--out", str(after)],
+    )
+    yield "both tables", ["-m", "eval.compare", str(before), str(after), "--out", str(out)]
+
+
+def make_room(out: Path) -> None:
+    """Remove an earlier demo. Raises UserError where `out` holds something that no demo wrote."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if out != DEFAULT_OUT and not any((out / name).is_dir() for name in _OWN):
+        raise UserError(f"the folder holds something else than a demo (--out {out}); choose another")
+    shutil.rmtree(out)
+
+
+def run(out: Path, processes: int | None) -> None:
+    """Run every step and say where the results are. Raises UserError, RunError."""
+    started = time.monotonic()
+    make_room(out)
+    for title, command in commands(out, processes=processes):
+        run_step(title, command)
+    print(f"\nthe demo took {time.monotonic() - started:.0f} s")
+    print(f"report  {out}/report/index.html")
+    print(f"adapter {out}/adapter")
+    print(f"tables  {out}/comparison.md")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="run folder (%(default)s)")
+    parser.add_argument("--processes", type=int, help="training processes (all GPUs; without one: 2)")
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments.out, arguments.processes)
+    except (UserError, RunError) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2 if isinstance(fault, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
