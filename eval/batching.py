@@ -10,6 +10,9 @@ from torch import Tensor
 
 from eval.items import Item
 
+_ENOUGH = 8  # a batch of an eighth of the budget is large enough to be fast
+_WORTHWHILE = 0.9  # the least length, as a share of the batch's width, for which such a batch goes on
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,17 +41,23 @@ def plan_batches(
 ) -> list[Batch]:
     """Sort by length, longest first, and fill batches up to `budget` tokens and `max_rows` rows.
 
-    A batch's tokens are its rows times the widest of them; an item wider than the budget is a batch alone.
+    A batch's tokens are its rows times the widest of them; an item wider than the budget is a batch alone. A batch
+    that is large enough to be fast ends early where the next item would be mostly padding.
     """
     ordered = sorted(items, key=lambda item: (-cost(item), item.question.index))
     batches: list[Batch] = []
     start = 0
     while start < len(ordered):
         width = cost(ordered[start])
-        rows = max(1, budget // width)
-        chosen = ordered[start : start + min(rows, max_rows or rows)]
-        batches.append(Batch(task, tuple(chosen), width))
-        start += len(chosen)
+        most = min(max(1, budget // width), max_rows or len(ordered), len(ordered) - start)
+        enough = -(-budget // (_ENOUGH * width))
+        rows = most
+        for row in range(enough, most):
+            if cost(ordered[start + row]) < _WORTHWHILE * width:
+                rows = row
+                break
+        batches.append(Batch(task, tuple(ordered[start : start + rows]), width))
+        start += rows
     return batches
 
 
