@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,21 @@ def _regex_hits(names: list[str], target: str) -> list[str]:
     return [n for n in names if pattern.fullmatch(n)]
 
 
+def linear_shapes(model: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of these linear layers."""
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+
+
+def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError if a rank exceeds min(in, out) of any layer."""
+    for name, shape in shapes.items():
+        if rank > min(shape):
+            raise UserError(
+                f"rank {rank} exceeds the limit {min(shape)} = min(in, out) of {name}; lower `rank`"
+            )
+
+
 def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
     """Freeze `model` and adapt its matching linear layers in place; returns their names in module order.
 
@@ -163,14 +179,7 @@ def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
     if adapters(model):
         raise UserError("the model already carries adapters; start from the base model")
     names = match_modules(linear_names(model), config.target_modules)
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        limit = min(linear.in_features, linear.out_features)
-        if config.rank > limit:
-            raise UserError(
-                f"rank {config.rank} exceeds the limit {limit} = min(in, out) of {name}; lower `rank`"
-            )
+    check_rank(config.rank, linear_shapes(model, names))
     for p in model.parameters():
         p.requires_grad_(False)
     context = ForwardContext()

@@ -14,6 +14,7 @@ from data_prep.records import load_records
 from flexlora_ds.checkpoint import set_ranks
 from flexlora_ds.errors import UserError
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
+from flexlora_ds.schedule import resolve_calendar
 from launch.batch_layout import BatchLayout
 from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
 from launch.ds_config import adam_settings
@@ -38,12 +39,13 @@ class Data:
 
 
 def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
-    """Read and tokenise the records.
+    """Read and tokenise the records, and see that rank changes fit the steps they make.
 
     Raises:
-        UserError, DataError: the file is missing or malformed, or nothing is left to train on.
+        UserError, DataError: the file is missing or malformed, nothing is left to train on, or the freeze would begin
+            before the start of the rank changes.
     """
-    return prepare_examples(
+    data = prepare_examples(
         load_records(require_data(options)),
         tokenizer,
         prompt=options.prompt,
@@ -52,6 +54,14 @@ def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
         val_size=options.val_size,
         seed=options.seed,
     )
+    if options.method == "flexlora":
+        resolve_calendar(steps_of(options, data), options.to_flexlora_config())
+    return data
+
+
+def steps_of(options: TrainOptions, data: TokenisedData) -> int:
+    """The steps of a run."""
+    return total_steps(len(data.train), options.epochs, options.batch_size, options.max_steps)
 
 
 def require_data(options: TrainOptions) -> Path:
@@ -70,7 +80,7 @@ def cut_batches(
 ) -> Data:
     """Share the data over the processes."""
     cut = Cut(process.world_size, process.rank, layout.micro_batch_size)
-    steps = total_steps(len(data.train), options.epochs, options.batch_size, options.max_steps)
+    steps = steps_of(options, data)
     validation = ValidationBatches(data.validation, cut, pad) if len(data.validation) else None
     train = TrainingBatches(data.train, options.batch_size, options.seed, cut, pad)
     return Data(data, train, validation, steps)

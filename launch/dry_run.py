@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from launch.batches import total_steps
-from launch.build import load_tokenizer_of, prepare_data, require_data
+from launch.build import load_tokenizer_of, prepare_data, require_data, steps_of
 from launch.ds_config import resolve_ds_config
 from launch.examples import IGNORED, TokenisedData
 from launch.memory_plan import plan_memory
@@ -33,14 +33,16 @@ def dry_run(options: TrainOptions) -> None:
         shapes=plan.shapes,
         base_parameters=plan.base_parameters,
         records=len(data.train),
-        total_steps=total_steps(len(data.train), options.epochs, options.batch_size, options.max_steps),
+        total_steps=steps_of(options, data),
         layout=layout,
         memory=plan.at(layout.micro_batch_size),
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
         notes=[dropped] if dropped else [],
     )
-    print(render_plan(page))
+    text = render_plan(page)
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _example(data: TokenisedData, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -46,6 +46,7 @@ class Journal:
     initial_parameters: int = 0
     started: float = field(default_factory=time.perf_counter)
     _since: float = field(default_factory=time.perf_counter)
+    _norm: torch.Tensor | None = None
     _tokens_since: int = 0
     _steps_since: int = 0
 
@@ -76,6 +77,12 @@ class Journal:
         """Whether this step is logged."""
         return step == 1 or step == last or step % self.options.log_every == 0
 
+    def note_gradients(self, engine: Any) -> None:
+        """Between backward and step: the norm before clipping, where the engine keeps none (stage 0 in fp32)."""
+        if engine.optimizer is engine.basic_optimizer and engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
+
     def count(self, step: int) -> None:
         """Count a step's real tokens (padding left out)."""
         tokens = self.batches.tokens(step)
@@ -90,6 +97,7 @@ class Journal:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         norm = engine.get_global_grad_norm()
+        norm = self._norm if norm is None else norm
         lr = float(engine.basic_optimizer.param_groups[0]["lr"])
         metrics = StepMetrics(
             step=step,
@@ -121,5 +129,6 @@ class Journal:
 
     def warn(self, text: str) -> None:
         """Say a warning now and again in the summary."""
-        self.warnings.append(text)
+        if text not in self.warnings:  # a run that goes on says some again
+            self.warnings.append(text)
         self.progress.message(f"warning: {text}")

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from flexlora_ds.adapter import linear_names, match_modules
+from flexlora_ds.adapter import check_rank, linear_names, linear_shapes, match_modules
 from flexlora_ds.pretrained import load_skeleton
 from launch.batch_layout import BatchLayout, batch_layout
 from launch.ds_config import load_ds_config
@@ -78,18 +77,13 @@ def plan_memory(options: TrainOptions, processes: int) -> MemoryPlan:
     """Read the model's configuration and shapes, without weights.
 
     Raises:
-        UserError: the model is missing or gated, a target matches nothing, or the DeepSpeed JSON is no good.
+        UserError: the model is missing or gated, a target matches nothing, the rank exceeds a layer's limit, or the
+            DeepSpeed JSON is no good.
     """
     settings, _ = load_ds_config(options.ds)
     model = load_skeleton(options.model)
     parameters = sum(p.numel() for p in model.parameters())
-    plan = MemoryPlan(options, processes, settings, model.config, parameters, _shapes(model, options))
-    return plan.settled()
-
-
-def _shapes(model: nn.Module, options: TrainOptions) -> dict[str, tuple[int, int]]:
-    found = {}
-    for name in match_modules(linear_names(model), options.target_modules):
-        linear: Any = model.get_submodule(name)
-        found[name] = (linear.out_features, linear.in_features)
-    return found
+    shapes = linear_shapes(model, match_modules(linear_names(model), options.target_modules))
+    if options.method == "flexlora":
+        check_rank(options.rank, shapes)
+    return MemoryPlan(options, processes, settings, model.config, parameters, shapes).settled()

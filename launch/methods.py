@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from flexlora_ds.adapter import adapters, forward_context, inject_adapters
+from flexlora_ds.adapter import adapters, forward_context, inject_adapters, linear_names, match_modules
 from flexlora_ds.controller import RankController
 from flexlora_ds.groups import parameter_groups
 from flexlora_ds.optimizer import FlexLoRAAdamW
@@ -153,7 +153,7 @@ class PeftLoRA:
         """Wrap the model in PEFT's LoRA."""
         from peft import LoraConfig, get_peft_model
 
-        targets = self.options.target_modules
+        self.matrices = match_modules(linear_names(model), self.options.target_modules)
         torch.manual_seed(self.options.seed)
         wrapped: nn.Module = get_peft_model(
             model,
@@ -161,12 +161,11 @@ class PeftLoRA:
                 r=self.options.rank,
                 lora_alpha=self.options.alpha,
                 lora_dropout=self.options.dropout,
-                target_modules="all-linear" if "all-linear" in targets else list(targets),
+                target_modules=self.matrices,
                 task_type="CAUSAL_LM",
             ),
             autocast_adapter_dtype=False,
         )
-        self.matrices = [n for n, m in wrapped.named_modules() if hasattr(m, "lora_A")]
         return wrapped
 
     def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:

@@ -98,6 +98,7 @@ class RunFolder:
         self.metrics = JsonLines(self.path / "metrics.jsonl", writes)
         self.rank_changes = JsonLines(self.path / "ranks.jsonl", writes)
         self.validation = JsonLines(self.path / "validation.jsonl", writes)
+        self._validated: int | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -165,8 +166,10 @@ class RunFolder:
         self.metrics.append(asdict(metrics))
 
     def log_validation(self, step: int, loss: float) -> None:
-        """Append a line to validation.jsonl."""
-        self.validation.append({"step": step, "loss": loss})
+        """Append a line to validation.jsonl, one for a step: several causes may fall on the same."""
+        if step != self._validated:
+            self.validation.append({"step": step, "loss": loss})
+        self._validated = step
 
     def log_rank_change(self, change: Mapping[str, Any]) -> None:
         """Append a line to ranks.jsonl: RANK_CHANGE_KEYS in their order, then what else there is."""

@@ -9,8 +9,7 @@ from typing import Any
 
 from flexlora_ds.fingerprint import base_fingerprint
 from launch.agreement import on_first
-from launch.batches import total_steps
-from launch.build import Data, build_engine
+from launch.build import Data, build_engine, steps_of
 from launch.control import Control
 from launch.examples import TokenisedData
 from launch.guard import Guard
@@ -80,7 +79,7 @@ def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
 
 def identify(options: TrainOptions, data: TokenisedData, process: Process) -> Identity:
     """What this run is a run of; process 0 looks at the model's files."""
-    steps = total_steps(len(data.train), options.epochs, options.batch_size, options.max_steps)
+    steps = steps_of(options, data)
     fingerprint = on_first(process, lambda: base_fingerprint(options.model))
     return Identity.of(options, str(fingerprint), data.train.digest(), steps)
 
@@ -104,8 +103,9 @@ def begin(
     progress = Progress(batches.steps, log_every=options.log_every, start=start.step, shows=process.first)
     journal = Journal(options, folder, batches.train, progress, process.device)
     control = Control(process, watch, start.step)
-    validator = Validator(engine, method, batches.validation, process, control.interrupted)
-    method.attach(engine, batches.steps, validator if options.val_every != 0 else None)
+    held_out = batches.validation if options.val_every != 0 else None
+    validator = Validator(engine, method, held_out, process, control.interrupted)
+    method.attach(engine, batches.steps, validator or None)
     guard = Guard(engine, process, journal.warn)
 
     def notes() -> dict[str, Any]:

@@ -107,6 +107,7 @@ def train_step(session: Session, step: int) -> Tensor:
         session.method.before_forward(batch, device)
         loss = session.guard.checked(token_loss(engine, batch, device, at_positions=at_positions), batch)
         engine.backward(loss * weight)
+        session.journal.note_gradients(engine)
         engine.step()
         total += loss.detach().double()
     return total
@@ -126,7 +127,7 @@ def introduce(session: Session, start: Start) -> None:
         config = options.to_flexlora_config()
         lines.append(describe(batches.steps, config, method.total_rank))
         if config.adjust_size and not due_steps(batches.steps, config):
-            lines.append("warning: no rank change falls into this calendar; ranks stay as they are")
+            session.journal.warn("no rank change falls into this calendar; ranks stay as they are")
     for line in ([dropped] if dropped else []) + lines + start.messages:
         session.journal.progress.message(line)
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         run(parse_options(arguments))
 
-    debug = any(a in ("--debug=true", "--debug") for a in arguments)
+    debug = "--debug=true" in " ".join(arguments).replace("--debug ", "--debug=")
     return guarded(body, debug=debug)
 
 

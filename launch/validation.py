@@ -36,7 +36,7 @@ class Validator:
         self._at_positions = takes_positions(engine.module)
 
     def __bool__(self) -> bool:
-        """Whether any records are held out."""
+        """Whether there is anything to validate on."""
         return self._batches is not None
 
     @torch.no_grad()
