@@ -150,7 +150,7 @@ class Checkpoint:
         from flexlora_ds.partitions import whole
 
         self.require_fit(engine)
-        whole.write_whole(engine, self.state["keys"], self._tensors(), self.state["scalars"])
+        whole.write_whole(engine, self.state["keys"], self.tensors(), self.state["scalars"])
         counters = self.state["counters"]
         micro_steps = int(counters["global_steps"]) * int(engine.gradient_accumulation_steps())
         whole.set_counters(engine, counters, micro_steps)
@@ -160,7 +160,8 @@ class Checkpoint:
             controller.load_state_dict(self.state["controller"])
         set_generator_states(self._generators(int(engine.global_rank), int(engine.world_size)), engine.device)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every state by its label `<parameter>:<key>`, one at a time, on the CPU."""
         for path in self.shards:
             with safe_open(path, framework="pt") as file:
                 for text in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping

@@ -54,9 +54,10 @@ def on_first(process: Process, work: Callable[[], Any]) -> Any:
 
 def largest(process: Process, values: Sequence[int]) -> list[int]:
     """The element-wise largest of all processes' numbers; collective."""
+    if process.world_size == 1:
+        return [int(value) for value in values]
     tensor = torch.tensor(list(values), dtype=torch.int32, device=process.device)
-    if process.world_size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [int(value) for value in tensor.tolist()]
 
 

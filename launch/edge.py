@@ -10,6 +10,10 @@ from collections.abc import Callable
 from data_prep.errors import DataError
 from flexlora_ds.errors import RunError, UserError
 
+_SMALLEST_SCALE = (
+    "loss scale already at minimum"  # DeepSpeed raises a bare Exception (loss_scaler.py, 0.19.8)
+)
+
 
 def guarded(run: Callable[[], None], *, debug: bool) -> int:
     """Run a command's body; the exit code: 0, 2 for what the user must change, 1 for what failed."""
@@ -23,6 +27,11 @@ def guarded(run: Callable[[], None], *, debug: bool) -> int:
         return _leave(
             RunError(f"{error.strerror or error} ({error.filename or 'input or output'})"), 1, debug
         )
+    except Exception as error:
+        if _SMALLEST_SCALE not in str(error):
+            raise
+        text = "fp16 gradients overflow at the smallest loss scale (dtype); use bf16 or fp32, or a lower lr"
+        return _leave(RunError(text), 1, debug)
     return 0
 
 
@@ -36,7 +45,8 @@ def _leave(error: Exception, code: int, debug: bool) -> int:
 
 def quiet_libraries() -> None:
     """Keep other libraries' remarks off the run's own output; before they are imported."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch.distributed, transformers: not the user's to mend
+    # torch.distributed's and transformers' deprecations are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

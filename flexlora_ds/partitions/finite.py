@@ -30,6 +30,7 @@ def skip_non_finite(engine: Any) -> None:
         )
         return None if optimizer.overflow else apply(*args, **kwargs)
 
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # `apply` is: torch's schedulers warn otherwise
     optimizer.overflow = False
     optimizer.step = step
 
