@@ -1,0 +1,74 @@
+"""Training processes that a test sends signals to while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import IO
+
+from tests.distributed import _kill, _rank_environments, _scratch, _start, _text
+
+POLL_SECONDS = 0.01
+
+
+@dataclass
+class Launched:
+    """The processes of one run, by rank, and what each has written so far."""
+
+    processes: list[Popen[str]]
+    outputs: list[IO[str]]
+
+    def said(self, rank: int = 0) -> str:
+        """What a process has written to stdout and stderr."""
+        return _text(self.outputs[rank])
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 240) -> None:
+        """Wait until `condition` holds; AssertionError if the run ends or the time is up before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, self.said()
+            assert any(p.poll() is None for p in self.processes), self.said()
+            time.sleep(POLL_SECONDS)
+
+    def wait_for_text(self, text: str) -> None:
+        """Wait until process 0 has written `text`."""
+        self.wait_for(lambda: text in self.said())
+
+    def send(self, number: signal.Signals, *ranks: int) -> None:
+        """Send a signal to some processes, or to all."""
+        for rank in ranks or range(len(self.processes)):
+            with contextlib.suppress(ProcessLookupError):
+                self.processes[rank].send_signal(number)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Wait for the end of all; their exit codes."""
+        deadline = time.monotonic() + timeout
+        return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
+
+
+@contextmanager
+def launched(
+    arguments: Sequence[str], world_size: int, script: str = "launch/train.py"
+) -> Iterator[Launched]:
+    """Start a training script in real processes; what still runs at the end is killed."""
+    with contextlib.ExitStack() as stack:
+        run = Launched([], [])
+        for variables in _rank_environments(world_size, None):
+            output = stack.enter_context(_scratch())
+            process = _start([sys.executable, script, *arguments], variables, stdout=output, stderr=output)
+            stack.callback(_kill, process)
+            run.processes.append(process)
+            run.outputs.append(output)
+        yield run
+
+
+def lines(path: Path) -> int:
+    """How many lines a log has by now."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
