@@ -50,10 +50,10 @@ def train(options: TrainOptions, watch: Watch) -> None:
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     process = join_processes()
-    watch.follow(process)
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
         start = find_start(options, folder, process, identity)
+        watch.follow(process)
         batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
         session = begin(options, ds_config, folder, process, batches, identity, start, watch)
         continue_files(start, folder, process)
