@@ -64,7 +64,9 @@ def final_state(out: Path) -> dict[str, torch.Tensor]:
 
 
 def rows(out: Path, name: str) -> list[dict[str, Any]]:
-    """A log without what is measured in seconds or bytes."""
+    """A log without what is measured in seconds or bytes; nothing where the method writes none."""
+    if not (out / name).exists():
+        return []
     timed = ("seconds", "tokens_per_s", "step_s", "peak_mem_gb")
     return [{k: v for k, v in row.items() if k not in timed} for row in training.read_lines(out / name)]
 
