@@ -46,6 +46,7 @@ class Journal:
     initial_parameters: int = 0
     started: float = field(default_factory=time.perf_counter)
     _since: float = field(default_factory=time.perf_counter)
+    _lr: float = 0.0
     _norm: torch.Tensor | None = None
     _tokens_since: int = 0
     _steps_since: int = 0
@@ -77,8 +78,12 @@ class Journal:
         """Whether this step is logged."""
         return step == 1 or step == last or step % self.options.log_every == 0
 
-    def note_gradients(self, engine: Any) -> None:
-        """Between backward and step: the norm before clipping, where the engine keeps none (stage 0 in fp32)."""
+    def before_update(self, engine: Any) -> None:
+        """Between backward and step: note what the step takes away.
+
+        The learning rate that it uses, and the gradients' norm where the engine keeps none (stage 0 in fp32).
+        """
+        self._lr = float(engine.basic_optimizer.param_groups[0]["lr"])
         if engine.optimizer is engine.basic_optimizer and engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
@@ -98,13 +103,12 @@ class Journal:
         seconds, self._since = now - self._since, now
         norm = engine.get_global_grad_norm()
         norm = self._norm if norm is None else norm
-        lr = float(engine.basic_optimizer.param_groups[0]["lr"])
         metrics = StepMetrics(
             step=step,
             epoch=self.batches.order.epoch(step),
             loss=loss,
             orth=method.orthogonality(),
-            lr=lr,
+            lr=self._lr,
             grad_norm=None if norm is None else float(norm),
             tokens=self.tokens,
             tokens_per_s=self._tokens_since / seconds,
@@ -116,7 +120,7 @@ class Journal:
         self._tokens_since = self._steps_since = 0
         self.last_loss = loss
         self.folder.log_step(metrics)
-        self.progress.update(step, loss=loss, tokens_per_s=metrics.tokens_per_s, lr=lr)
+        self.progress.update(step, loss=loss, tokens_per_s=metrics.tokens_per_s, lr=self._lr)
 
     def rank_change(self, change: RankChange) -> None:
         """Write a rank change, and say its warnings."""

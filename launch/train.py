@@ -107,7 +107,7 @@ def train_step(session: Session, step: int) -> Tensor:
         session.method.before_forward(batch, device)
         loss = session.guard.checked(token_loss(engine, batch, device, at_positions=at_positions), batch)
         engine.backward(loss * weight)
-        session.journal.note_gradients(engine)
+        session.journal.before_update(engine)
         engine.step()
         total += loss.detach().double()
     return total

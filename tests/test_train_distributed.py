@@ -178,7 +178,8 @@ def test_metrics(alone: Path) -> None:
     assert all(row["tokens_per_s"] > 0 and row["step_s"] > 0 and row["peak_mem_gb"] > 0 for row in rows)
     assert all(later["tokens"] > earlier["tokens"] for earlier, later in itertools.pairwise(rows))
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"], "it learns"
-    assert max(row["lr"] for row in rows) == pytest.approx(training.SMALL["lr"])
+    warm_up, fall = [1 / 4, 2 / 4, 3 / 4], [1 - done / 13 for done in range(13)]
+    assert [row["lr"] for row in rows] == pytest.approx([5e-3 * part for part in (*warm_up, *fall)])
 
 
 def test_rank_changes(alone: Path) -> None:
@@ -347,7 +348,7 @@ def test_every_stage_and_number_of_processes(
 ) -> None:
     results = place.train(tmp_path / "run", world_size, stage, micro_batch_size=4 // world_size)
     assert_equal_runs(tmp_path / "run", alone)
-    assert [result.stdout for result in results[1:]] == [""] * (world_size - 1) or world_size == 1
+    assert all(result.stderr == "" for result in results[1:])
 
 
 def test_dropout_and_seed_matter(place: Place, alone: Path, one: Processes, tmp_path: Path) -> None:
