@@ -23,6 +23,8 @@ def guarded(run: Callable[[], None], *, debug: bool) -> int:
         return _leave(error, 2, debug)
     except RunError as error:
         return _leave(error, 1, debug)
+    except KeyboardInterrupt:
+        return _leave(RunError("interrupted before training began; start again"), 130, debug)
     except OSError as error:
         return _leave(
             RunError(f"{error.strerror or error} ({error.filename or 'input or output'})"), 1, debug

@@ -23,7 +23,7 @@ from flexlora_ds.errors import RunError
 from launch.agreement import gather
 from launch.processes import Process
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
 _SAME_SIGNAL_SECONDS = 0.3  # a scheduler and a launcher may both deliver one request
 _LOSS_SECONDS = 10.0
@@ -43,7 +43,7 @@ class Peer:
 
 
 class Watch:
-    """While active, the first SIGTERM or SIGUSR1 asks for a stop and the second ends the process at once.
+    """While active, the first SIGTERM, SIGUSR1 or SIGINT asks for a stop; the second ends the process at once.
 
     A launcher that dies asks for a stop as well: its processes would go on as orphans. A process of the run that dies
     ends this one with exit code 1, whatever collective it hangs in.

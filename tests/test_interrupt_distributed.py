@@ -51,6 +51,7 @@ def newest(out: Path) -> int:
     ("number", "ranks", "moment"),
     [
         (signal.SIGTERM, [1], "a step"),
+        (signal.SIGINT, [0, 1], "a step"),
         pytest.param(signal.SIGUSR1, [0], "a step", marks=pytest.mark.full),
         pytest.param(signal.SIGTERM, [0, 1], "a step", marks=pytest.mark.full),
         pytest.param(signal.SIGUSR1, [0, 1], "start-up", marks=pytest.mark.full),
