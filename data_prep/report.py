@@ -13,7 +13,7 @@ from .errors import DataError
 from .measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from .options import Parser, positive
 from .plots import plot_all
-from .prompt import PROMPTS
+from .prompt import TEXT_PROMPTS
 from .published import CORPUS
 from .records import iter_records
 
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer", metavar="T", help="hub id, folder or .gguf file; without it, words are counted"
     )
     p.add_argument(
-        "--prompt", choices=PROMPTS, default="alpaca", help="prompt style of the texts (default: alpaca)"
+        "--prompt", choices=TEXT_PROMPTS, default="alpaca", help="prompt style of the texts (default: alpaca)"
     )
     p.add_argument(
         "--cutoff", type=positive, default=256, metavar="N", help="cutoff_len of training (default: 256)"

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from data_prep.records import load_records
+from data_prep.prompt import CHAT
+from data_prep.records import is_chat, load_entries
 from flexlora_ds.checkpoint import set_ranks
 from flexlora_ds.errors import UserError
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
@@ -18,7 +19,8 @@ from flexlora_ds.schedule import resolve_calendar
 from launch.batch_layout import BatchLayout
 from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
 from launch.ds_config import adam_settings
-from launch.examples import TokenisedData, prepare_examples
+from launch.encoding import Encoding, tokenise
+from launch.examples import TokenisedData, arrange
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
 from launch.options import TrainOptions
@@ -45,18 +47,24 @@ def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
         UserError, DataError: the file is missing or malformed, nothing is left to train on, or the freeze would begin
             before the start of the rank changes.
     """
-    data = prepare_examples(
-        load_records(require_data(options)),
-        tokenizer,
-        prompt=options.prompt,
-        cutoff_len=options.cutoff_len,
-        train_on_inputs=options.train_on_inputs,
-        val_size=options.val_size,
-        seed=options.seed,
+    path = require_data(options)
+    how = Encoding(options.prompt, options.cutoff_len, options.train_on_inputs, place=str(path))
+    examples, dropped = tokenise(load_entries(path), tokenizer, how)
+    data = arrange(
+        examples, dropped, cutoff_len=options.cutoff_len, val_size=options.val_size, seed=options.seed
     )
     if options.method == "flexlora":
         resolve_calendar(steps_of(options, data), options.to_flexlora_config())
     return data
+
+
+def settle_prompt(options: TrainOptions) -> TrainOptions:
+    """The options with the prompt that the data needs: chats are always read through the tokenizer's chat template.
+
+    Raises:
+        UserError, DataError: the file is missing, or its beginning is malformed.
+    """
+    return options.replace(prompt=CHAT) if is_chat(require_data(options)) else options
 
 
 def steps_of(options: TrainOptions, data: TokenisedData) -> int:
