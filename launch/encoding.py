@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -64,6 +66,20 @@ def tokenise(
 
     examples = Examples.pack(kept())
     return examples, tuple(dropped)
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let a fast tokenizer use all cores meanwhile; afterwards as before, for processes may fork later."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _encoded(
