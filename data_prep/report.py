@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .edge import command
 from .errors import DataError
 from .measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from .options import Parser, positive
@@ -148,16 +149,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0, 1 or 2, with one line on stderr)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        _run(parser().parse_args(arguments))
-    except (DataError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
-    return 0
+    """Run the command; returns the exit code, as `edge.command`."""
+    return command(parser(), _run, argv)
 
 
 if __name__ == "__main__":
