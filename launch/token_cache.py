@@ -37,10 +37,15 @@ Tokenised: TypeAlias = "tuple[Examples, tuple[int, ...]]"
 
 
 def cache_folder() -> Path:
-    """`$FLEXLORA_CACHE`, else `flexlora_ds/tokens` where the user's caches are."""
+    """`$FLEXLORA_CACHE`, else `flexlora_ds/tokens` where the user's caches are. RunError where there is no home."""
     if os.environ.get(FOLDER):
         return Path(os.environ[FOLDER])
-    caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        raise RunError(
+            f"no home folder for the cache of tokenised data ({FOLDER}); name a folder there"
+        ) from None
     return Path(caches) / "flexlora_ds" / "tokens"
 
 
