@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .build import Options, build
+from .edge import command
 from .errors import DataError
 from .options import Parser, positive
 from .sources import HubSource, LocalSource, Source
@@ -124,19 +125,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0, or 2 with one line on stderr)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        _run(parser().parse_args(arguments))
-    except (DataError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was changed", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command; returns the exit code, as `edge.command`."""
+    return command(parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ from __future__ import annotations
 from .errors import DataError
 from .records import Record
 
-PROMPTS = ("alpaca", "llm_adapters")
+TEXT_PROMPTS = ("alpaca", "llm_adapters")
+"""The styles that are strings around a record."""
+
+CHAT = "chat"
+"""The style that is the tokenizer's own chat template (`data_prep.chat`); files of chats have no other."""
+
+PROMPTS = (*TEXT_PROMPTS, CHAT)
 
 _PLAIN = (
     "Below is an instruction that describes a task. "
@@ -24,8 +30,8 @@ _INDENT = " " * 16  # LLM-Adapters indents every line of the prompt but the firs
 
 
 def _check_style(style: str) -> None:
-    if style not in PROMPTS:
-        raise DataError(f"unknown prompt style {style!r}", mend=f"use one of {', '.join(PROMPTS)}")
+    if style not in TEXT_PROMPTS:
+        raise DataError(f"unknown prompt style {style!r}", mend=f"use one of {', '.join(TEXT_PROMPTS)}")
 
 
 def _alpaca(record: Record) -> str:

@@ -7,10 +7,10 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TypedDict, cast
+from typing import IO, Any, TypeAlias, TypedDict, cast
 
 from .errors import DataError
 
@@ -39,9 +39,17 @@ class Message(TypedDict):
 
 
 class ChatRecord(TypedDict):
-    """One chat example. The assistant's turns are what is learnt; the last turn is one of them."""
+    """One chat example. The assistant's turns are what is learnt; the last turn is one of them.
+
+    `answer` is what evaluation compares with; it may be empty in training data.
+    """
 
     messages: list[Message]
+    answer: str
+
+
+Entry: TypeAlias = "Record | ChatRecord"
+"""What a line of a data file may be. All of one file are of the same kind."""
 
 
 def open_text(path: Path) -> IO[str]:
@@ -156,7 +164,7 @@ def to_record(value: Any, place: str, need_answer: bool = False) -> Record:
     if missing:
         mend = "records need instruction, input, output, answer"
         if "messages" in value:
-            mend = "this is a chat record: see docs/data.md"
+            mend = "this is a chat record, and chats do not mix with records in one file: see docs/data.md"
         raise DataError(f"{missing[0]!r} is missing", place, mend)
     record: Record = {
         "instruction": _text_field(value, "instruction", place),
@@ -188,37 +196,50 @@ def load_records(path: str | Path, need_answer: bool = False) -> list[Record]:
     return records
 
 
-def to_chat(value: Any, place: str) -> ChatRecord:
+def to_chat(value: Any, place: str, need_answer: bool = False) -> ChatRecord:
     """Check one parsed chat object: roles known, contents strings, the last turn the assistant's."""
     turns = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(turns, list) or not turns:
         raise DataError("'messages' is missing or empty", place, _CHAT_FORM)
-    messages: list[Message] = []
-    for index, turn in enumerate(turns, 1):
-        where = f"{place}, message {index}"
-        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-            raise DataError("a message needs 'role' and 'content'", where)
-        role, content = _text_field(turn, "role", where), _text_field(turn, "content", where)
-        if role not in ("system", "user", "assistant"):
-            raise DataError(f"unknown role {role!r}", where, "use system, user or assistant")
-        messages.append({"role": role, "content": content})
+    messages = [_to_message(turn, f"{place}, message {number}") for number, turn in enumerate(turns, 1)]
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise DataError("the last message is not an assistant's answer: nothing to learn", place)
-    return {"messages": messages}
+    answer = _text_field(value, "answer", place) if value.get("answer") is not None else ""
+    if need_answer and not answer.strip():
+        raise DataError("'answer' is missing or empty", place, "evaluation compares with it")
+    return {"messages": messages, "answer": answer}
 
 
-def load_chat(path: str | Path) -> list[ChatRecord]:
-    """All chat records of a file, in order.
+def _to_message(turn: Any, place: str) -> Message:
+    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+        raise DataError("a message needs 'role' and 'content'", place)
+    role = _text_field(turn, "role", place)
+    if role not in ("system", "user", "assistant"):
+        raise DataError(f"unknown role {role!r}", place, "use system, user or assistant")
+    return {"role": role, "content": _text_field(turn, "content", place)}
 
-    Raises DataError naming file and number of the first malformed one, or an empty file.
+
+def load_entries(path: str | Path, need_answer: bool = False) -> list[Entry]:
+    """All records or all chats of a file, whichever its first one is: what training and evaluation read.
+
+    Raises DataError naming file and number of the first malformed one (of another kind than the first included), or
+    an empty file.
     """
-    records = [to_chat(value, f"{path}, record {number}") for number, value in iter_objects(path)]
-    if not records:
+    entries: list[Entry] = []
+    check: Callable[[Any, str, bool], Entry] = to_record
+    for number, value in iter_objects(path):
+        if number == 1 and _is_chat(value):
+            check = to_chat
+        entries.append(check(value, f"{path}, record {number}", need_answer))
+    if not entries:
         raise DataError("holds no records", str(path))
-    return records
+    return entries
 
 
 def is_chat(path: str | Path) -> bool:
     """Whether a file's first record is a chat record. Raises DataError where the file cannot be read."""
-    value = next((value for _, value in iter_objects(path)), None)
+    return _is_chat(next((value for _, value in iter_objects(path)), None))
+
+
+def _is_chat(value: Any) -> bool:
     return isinstance(value, dict) and "messages" in value and "instruction" not in value

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .edge import command
 from .errors import DataError
 from .measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from .options import Parser, positive
 from .plots import plot_all
-from .prompt import PROMPTS
+from .prompt import TEXT_PROMPTS
 from .published import CORPUS
 from .records import iter_records
 
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer", metavar="T", help="hub id, folder or .gguf file; without it, words are counted"
     )
     p.add_argument(
-        "--prompt", choices=PROMPTS, default="alpaca", help="prompt style of the texts (default: alpaca)"
+        "--prompt", choices=TEXT_PROMPTS, default="alpaca", help="prompt style of the texts (default: alpaca)"
     )
     p.add_argument(
         "--cutoff", type=positive, default=256, metavar="N", help="cutoff_len of training (default: 256)"
@@ -148,16 +149,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0, 1 or 2, with one line on stderr)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        _run(parser().parse_args(arguments))
-    except (DataError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
-    return 0
+    """Run the command; returns the exit code, as `edge.command`."""
+    return command(parser(), _run, argv)
 
 
 if __name__ == "__main__":

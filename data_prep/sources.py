@@ -19,6 +19,7 @@ from .tasks import HubPlace, Split, Task
 Loader = Callable[..., Iterable[Row]]  # the signature of datasets.load_dataset
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+_LOGIN_MARKS = ("gated", "cannot be accessed", "401", "403")  # in what datasets and huggingface_hub say
 _LOCAL_HELP = "or build from local files with --source DIR (docs/data.md)"
 
 
@@ -120,7 +121,7 @@ class HubSource:
             # datasets, huggingface_hub and the network raise many unrelated types: each means, try the next
             except Exception as error:
                 faults.append(f"{place}: {_reason(error)}")
-        login = any(mark in fault for fault in faults for mark in ("Gated", "401", "403"))
+        login = any(mark in fault.lower() for fault in faults for mark in _LOGIN_MARKS)
         advice = "log in with `hf auth login`" if login else "check the network"
         raise DataError(
             f"no hub source of {task.name}/{split.file} works",

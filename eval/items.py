@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from data_prep.chat import as_chat, as_record, chat_prompts
 from data_prep.errors import DataError
-from data_prep.prompt import evaluation_prompt
-from data_prep.records import load_records
+from data_prep.prompt import CHAT, evaluation_prompt
+from data_prep.records import ChatRecord, load_entries
 from data_prep.tasks import TASKS
 from eval.parsing import read_answer
 from eval.protocols import ANSWER_LEAD
@@ -23,13 +25,17 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """One test record, before any model is known. `index` counts the records of its file from 0."""
+    """One test record, before any model is known. `index` counts the records of its file from 0.
+
+    A `chat` is asked through the tokenizer's chat template, without its last answer; `prompt` is then its JSON.
+    """
 
     task: str
     index: int
     prompt: str
     answers: tuple[str, ...]
     answer: str
+    chat: ChatRecord | None = field(default=None, compare=False)
 
     @cached_property
     def prompt_hash(self) -> str:
@@ -85,9 +91,9 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> Tokens:
 def load_questions(data: Path, task: str, style: str, limit: int | None = None) -> list[Question]:
     """The first `limit` records of `<data>/<task>/test.json`. DataError names file and malformed record."""
     path = data / task / "test.json"
-    records = load_records(path, need_answer=True)
     questions = []
-    for index, record in enumerate(records[:limit]):
+    for index, entry in enumerate(load_entries(path, need_answer=True)[:limit]):
+        record = as_record(entry)
         answers = tuple(TASKS[task].answers(record))
         if len(answers) < 2 or record["answer"] not in answers:
             raise DataError(
@@ -95,13 +101,19 @@ def load_questions(data: Path, task: str, style: str, limit: int | None = None) 
                 f"{path}, record {index + 1}",
                 "rebuild the file with python -m data_prep",
             )
-        questions.append(Question(task, index, evaluation_prompt(record, style), answers, record["answer"]))
+        chat = as_chat(entry) if style == CHAT or "messages" in entry else None
+        prompt = json.dumps(chat["messages"][:-1]) if chat else evaluation_prompt(record, style)
+        questions.append(Question(task, index, prompt, answers, record["answer"], chat))
     return questions
 
 
 def tokenise(task: str, questions: Sequence[Question], tokenizer: Any) -> TaskItems:
     """Token ids as in training: prompts with the tokenizer's own BOS, no EOS; candidates with neither."""
-    prompts = _prompt_ids(tokenizer, [question.prompt for question in questions])
+    chats = [question.chat for question in questions if question.chat is not None]
+    if chats:
+        prompts = chat_prompts(tokenizer, chats, lambda i: f"{task}/test.json, record {i + 1}")
+    else:
+        prompts = _prompt_ids(tokenizer, [question.prompt for question in questions])
     texts = sorted({answer for question in questions for answer in question.answers})
     encoded = tokenizer([ANSWER_LEAD + text for text in texts], add_special_tokens=False)["input_ids"]
     ids: dict[str, Tokens] = {text: tuple(row) for text, row in zip(texts, encoded, strict=True)}

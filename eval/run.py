@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_prep.errors import DataError
+from data_prep.prompt import CHAT
 from eval.asking import Asker
 from eval.batching import Batch, order_batches, plan_batches
 from eval.files import write_json, write_text
@@ -35,6 +36,8 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     _quiet_libraries()
     style, warning = resolve_prompt(options.prompt, options.adapter)
     questions = _load_all_questions(options, style)
+    if all(question.chat for found in questions.values() for question in found):
+        style = CHAT
     lm = load(options, team.device())
     tasks = {task: tokenise(task, found, lm.tokenizer) for task, found in questions.items()}
     asker = Asker(lm, PROTOCOLS[options.mode], tasks)

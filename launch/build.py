@@ -10,19 +10,23 @@ from typing import Any
 
 import torch
 
-from data_prep.records import load_records
+from data_prep.prompt import CHAT
+from data_prep.records import is_chat, load_entries
 from flexlora_ds.checkpoint import set_ranks
 from flexlora_ds.errors import UserError
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from flexlora_ds.schedule import resolve_calendar
+from launch.bar import Bar
 from launch.batch_layout import BatchLayout
 from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
 from launch.ds_config import adam_settings
-from launch.examples import TokenisedData, prepare_examples
+from launch.encoding import Encoding, all_cores, tokenise
+from launch.examples import TokenisedData, arrange
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
 from launch.options import TrainOptions
 from launch.processes import Process
+from launch.token_cache import Tokenised, cached, content_key
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION_NAMES = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
@@ -39,24 +43,38 @@ class Data:
 
 
 def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
-    """Read and tokenise the records, and see that rank changes fit the steps they make.
+    """Tokenise the records, or find them tokenised already, and see that rank changes fit the steps they make.
 
     Raises:
         UserError, DataError: the file is missing or malformed, nothing is left to train on, or the freeze would begin
             before the start of the rank changes.
+        RunError: the cache of tokenised data cannot be written.
     """
-    data = prepare_examples(
-        load_records(require_data(options)),
-        tokenizer,
-        prompt=options.prompt,
-        cutoff_len=options.cutoff_len,
-        train_on_inputs=options.train_on_inputs,
-        val_size=options.val_size,
-        seed=options.seed,
+    path = require_data(options)
+    how = Encoding(options.prompt, options.cutoff_len, options.train_on_inputs, place=str(path))
+    settings = {"prompt": how.prompt, "cutoff_len": how.cutoff_len, "train_on_inputs": how.train_on_inputs}
+
+    def make() -> Tokenised:
+        entries = load_entries(path)
+        with all_cores():
+            return tokenise(entries, tokenizer, how, Bar("tokenising", len(entries)).show)
+
+    examples, dropped = cached(content_key(path, tokenizer, settings), make)
+    data = arrange(
+        examples, dropped, cutoff_len=options.cutoff_len, val_size=options.val_size, seed=options.seed
     )
     if options.method == "flexlora":
         resolve_calendar(steps_of(options, data), options.to_flexlora_config())
     return data
+
+
+def settle_prompt(options: TrainOptions) -> TrainOptions:
+    """The options with the prompt that the data needs: chats are always read through the tokenizer's chat template.
+
+    Raises:
+        UserError, DataError: the file is missing, or its beginning is malformed.
+    """
+    return options.replace(prompt=CHAT) if is_chat(require_data(options)) else options
 
 
 def steps_of(options: TrainOptions, data: TokenisedData) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from launch.build import load_tokenizer_of, prepare_data, require_data, steps_of
+from launch.build import load_tokenizer_of, prepare_data, settle_prompt, steps_of
 from launch.ds_config import resolve_ds_config
 from launch.examples import IGNORED, TokenisedData
 from launch.memory_plan import plan_memory
@@ -20,7 +20,7 @@ def dry_run(options: TrainOptions) -> None:
     Raises:
         UserError, DataError: what would also stop the run itself.
     """
-    require_data(options)
+    options = settle_prompt(options)
     processes = world_size_of_environment()
     resolve_ds_config(options.ds, options, processes)
     plan = plan_memory(options, processes)

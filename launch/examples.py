@@ -1,26 +1,25 @@
-"""Records -> tokenised examples: what the model reads, and which of its tokens it learns from."""
+"""Tokenised examples in flat arrays: what the model reads, and which of its tokens it learns from."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, overload
+from pathlib import Path
+from typing import TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.prompt import evaluation_prompt, training_text
-from data_prep.records import Record
 from flexlora_ds.errors import UserError
 from launch.hashing import seeded_order
 
 IGNORED = -100
 """The label of a token that is no target (PyTorch's `ignore_index`)."""
 
-_CHUNK = 4096  # records per call of the tokenizer: bounds the memory held as Python lists
-
 Ints: TypeAlias = npt.NDArray[np.int64]
+Tokens: TypeAlias = npt.NDArray[np.int32]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,36 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Tokenised records in flat arrays: 170k of them take some 70 MB a process, as lists they would take a
-    GB.
+    """Tokenised records in flat arrays: 170k of them take some 80 MB (memory-mapped from the cache: shared by
+    all processes), as lists they would take a GB each.
 
     `lengths`, `target_counts` and `record_ids` are int64 arrays over the examples. The targets of an example
-    are the tokens from its `label_start` on, except the first of the sequence, which nothing predicts.
+    are the tokens marked in `learnt`, except the first of the sequence, which nothing predicts.
     """
 
     def __init__(
-        self, tokens: npt.NDArray[np.int32], starts: Ints, lengths: Ints, label_starts: Ints, ids: Ints
+        self, tokens: Tokens, learnt: Mask, starts: Ints, lengths: Ints, target_counts: Ints, record_ids: Ints
     ) -> None:
         self._tokens = tokens
+        self._learnt = learnt
         self._starts = starts
-        self._label_starts = label_starts
         self.lengths = lengths
-        self.record_ids = ids
-        self.target_counts = lengths - np.maximum(label_starts, 1)
+        self.target_counts = target_counts
+        self.record_ids = record_ids
+
+    @classmethod
+    def pack(cls, rows: Iterable[tuple[int, Tokens, Mask]]) -> Examples:
+        """Lay out (record id, token ids, which of them are learnt) end to end."""
+        record_ids, tokens, learnt = [], [np.empty(0, np.int32)], [np.empty(0, np.bool_)]
+        for record_id, ids, mask in rows:
+            record_ids.append(record_id)
+            tokens.append(ids)
+            learnt.append(mask)
+        lengths = np.asarray([len(ids) for ids in tokens[1:]], dtype=np.int64)
+        counts = np.asarray([np.count_nonzero(mask[1:]) for mask in learnt[1:]], dtype=np.int64)
+        flat, mask = np.concatenate(tokens), np.concatenate(learnt)
+        numbers = np.asarray(record_ids, dtype=np.int64)
+        return cls(flat, mask, np.cumsum(lengths) - lengths, lengths, counts, numbers)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -61,18 +74,19 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
             return self.subset(np.arange(len(self))[index])
-        start, length = int(self._starts[index]), int(self.lengths[index])
-        masked = min(int(self._label_starts[index]), length)
-        ids = self._tokens[start : start + length].tolist()
-        return Example(int(self.record_ids[index]), ids, [IGNORED] * masked + ids[masked:])
+        piece = slice(int(self._starts[index]), int(self._starts[index] + self.lengths[index]))
+        ids = self._tokens[piece]
+        labels = np.where(self._learnt[piece], ids, IGNORED)
+        return Example(int(self.record_ids[index]), ids.tolist(), labels.tolist())
 
     def digest(self) -> str:
         """Return the SHA-256 of what the examples say and in which order: the data's identity across runs."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            start, length = int(self._starts[index]), int(self.lengths[index])
-            digest.update(self._tokens[start : start + length].tobytes())
-        for array in (self.lengths, self._label_starts, self.record_ids):
+            piece = slice(int(self._starts[index]), int(self._starts[index] + self.lengths[index]))
+            digest.update(self._tokens[piece].tobytes())
+            digest.update(self._learnt[piece].tobytes())
+        for array in (self.lengths, self.record_ids):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
@@ -80,11 +94,33 @@ class Examples(Sequence[Example]):
         """Return the examples at these indices, in this order; the tokens are shared, not copied."""
         return Examples(
             self._tokens,
+            self._learnt,
             self._starts[indices],
             self.lengths[indices],
-            self._label_starts[indices],
+            self.target_counts[indices],
             self.record_ids[indices],
         )
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays to files that `open` maps. Only for examples that lie end to end, as `pack` lays them."""
+        np.save(folder / "tokens.npy", self._tokens)
+        np.save(folder / "learnt.npy", self._learnt)
+        np.save(folder / "examples.npy", np.stack([self.record_ids, self.lengths, self.target_counts]))
+
+    @classmethod
+    def open(cls, folder: Path) -> Examples:
+        """Map the files that `save` wrote: pages are read when used, and shared with other processes.
+
+        Raises OSError or ValueError where a file is missing or damaged.
+        """
+        tokens = np.asarray(
+            np.load(folder / "tokens.npy", mmap_mode="r")
+        )  # still mapped; a plain array is quicker
+        learnt = np.asarray(np.load(folder / "learnt.npy", mmap_mode="r"))
+        record_ids, lengths, counts = np.load(folder / "examples.npy")
+        if not lengths.sum() == len(tokens) == len(learnt):
+            raise ValueError("the arrays do not fit together")
+        return cls(tokens, learnt, np.cumsum(lengths) - lengths, lengths, counts, record_ids)
 
 
 @dataclass(frozen=True)
@@ -108,32 +144,19 @@ class TokenisedData:
         )
 
 
-def prepare_examples(
-    records: Sequence[Record],
-    tokenizer: Any,
-    *,
-    prompt: str,
-    cutoff_len: int,
-    train_on_inputs: bool,
-    val_size: int,
-    seed: int,
+def arrange(
+    examples: Examples, dropped: Sequence[int], *, cutoff_len: int, val_size: int, seed: int
 ) -> TokenisedData:
-    """Tokenise all records and set `val_size` of the kept ones aside, chosen by a hash of (seed, index).
+    """Set `val_size` examples aside, chosen by a hash of (seed, index).
 
-    Raises UserError where the tokenizer has no end token, no record fits `cutoff_len`, or nothing is left to
-    train on.
+    Raises UserError where no record fits `cutoff_len`, or nothing is left to train on.
     """
-    if not records:
-        raise UserError("no records to train on (data); give a file with at least one record")
-    examples, dropped = tokenise(
-        records, tokenizer, prompt=prompt, cutoff_len=cutoff_len, train_on_inputs=train_on_inputs
-    )
     if not len(examples):
         raise UserError(
-            f"all {len(records):,} records are longer than {cutoff_len} tokens (cutoff_len); raise cutoff_len"
+            f"all {len(dropped):,} records are longer than {cutoff_len} tokens (cutoff_len); raise cutoff_len"
         )
     train, validation = split(examples, val_size, seed)
-    return TokenisedData(train, validation, dropped, cutoff_len)
+    return TokenisedData(train, validation, tuple(dropped), cutoff_len)
 
 
 def split(examples: Examples, val_size: int, seed: int) -> tuple[Examples, Examples]:
@@ -148,62 +171,3 @@ def split(examples: Examples, val_size: int, seed: int) -> tuple[Examples, Examp
         )
     order = seeded_order(len(examples), seed, "validation")
     return examples.subset(np.sort(order[val_size:])), examples.subset(np.sort(order[:val_size]))
-
-
-def tokenise(
-    records: Sequence[Record], tokenizer: Any, *, prompt: str, cutoff_len: int, train_on_inputs: bool
-) -> tuple[Examples, tuple[int, ...]]:
-    """Return the examples and the ids of the records whose tokens, the end token included, exceed
-    `cutoff_len`.
-
-    `alpaca`: ids of the evaluation prompt (as the tokenizer gives them to the evaluation, BOS included) + ids
-    of the answer + EOS, so that training and evaluation agree by construction. `llm_adapters`: the published
-    training string tokenised as a whole + EOS; the loss starts after as many tokens as the string without its
-    answer has (LLM-Adapters' finetune.py, `generate_and_tokenize_prompt`), whether or not these tokens are
-    the same.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token (model); set its eos_token")
-    tokens: list[npt.NDArray[np.int32]] = []
-    kept: list[tuple[int, int, int]] = []
-    dropped: list[int] = []
-    encode = _encode_whole if prompt == "llm_adapters" else _encode_by_parts
-    for first in range(0, len(records), _CHUNK):
-        chunk = records[first : first + _CHUNK]
-        for record_id, (ids, prompt_length) in enumerate(encode(chunk, tokenizer, prompt), start=first):
-            if len(ids) > cutoff_len:
-                dropped.append(record_id)
-                continue
-            kept.append((record_id, len(ids), 0 if train_on_inputs else prompt_length))
-            tokens.append(np.asarray(ids, dtype=np.int32))
-    columns = np.asarray(kept, dtype=np.int64).reshape(-1, 3)
-    flat = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
-    starts = np.cumsum(columns[:, 1]) - columns[:, 1]
-    return Examples(flat, starts, columns[:, 1], columns[:, 2], columns[:, 0]), tuple(dropped)
-
-
-def _encode_by_parts(records: Sequence[Record], tokenizer: Any, style: str) -> list[tuple[list[int], int]]:
-    prompts = _ids(tokenizer, [evaluation_prompt(record, style) for record in records])
-    answers = _ids(tokenizer, [training_text(record, style)[1] for record in records], special=False)
-    eos = tokenizer.eos_token_id
-    return [([*prompt, *answer, eos], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
-
-
-def _encode_whole(records: Sequence[Record], tokenizer: Any, style: str) -> list[tuple[list[int], int]]:
-    parts = [training_text(record, style) for record in records]
-    prompts = _ids(tokenizer, [prompt for prompt, _ in parts])
-    wholes = _ids(tokenizer, [prompt + answer for prompt, answer in parts])
-    eos = tokenizer.eos_token_id
-    # The end token is always a target, also where the prompt alone has more tokens than the prompt with its
-    # answer.
-    return [
-        ([*whole, eos], min(len(prompt), len(whole))) for prompt, whole in zip(prompts, wholes, strict=True)
-    ]
-
-
-def _ids(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
-    """Token ids per text, with the tokenizer's own BOS if `special`, never with an EOS it adds by itself."""
-    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    eos = tokenizer.eos_token_id
-    ids: list[list[int]] = encoded["input_ids"]
-    return [row[:-1] if special and row and row[-1] == eos else row for row in ids]

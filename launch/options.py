@@ -35,7 +35,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["flexlora", "lora"]
 Attention = Literal["flash", "sdpa", "eager"]
 LrSchedule = Literal["linear", "cosine", "constant"]
-Prompt = Literal["alpaca", "llm_adapters"]
+Prompt = Literal["alpaca", "llm_adapters", "chat"]
 Count = Annotated[int, Bounds(least=0)]
 Positive = Annotated[int, Bounds(least=1)]
 AboveZero = Annotated[float, Bounds(above=0)]
@@ -69,7 +69,7 @@ class TrainOptions:
     model: str = ""
     """Base model: a hub id, a local folder, or a .gguf file (loaded dequantised). Every recipe names one."""
     data: str = "data/commonsense_170k.json"
-    """Training records {instruction, input, output, answer}, as a JSON list or JSON lines; .gz is allowed."""
+    """Training records {instruction, input, output, answer} or chats {messages}: JSON or JSON lines, also .gz."""
     out: str = ""
     """The run folder, the same in every restart of the run. Empty means runs/<recipe name>."""
     recipe: str = field(default=DEFAULT_RECIPE, compare=False)
@@ -155,7 +155,7 @@ class TrainOptions:
     """Seed of the data order, the dropout masks and everything that the method draws."""
 
     prompt: Prompt = "alpaca"
-    """The prompt around a record; llm_adapters is the published one, byte for byte."""
+    """The prompt around a record; llm_adapters is the published one, chat the tokenizer's template (as for chats)."""
     cutoff_len: Positive = 256
     """Tokens in an example at most; longer records are dropped and counted, never cut."""
     train_on_inputs: bool = False

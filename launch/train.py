@@ -33,7 +33,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
-    from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_data
+    from launch.build import cut_batches, load_tokenizer_of, prepare_data, settle_prompt
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
     from launch.memory_plan import plan_memory
@@ -42,7 +42,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     from launch.session import begin, identify, run_folder
 
     world_size = world_size_of_environment()
-    require_data(options)
+    options = settle_prompt(options)
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)
     repeatable, layout = plan.options, plan.layout()
     options = repeatable.replace(micro_batch_size=layout.micro_batch_size)

@@ -27,6 +27,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs of the tests leave no tokenised data in the user's own cache."""
+    os.environ["FLEXLORA_CACHE"] = str(tmp_path_factory.mktemp("token_cache"))
+
+
 @pytest.fixture(scope="session")
 def one_process() -> Iterator[Processes]:
     """One process that stays for the whole session: a world of one rank, without a restart per test."""

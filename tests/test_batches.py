@@ -24,10 +24,13 @@ PAD = 7
 
 
 def make_examples(lengths: list[int], label_starts: list[int]) -> Examples:
-    sizes = np.asarray(lengths, dtype=np.int64)
-    tokens = np.arange(100, 100 + sizes.sum(), dtype=np.int32)  # all distinct: a mix-up cannot go unnoticed
-    ids = 3 * np.arange(len(sizes), dtype=np.int64) + 1
-    return Examples(tokens, np.cumsum(sizes) - sizes, sizes, np.asarray(label_starts, dtype=np.int64), ids)
+    ends = np.cumsum(lengths)  # token ids are all distinct: a mix-up cannot go unnoticed
+    tokens = [
+        np.arange(100 + end - size, 100 + end, dtype=np.int32)
+        for size, end in zip(lengths, ends, strict=True)
+    ]
+    learnt = [np.arange(size) >= start for size, start in zip(lengths, label_starts, strict=True)]
+    return Examples.pack(zip(range(1, 3 * len(lengths) + 1, 3), tokens, learnt, strict=True))
 
 
 @st.composite

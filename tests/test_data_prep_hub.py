@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +121,50 @@ def test_where_nothing_works_all_that_was_tried_is_said(
     assert "piqa/train" in message and "ybisk/piqa" in message and "baber/piqa" in message
     assert type(fault).__name__ in message and advice in message and "--source DIR" in message
     assert "\n" not in message and not (tmp_path / "data").exists()
+
+
+class _Gate(BaseHTTPRequestHandler):
+    """Answers as the hub does for a gated data set to somebody who is not logged in."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("X-Error-Message", "Access to this data set is restricted.")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    ("gated", "advice"), [(True, "log in with `hf auth login`"), (False, "check the network")]
+)
+def test_what_the_real_libraries_say_is_understood(tmp_path: Path, gated: bool, advice: str) -> None:
+    """`datasets` itself, against a hub that wants a login, and against none at all."""
+    pytest.importorskip("datasets")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        if not gated:
+            server.shutdown()
+            server.server_close()  # nobody listens there now
+        variables = {
+            **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        out = tmp_path / "data"
+        command = [sys.executable, "-m", "data_prep", "--tasks", "openbookqa", "--out", str(out)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        if gated:
+            server.shutdown()
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert errors == done.stderr.splitlines()[-1:] and not out.exists()
+    for part in (advice, "openbookqa/train", "allenai/openbookqa@refs/convert/parquet", "--source DIR"):
+        assert part in errors[0]
 
 
 def test_a_wrong_configuration_and_an_empty_split_are_errors(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import data_prep.records as records_module
 from data_prep.errors import DataError
-from data_prep.records import is_chat, iter_records, load_chat, load_records
+from data_prep.records import is_chat, iter_records, load_entries, load_records
 
 GOOD = {"instruction": "Say ü\u200b", "input": "", "output": "the correct answer is true", "answer": "true"}
 
@@ -111,15 +111,22 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
             load_records(write(tmp_path / "empty", text))
 
 
-def chat(*roles: str) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": f"{role} says"} for role in roles]}
+def chat(*roles: str, **more: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": f"{role} says"} for role in roles], **more}
 
 
-def test_chat_records(tmp_path: Path) -> None:
-    wanted = [chat("user", "assistant"), chat("system", "user", "assistant", "user", "assistant")]
-    path = write(tmp_path / "chat.jsonl", lines(*wanted))
-    assert load_chat(path) == wanted and is_chat(path)
-    assert not is_chat(write(tmp_path / "plain.jsonl", lines(GOOD)))
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("array", [False, True])
+def test_one_function_reads_records_and_chats(tmp_path: Path, packed: bool, array: bool) -> None:
+    chats = [
+        chat("user", "assistant", answer="yes"),
+        chat("system", "user", "assistant", "user", "assistant"),
+    ]
+    for values in ([GOOD, GOOD], chats):
+        text = json.dumps(values) if array else lines(*values)
+        path = write(tmp_path / "data.any", gzip.compress(text.encode()) if packed else text)
+        assert load_entries(path) == [{"answer": "", **value} for value in values]
+        assert is_chat(path) == (values is chats)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +137,25 @@ def test_chat_records(tmp_path: Path) -> None:
         (chat("tool", "assistant"), "unknown role 'tool'"),
         ({"messages": [{"role": "user"}]}, "record 2, message 1"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "'content' is list"),
+        (GOOD, "'messages' is missing"),
     ],
 )
 def test_a_malformed_chat_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "chat.jsonl", lines(chat("user", "assistant"), bad))
     with pytest.raises(DataError, match=message) as error:
-        load_chat(path)
+        load_entries(path)
     assert "chat.jsonl, record 2" in str(error.value)
+
+
+def test_a_chat_among_records_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "mixed.jsonl", lines(GOOD, chat("user", "assistant")))
+    with pytest.raises(DataError, match=r"mixed\.jsonl, record 2\); .*do not mix"):
+        load_entries(path)
+
+
+def test_evaluation_needs_a_chats_answer(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "chat.jsonl", lines(chat("user", "assistant", answer="yes"), chat("user", "assistant"))
+    )
+    with pytest.raises(DataError, match=r"'answer' is missing or empty \(.*record 2\)"):
+        load_entries(path, need_answer=True)

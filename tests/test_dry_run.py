@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.prompt import evaluation_prompt
 from data_prep.records import load_records
 from launch import train
-from launch.examples import split, tokenise
+from launch.encoding import Encoding, tokenise
+from launch.examples import split
 from tests import training
 from tests.distributed import ROOT, run_script
 from tests.training import Place
@@ -82,7 +83,7 @@ def test_no_changes_are_announced_where_there_are_none(page: Page) -> None:
 def test_the_example_is_decoded_with_its_loss_marked(page: Page, place: Place) -> None:
     tokenizer = AutoTokenizer.from_pretrained(place.model)
     records = load_records(place.data)
-    kept, _ = tokenise(records, tokenizer, prompt="alpaca", cutoff_len=200, train_on_inputs=False)
+    kept, _ = tokenise(records, tokenizer, Encoding("alpaca", 200, train_on_inputs=False))
     first = split(kept, 5, 42)[0][0]
     record = records[first.record_id]
     text = page()

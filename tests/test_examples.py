@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.prompt import evaluation_prompt, training_text
 from data_prep.records import Record
 from flexlora_ds.errors import UserError
-from launch.examples import IGNORED, Examples, TokenisedData, prepare_examples, split, tokenise
+from launch.encoding import Encoding, tokenise
+from launch.examples import IGNORED, Examples, TokenisedData, arrange, split
 
 BOS, EOS = 1, 2
 
@@ -41,15 +42,16 @@ def make_record(words: int = 3, answer: str = "answer1", given: str = "") -> Rec
     }
 
 
-def prepare(records: list[Record], **changes: Any) -> TokenisedData:
-    settings: dict[str, Any] = {
-        "prompt": "alpaca",
-        "cutoff_len": 256,
-        "train_on_inputs": False,
-        "val_size": 0,
-        "seed": 42,
-    }
-    return prepare_examples(records, make_tokenizer(), **(settings | changes))
+def prepare(
+    records: list[Record],
+    prompt: str = "alpaca",
+    cutoff_len: int = 256,
+    train_on_inputs: bool = False,
+    val_size: int = 0,
+    seed: int = 42,
+) -> TokenisedData:
+    examples, dropped = tokenise(records, make_tokenizer(), Encoding(prompt, cutoff_len, train_on_inputs))
+    return arrange(examples, dropped, cutoff_len=cutoff_len, val_size=val_size, seed=seed)
 
 
 @pytest.mark.parametrize("given", ["", "the correct"])
@@ -86,9 +88,7 @@ def test_train_on_inputs_learns_every_token(prompt: str) -> None:
 @pytest.mark.parametrize("prompt", ["alpaca", "llm_adapters"])
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
 def test_a_tokenizers_own_end_token_comes_once_and_last(template: str, prompt: str) -> None:
-    examples, _ = tokenise(
-        [make_record()], make_tokenizer(template), prompt=prompt, cutoff_len=99, train_on_inputs=False
-    )
+    examples, _ = tokenise([make_record()], make_tokenizer(template), Encoding(prompt, 99, False))
     ids = examples[0].input_ids
     assert ids.count(EOS) == 1 and ids[-1] == EOS
     assert ids.count(BOS) == int("<s>" in template)
@@ -161,4 +161,4 @@ def test_nothing_to_train_on_is_the_users_error() -> None:
     with pytest.raises(UserError, match="val_size"):
         split(prepare(records).train, -1, 0)
     with pytest.raises(UserError, match="end-of-sequence"):
-        tokenise(records, make_tokenizer(eos=None), prompt="alpaca", cutoff_len=9, train_on_inputs=False)
+        tokenise(records, make_tokenizer(eos=None), Encoding("alpaca", 9, False))

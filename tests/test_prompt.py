@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.prompt import PROMPTS, evaluation_prompt, training_text
+from data_prep.prompt import TEXT_PROMPTS, evaluation_prompt, training_text
 from data_prep.records import Record
 
 S = " " * 16
@@ -88,7 +88,7 @@ def test_alpaca_is_the_same_in_training_and_evaluation(record: Record) -> None:
 
 
 @pytest.mark.parametrize("record", [PLAIN, WITH_INPUT])
-@pytest.mark.parametrize("style", PROMPTS)
+@pytest.mark.parametrize("style", TEXT_PROMPTS)
 def test_the_answer_is_the_output_untouched(record: Record, style: str) -> None:
     padded: Record = {**record, "output": "  two  spaces \n"}
     assert training_text(padded, style)[1] == "  two  spaces \n"

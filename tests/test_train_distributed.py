@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.records import load_records
 from flexlora_ds import export
-from launch.examples import IGNORED, Example, prepare_examples
+from launch.encoding import Encoding, tokenise
+from launch.examples import IGNORED, Example, arrange
 from launch.options import TrainOptions
 from tests import training
 from tests.distributed import Processes
@@ -263,15 +264,12 @@ def test_the_adapters_ranks_are_those_of_the_last_change(place: Place, alone: Pa
 
 def examples(place: Place, part: str) -> list[Example]:
     options = TrainOptions(model="", **{"prompt": "alpaca", "seed": 42})
-    data = prepare_examples(
-        load_records(place.data),
-        AutoTokenizer.from_pretrained(place.model),
-        prompt=options.prompt,
-        cutoff_len=training.SMALL["cutoff_len"],
-        train_on_inputs=False,
-        val_size=training.SMALL["val_size"],
-        seed=options.seed,
-    )
+    cutoff = training.SMALL["cutoff_len"]
+    how = Encoding(options.prompt, cutoff, train_on_inputs=False)
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    found, dropped = tokenise(load_records(place.data), tokenizer, how)
+    val_size = training.SMALL["val_size"]
+    data = arrange(found, dropped, cutoff_len=cutoff, val_size=val_size, seed=options.seed)
     return list(getattr(data, part))
 
 

@@ -1,0 +1,150 @@
+"""Tokenised data on disk: made once on a machine, found again by content, mapped into memory by every process.
+
+An entry is a folder named by a hash of all that its content depends on. It is written aside and renamed, so a folder
+with that name is whole. Who makes it holds a lock that the kernel releases when its process dies; the others wait for
+the lock and then find the entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from flexlora_ds.errors import RunError
+from launch.examples import Examples
+
+FOLDER = "FLEXLORA_CACHE"
+"""The environment variable that names the folder of the cache."""
+
+_FORMAT = 1
+_LIBRARIES = ("tokenizers", "transformers")
+_CHUNK = 1 << 22  # bytes
+
+Tokenised: TypeAlias = "tuple[Examples, tuple[int, ...]]"
+"""The examples, and the ids of the records that were dropped."""
+
+
+def cache_folder() -> Path:
+    """`$FLEXLORA_CACHE`, else `flexlora_ds/tokens` where the user's caches are. RunError where there is no home."""
+    if os.environ.get(FOLDER):
+        return Path(os.environ[FOLDER])
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        raise RunError(
+            f"no home folder for the cache of tokenised data ({FOLDER}); name a folder there"
+        ) from None
+    return Path(caches) / "flexlora_ds" / "tokens"
+
+
+def content_key(data: Path, tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """32 hex digits over the data file's bytes, the tokenizer's content, its library's versions and the options."""
+    digest = hashlib.sha256()
+    with data.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    said = {"format": _FORMAT, "versions": versions, "options": dict(options)}
+    digest.update(json.dumps([said, _tokenizer_content(tokenizer)], sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def cached(key: str, make: Callable[[], Tokenised]) -> Tokenised:
+    """The entry of `key`, made by this process if it is not there and no other process is making it.
+
+    Raises RunError where the cache cannot be written, and whatever `make` raises; nothing is left then.
+    """
+    root = cache_folder()
+    found = _open(root / key)
+    if found is not None:
+        return found
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{key}.lock"):
+            return _open(root / key) or _make(root, key, make)
+    except OSError as error:
+        raise RunError(
+            f"cannot write the cache of tokenised data: {error.strerror or error} ({root}); free some space, "
+            f"or name another folder in the environment variable {FOLDER}"
+        ) from error
+
+
+def _make(root: Path, key: str, make: Callable[[], Tokenised]) -> Tokenised:
+    """Make the entry, as the one process of this machine that does."""
+    host = socket.gethostname()
+    for left in (root / key, *root.glob(f"{key}.{host}.*.part")):  # damaged, or of a killed process
+        shutil.rmtree(left, ignore_errors=True)
+    examples, dropped = make()
+    part = root / f"{key}.{host}.{os.getpid()}.part"
+    try:
+        part.mkdir()
+        examples.save(part)
+        (part / "dropped.json").write_text(json.dumps(dropped))
+        for path in part.iterdir():
+            _flush(path)
+        with contextlib.suppress(OSError):  # another machine was quicker, in a folder that both see
+            part.rename(root / key)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return _open(root / key) or (examples, dropped)
+
+
+def _open(folder: Path) -> Tokenised | None:
+    """The entry, or None where there is none or it is damaged."""
+    try:
+        dropped = tuple(json.loads((folder / "dropped.json").read_text()))
+        return Examples.open(folder), dropped
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _take(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        if os.environ.get("RANK", "0") == "0":
+            print("waiting for another process that tokenises the same data", file=sys.stderr, flush=True)
+    except OSError:
+        return  # a file system without locks: several may make the entry, and the first rename counts
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _tokenizer_content(tokenizer: Any) -> list[str]:
+    """All that decides which ids a text gets: the fast tokenizer's own JSON, or else the files it would be saved in."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    said = [type(tokenizer).__name__, repr(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    if backend is not None:
+        tokenizer("")  # undoes the truncation and padding that an earlier call may have left in the backend
+        return [*said, hashlib.sha256(backend.to_str().encode()).hexdigest()]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return [*said, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)]
