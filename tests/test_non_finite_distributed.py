@@ -63,6 +63,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
                 ("zero1", "fp32", "gradient"),
                 ("zero2", "fp32", "gradient"),
                 ("zero2", "bf16", "infinite loss"),
+                ("zero1_offload", "fp32", "infinite loss"),
                 ("zero2_offload", "fp32", "gradient"),
                 ("zero3", "bf16", "gradient"),
                 ("zero3_offload", "fp32", "gradient"),

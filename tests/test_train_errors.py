@@ -204,6 +204,17 @@ def test_the_traceback_is_shown_on_request(
     assert result["code"] != 0 and "Traceback" in result["stderr"]
 
 
+def test_the_traceback_is_shown_where_the_recipe_says_so(
+    process: Processes, place: Place, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path / "mine.yaml", f"model: {place.model}\nrank: 99\ndebug: true\n")
+    given = place.arguments(tmp_path / "out", rank=None, model=None, recipe=recipe)
+    (result,) = process.run(training.command, given)
+    assert result["code"] != 0 and "Traceback" in result["stderr"]
+    (result,) = process.run(training.command, [*given, "--debug=false"])
+    assert result["code"] == 2 and "rank 99" in the_line(result["stderr"])
+
+
 def test_debug_false_shows_none(refused: Callable[..., str]) -> None:
     assert "limit" in refused(rank=99, more=("--debug", "false"))
 
