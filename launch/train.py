@@ -34,7 +34,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
         UserError, DataError: what the user must change. RunError: what failed.
     """
     from launch.agreement import alike
-    from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_data
+    from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_data, require_dtype
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
     from launch.memory_plan import plan_memory
@@ -50,6 +50,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
+    require_dtype(options)
     watch.follow(process)
     data = alike(process, lambda: prepare_data(options, tokenizer))
     with run_folder(options, process) as folder:

@@ -7,7 +7,7 @@ FOLDER/noted-RANK when it has taken notice of a signal. So nothing depends on ho
 
 Moments: `data`, `start-up`, `step N` (between the backward pass and the update), `validation N`, `rank change N` (the
 parameters have their new shapes, their state is not written back), `save N` (its file is written, not yet synced),
-`operation N` (the N-th thing that the process does to a file below a folder `checkpoints`).
+`operation N` (the N-th thing that the process does to a file of a save).
 """
 
 from __future__ import annotations
@@ -80,16 +80,15 @@ def hook(moment: str, hold: Hold) -> Any:
 
 
 def watch_files(count: int, hold: Hold) -> None:
-    """Hold at the `count`-th operation on a file of checkpoints."""
+    """Hold at the `count`-th operation on a file of a save."""
     seen = 0
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
-        if (
-            event in _FILE_EVENTS
-            and isinstance(args[0], (str, os.PathLike))
-            and "checkpoints" in str(args[0])
-        ):
+        # What a start opens to check is no part of a save, whose files lie below `.step_…` until it is complete.
+        path = str(args[0]) if event in _FILE_EVENTS else ""
+        saves = "/.step_" in path or "/.latest" in path or event != "open"
+        if "checkpoints" in path and saves:
             seen += 1
             if seen == count:
                 hold()

@@ -106,6 +106,7 @@ def test_skips_of_the_loss_scale_are_told_apart(
     ds: str, place: Place, tmp_path: Path, two_processes: Processes
 ) -> None:
     """A gradient that overflows fp16 lowers the scale; it never ends the run."""
+    training.require_fp16()
     out = tmp_path / "run"
     arguments = place.arguments(out, ds=f"ds_configs/{ds}.json", dtype="fp16", max_steps=8)
     results = two_processes.run(poisoned, arguments, [3, 4, 5, 6], 0, "gradient", timeout=300)

@@ -106,6 +106,24 @@ def test_same_configuration_continues_bit_for_bit(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("ds", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_low_precision_continues_bit_for_bit(
+    ds: str, dtype: str, place: Place, tmp_path: Path, two_processes: Processes
+) -> None:
+    """The masters, not the rounded weights; and with fp16 a loss scale that falls before the checkpoint."""
+    if dtype == "fp16":
+        training.require_fp16()
+    given = {"dtype": dtype, "max_steps": 12, "adjust_freeze": 2}
+    run(two_processes, arguments(place, tmp_path / "whole", ds, **given))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000007"
+    run(two_processes, arguments(place, tmp_path / "resumed", ds, resume=checkpoint, **given))
+    skipped = [row["skipped"] for row in rows(tmp_path / "whole", "metrics.jsonl")]
+    assert skipped[0] is (dtype == "fp16"), "DeepSpeed begins with a scale of 2^16"
+    assert_same(tmp_path / "resumed", tmp_path / "whole", last=12)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_same_seed_gives_the_same_100_steps(
     size: int, place: Place, tmp_path: Path, request: pytest.FixtureRequest

@@ -103,6 +103,14 @@ def test_targets_that_match_nothing_are_told_what_there_is(refused: Callable[...
     assert "lm_head" not in line
 
 
+def test_a_precision_that_the_device_lacks(refused: Callable[..., str]) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("this device computes fp16")
+    assert "choose dtype bf16 or fp32" in refused(dtype="fp16")
+
+
 def test_a_rank_above_a_layers_limit(refused: Callable[..., str]) -> None:
     line = refused(rank=17)
     assert "rank 17" in line and "limit 16" in line and "model.layers.0.self_attn.k_proj" in line
