@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flexlora_ds.adapter import AdaptedLinear, adapters
@@ -32,6 +31,7 @@ from flexlora_ds.checkpoint_files import (
 )
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.generators import generator_states, set_generator_states
+from flexlora_ds.tensor_file import save_tensors
 
 State = dict[str, Any]
 """The content of state.json."""
@@ -62,7 +62,7 @@ class Snapshot:
     def write(self, folder: Path) -> list[FileEntry]:
         """Write this process's files and bring them to the disk; process 0 also writes state.json."""
         shard = folder / f"state-{self.index + 1:05d}-of-{self.count:05d}.safetensors"
-        save_file(dict(self.tensors), shard)
+        save_tensors(self.tensors, shard)
         entries = [seal(shard)]
         if self.index == 0:
             write_json(folder / STATE, self.state)

@@ -78,7 +78,9 @@ def ever_held_one(root: Path) -> bool:
 
 def begin(root: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into; what an interrupted save left is removed."""
-    root.mkdir(parents=True, exist_ok=True)
+    if not root.is_dir():
+        root.mkdir(parents=True)
+        _sync_folder(root.parent)
     for rest in root.glob(".step_*"):
         shutil.rmtree(rest)
     part = root / f".{folder_name(step)}.part"

@@ -36,6 +36,20 @@ def base_fingerprint(model: str | Path, revision: str | None = None) -> str:
         return digest.hexdigest()
 
 
+def base_revision(model: str | Path, revision: str | None = None) -> str | None:
+    """The commit of a hub model's files in the local cache; None for a model on disk.
+
+    Raises:
+        UserError: as `base_fingerprint`.
+    """
+    source = locate(model, revision)
+    if source.local:
+        return None
+    with one_line_errors(source, "model"):
+        folder = fetch(source, "model")
+    return folder.name if folder.parent.name == "snapshots" else revision
+
+
 def _configuration(path: Path) -> bytes:
     values = json.loads(path.read_text(encoding="utf-8"))
     return json.dumps({k: v for k, v in values.items() if k not in _VOLATILE}, sort_keys=True).encode()

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flexlora_ds.atomic import replacing_folder
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
+from flexlora_ds.tensor_file import save_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -106,7 +107,7 @@ def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = matrix.A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = matrix.B.detach().cpu().contiguous()
     with replacing_folder(folder) as fresh:
-        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_json(fresh / CONFIG_FILE, _peft_config(adapter))
         if adapter.notes:
             _write_json(fresh / METHOD_FILE, adapter.notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch import Tensor
 from data_prep.errors import DataError
 from flexlora_ds.errors import RunError, UserError
 from launch.processes import Process
+
+T = TypeVar("T")
 
 _KINDS: dict[str, type[Exception]] = {
     "UserError": UserError,
@@ -50,6 +52,16 @@ def together(process: Process, work: Callable[[], Any]) -> list[Any]:
 def on_first(process: Process, work: Callable[[], Any]) -> Any:
     """Process 0 does the work; its JSON result, or its failure, on all processes. Raises as `together`."""
     return together(process, work if process.first else lambda: None)[0]
+
+
+def alike(process: Process, work: Callable[[], T]) -> T:
+    """Every process does the same work; its own result, or the first failure on all of them alike.
+
+    So none leaves while another, slower one has yet to find the same fault. Raises as `together`.
+    """
+    results: list[T] = []
+    together(process, lambda: results.append(work()))
+    return results[0]
 
 
 def largest(process: Process, values: Sequence[int]) -> list[int]:

@@ -169,6 +169,20 @@ def build_engine(
     return engine, method
 
 
+def require_dtype(options: TrainOptions) -> None:
+    """Said before the data is read; after `join_processes`, which chooses DeepSpeed's accelerator.
+
+    Raises:
+        UserError: DeepSpeed cannot compute in this precision here.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if options.compute_dtype() == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"DeepSpeed computes no fp16 on this device ({options.place('dtype')}); choose dtype bf16 or fp32"
+        )
+
+
 def load_tokenizer_of(options: TrainOptions) -> Any:
     """The model's tokenizer."""
     return load_tokenizer(options.model)

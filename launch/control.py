@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.agreement import largest
+from launch.agreement import largest, on_first
 from launch.interrupt import Watch
 from launch.processes import Process
+from launch.run_folder import RunFolder
 from launch.saving import Saver
 
 
 class Control:
     """Asks, before every step and wherever something takes long, whether any process was told to stop."""
 
-    def __init__(self, process: Process, watch: Watch, start: int) -> None:
+    def __init__(self, process: Process, watch: Watch, folder: RunFolder, start: int) -> None:
         self._process = process
+        self._folder = folder
         self._watch = watch
         self.done = start
         """The last step that was completed."""
         self.stopping = False
 
     def steps(self, total: int, saver: Saver) -> Iterator[int]:
-        """The steps still to do; ends early when a stop is agreed. Completes background saves between them."""
-        while self.done < total:
-            stop, busy = largest(self._process, [self._watch.stop, saver.busy])
+        """The steps still to do; ends early when a stop is agreed. Completes background saves between them.
+
+        Raises:
+            RunError: a log or a save could not be written; on all processes alike.
+        """
+        while True:
+            faulty = self._folder.fault is not None
+            stop, busy, fault = largest(self._process, [self._watch.stop, saver.busy, faulty])
+            if fault:
+                on_first(self._process, self._folder.raise_fault)
             self.stopping = self.stopping or bool(stop)
             saver.settle(bool(busy))
-            if self.stopping:
+            if self.stopping or self.done >= total:
                 return
             yield self.done + 1
             self.done += 1

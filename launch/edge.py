@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import yaml
 
 from data_prep.errors import DataError
 from flexlora_ds.errors import RunError, UserError
+from launch.option_sources import find_recipe
 
 _SMALLEST_SCALE = (
     "loss scale already at minimum"  # DeepSpeed raises a bare Exception (loss_scaler.py, 0.19.8)
 )
 
 
-def guarded(run: Callable[[], None], *, debug: bool) -> int:
-    """Run a command's body; the exit code: 0, 2 for what the user must change, 1 for what failed."""
+def guarded(run: Callable[[], None], *, debug: Callable[[], bool]) -> int:
+    """Run a command's body; the exit code: 0, 2 for what the user must change, 1 for what failed.
+
+    `debug` says, once there is an error, whether its traceback is wanted: then it is raised.
+    """
     try:
         run()
     except (UserError, DataError) as error:
@@ -37,8 +45,22 @@ def guarded(run: Callable[[], None], *, debug: bool) -> int:
     return 0
 
 
-def _leave(error: Exception, code: int, debug: bool) -> int:
-    if debug:
+def debug_wanted(arguments: Sequence[str], default_recipe: str) -> bool:
+    """Whether the command line or else the recipe says `debug: true`, even where other options are wrong."""
+    words = [word for pair in arguments for word in pair.split("=", 1)]
+    given = dict(itertools.pairwise(words))
+    if "--debug" in given:
+        return given["--debug"].lower() == "true"
+    with contextlib.suppress(UserError, OSError, ValueError, yaml.YAMLError):
+        recipe = yaml.safe_load(
+            find_recipe(given.get("--recipe", default_recipe)).read_text(encoding="utf-8")
+        )
+        return isinstance(recipe, dict) and recipe.get("debug") in (True, "true")
+    return False
+
+
+def _leave(error: Exception, code: int, debug: Callable[[], bool]) -> int:
+    if debug():
         raise error
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launch.agreement import alike, on_first
 from launch.interrupt import stop_line
 from launch.journal import peak_memory_gb
 from launch.report import build_report
@@ -10,28 +11,39 @@ from launch.session import Session
 
 
 def finish(session: Session) -> None:
-    """Write what a run leaves behind; collective."""
-    folder, journal = session.folder, session.journal
+    """Write what a run leaves behind; collective.
+
+    Raises:
+        RunError: the disk refuses; on all processes alike.
+    """
+    process, folder = session.process, session.folder
     session.saver.save(session.control.done)
-    spectra = session.method.save(folder.adapter, session.options.model)
-    journal.progress.close()
-    if not folder.writes:
-        return
-    if spectra:
-        folder.write_spectra(spectra)
-    folder.write_summary(summary_of(session, "finished"))
-    report = build_report(folder.path)
-    print(f"adapter: {folder.adapter}\nreport: {report}", flush=True)
+    spectra = alike(process, lambda: session.method.save(folder.adapter, session.options.model))
+    session.journal.progress.close()
+
+    def write() -> None:
+        folder.raise_fault()
+        if spectra:
+            folder.write_spectra(spectra)
+        folder.write_summary(summary_of(session, "finished"))
+        report = build_report(folder.path)
+        print(f"adapter: {folder.adapter}\nreport: {report}", flush=True)
+
+    on_first(process, write)
 
 
 def stop(session: Session, reason: str | None) -> None:
-    """Leave a run that was told to stop so that it can be continued: one complete checkpoint; collective."""
+    """Leave a run that was told to stop so that it can be continued: one complete checkpoint; collective.
+
+    Raises:
+        RunError: the disk refuses; on all processes alike.
+    """
     done, journal = session.control.done, session.journal
     journal.progress.message(stop_line(reason, done))
     if done:
         session.saver.save(done)
     journal.progress.close()
-    session.folder.write_summary(summary_of(session, "stopped"))
+    on_first(session.process, lambda: session.folder.write_summary(summary_of(session, "stopped")))
 
 
 def summary_of(session: Session, state: str) -> Summary:

@@ -50,24 +50,36 @@ BOUND = (
 
 
 @dataclass(frozen=True)
+class Base:
+    """Which base model; the fingerprint decides, the rest is for the message."""
+
+    name: str
+    """As given: a hub id or a path."""
+    revision: str | None
+    """The hub's commit; None for a model on disk."""
+    fingerprint: str
+    """Of its files (`flexlora_ds.fingerprint`)."""
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.revision}" if self.revision else self.name
+
+
+@dataclass(frozen=True)
 class Identity:
     """What a run is a run of."""
 
-    base: str
-    """The base model's name, as given."""
-    fingerprint: str
-    """Of the base model's files (`flexlora_ds.fingerprint`)."""
+    base: Base
     data: str
     """Of the tokenised training examples."""
     total_steps: int
     options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, options: TrainOptions, fingerprint: str, data: str, total_steps: int) -> Identity:
+    def of(cls, options: TrainOptions, base: Base, data: str, total_steps: int) -> Identity:
         """The identity of a run about to begin."""
         values = {spec.name: getattr(options, spec.name) for spec in SPECS}
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return cls(options.model, fingerprint, data, total_steps, plain)
+        return cls(base, data, total_steps, plain)
 
     def to_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -85,8 +97,9 @@ class Identity:
         for name in names:
             if name in BOUND:
                 _refuse(checkpoint, name, options.get(name), self.options[name])
-        if saved.get("fingerprint") != self.fingerprint:
-            _refuse(checkpoint, "base model", saved.get("base"), f"{self.base} (its files differ)")
+        base = _base_of(saved)
+        if base.fingerprint != self.base.fingerprint:
+            _refuse(checkpoint, "base model", base, f"{self.base} (its files differ)")
         if saved.get("data") != self.data:
             _refuse(
                 checkpoint,
@@ -103,6 +116,12 @@ class Identity:
                 checkpoint, "number of steps", f"at {checkpoint.step} already", f"only {self.total_steps}"
             )
         return told
+
+
+def _base_of(saved: Mapping[str, Any]) -> Base:
+    there = saved.get("base")
+    known = there if isinstance(there, dict) else {}
+    return Base(str(known.get("name")), known.get("revision"), str(known.get("fingerprint")))
 
 
 def _refuse(checkpoint: Checkpoint, what: str, there: object, here: object) -> None:

@@ -7,7 +7,6 @@ and ends the process at the second, whatever the main thread is doing.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -15,18 +14,19 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 
 from flexlora_ds.errors import RunError
 from launch.agreement import gather
+from launch.process_table import Entry, launchers_above
 from launch.processes import Process
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
 _SAME_SIGNAL_SECONDS = 0.3  # a scheduler and a launcher may both deliver one request
-_LOSS_SECONDS = 10.0
+_LOSS_SECONDS = 10.0  # for the thread to say who is gone, before the main thread says what it saw
+_LEAVING_SECONDS = 2.0  # between processes that leave alike, for one and the same error
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,7 @@ class Peer:
     """Another process of the run on this machine."""
 
     rank: int
-    pid: int
-    started: str
-
-    def gone(self) -> bool:
-        """Whether it has ended, reaped by its parent or not."""
-        return _start_of(self.pid) != self.started
+    entry: Entry
 
 
 class Watch:
@@ -52,7 +47,8 @@ class Watch:
     def __init__(self) -> None:
         self.reason: str | None = None
         """Why a stop is asked for on this process; None while it is not."""
-        self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
+        self._launchers = launchers_above() if "LOCAL_RANK" in os.environ else []
+        self._missed_since: float | None = None
         self._peers: list[Peer] = []
         self._rank = 0
         self._first = 0.0
@@ -91,15 +87,18 @@ class Watch:
             ) from error
 
     def follow(self, process: Process) -> None:
-        """Begin to watch the other processes on this machine; collective. Says `signals: ready`."""
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+        """Begin to watch the other processes on this machine; collective."""
+        me = {"host": socket.gethostname(), **asdict(Entry.of(os.getpid()))}
         others = [
-            Peer(rank, other["pid"], other["started"])
+            Peer(rank, Entry(other["pid"], other["started"]))
             for rank, other in enumerate(gather(process, me))
-            if rank != process.rank and other["host"] == me["host"] and other["started"]
+            if rank != process.rank and other["host"] == me["host"]
         ]
         self._rank = process.rank
-        self._peers = [peer for peer in others if not peer.gone()]
+        self._peers = [peer for peer in others if not peer.entry.gone()]
+
+    def say_ready(self, process: Process) -> None:
+        """Tell who sends signals that from now on one ends in a stop that can be continued."""
         if process.first:
             print("signals: ready", file=sys.stderr, flush=True)
 
@@ -125,32 +124,32 @@ class Watch:
             os._exit(128 + number)
 
     def _look_around(self) -> None:
-        if self._launcher is not None and os.getppid() != self._launcher and self.reason is None:
+        if self.reason is None and self._orphaned():
             self.reason = "the launcher is gone"
-        gone = [peer for peer in self._peers if peer.gone()]
-        if gone and not self._leave.is_set():
-            alive = [peer.rank for peer in self._peers if peer not in gone]
-            if self._rank < min(alive, default=self._rank + 1):
-                lost = ", ".join(f"{peer.rank} (pid {peer.pid})" for peer in gone)
-                text = (
-                    f"error: process {lost} is gone; start the run again: it resumes from its last checkpoint"
-                )
-                print(text, file=sys.stderr, flush=True)
+        gone = [peer for peer in self._peers if peer.entry.gone()]
+        if not gone:
+            return
+        self._missed_since = self._missed_since or time.monotonic()
+        if time.monotonic() - self._missed_since > _LEAVING_SECONDS and not self._leave.is_set():
+            self._say_gone(gone)
             os._exit(1)
+
+    def _orphaned(self) -> bool:
+        if not self._launchers:
+            return False
+        return os.getppid() != self._launchers[0].pid or any(entry.gone() for entry in self._launchers)
+
+    def _say_gone(self, gone: list[Peer]) -> None:
+        """One of those left says it: the one of the lowest rank."""
+        alive = [peer.rank for peer in self._peers if peer not in gone]
+        if self._rank < min(alive, default=self._rank + 1):
+            lost = ", ".join(f"{peer.rank} (pid {peer.entry.pid})" for peer in gone)
+            text = f"error: process {lost} is gone; start the run again: it resumes from its last checkpoint"
+            print(text, file=sys.stderr, flush=True)
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
     """The thread does the work; without a handler of Python's, the C handler would write no byte."""
-
-
-def _start_of(pid: int) -> str:
-    """When a process started, in the kernel's ticks; empty for one that has ended (also if not yet reaped)."""
-    with contextlib.suppress(OSError):
-        fields = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        )
-        return "" if fields[0] in "ZX" else fields[19]
-    return ""
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from flexlora_ds.optimizer import FlexLoRAAdamW
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
 from flexlora_ds.peft_format import Triple, write_peft_adapter
 from flexlora_ds.record import RankChange
+from flexlora_ds.tensor_file import save_tensors
 from launch.batches import MicroBatch
 from launch.ds_config import AdamSettings
 from launch.json_files import write_text_atomically
@@ -206,8 +207,6 @@ class PeftLoRA:
 
     def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
         """Write PEFT's files from the fp32 masters."""
-        from safetensors.torch import save_file
-
         named = {p: n for n, p in self.engine.module.named_parameters() if p.requires_grad}
         tensors = {}
         for p, value in live_shards(self.engine).read(list(named), MASTER):
@@ -217,7 +216,7 @@ class PeftLoRA:
             folder.mkdir(parents=True, exist_ok=True)
             config = self.engine.module.peft_config["default"]
             config.base_model_name_or_path, config.inference_mode = base_model, True
-            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config.save_pretrained(folder)
             record_prompt(folder, self.options)
         return {}

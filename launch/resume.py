@@ -16,6 +16,9 @@ from launch.options import TrainOptions
 from launch.processes import Process
 from launch.run_folder import RunFolder
 
+NOTES = ("identity", "journal", "guard")
+"""What a run says in its checkpoints beside the engine's state (`launch.session.begin`)."""
+
 LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
 
 
@@ -50,6 +53,7 @@ def find_start(options: TrainOptions, folder: RunFolder, process: Process, ident
     def look() -> dict[str, Any]:
         chosen, origin, messages = _choose(options, folder)
         if chosen is not None:
+            _require_notes(chosen)
             told = identity.compare(chosen)
             messages += [f"continuing after step {chosen.step} ({chosen.folder})"]
             messages += [f"warning: other options than before: {', '.join(told)}"] if told else []
@@ -87,11 +91,20 @@ def continue_files(start: Start, folder: RunFolder, process: Process) -> None:
     start.messages.extend(f"a later checkpoint is kept as {name}, and not used" for name in aside)
 
 
+def _require_notes(checkpoint: Checkpoint) -> None:
+    lacking = [name for name in NOTES if not isinstance(checkpoint.run.get(name), dict)]
+    if lacking:
+        raise RunError(
+            f"the checkpoint was not written by a training run: its {files.STATE} lacks {lacking[0]} "
+            f"({checkpoint.folder}); give one of a run"
+        )
+
+
 def _choose(options: TrainOptions, folder: RunFolder) -> tuple[Checkpoint | None, str | None, list[str]]:
     root = folder.checkpoints
     if options.resume in ("auto", "none"):
         if not files.ever_held_one(root):
-            anew = folder.metrics.path.exists()
+            anew = folder.metrics.path.exists() or folder.options.exists()
             said = ["no checkpoint was ever completed here: starting anew"] if anew else []
             return None, None, said
         chosen, messages = _newest(root)

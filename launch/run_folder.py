@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds import __version__
-from flexlora_ds.errors import UserError
+from flexlora_ds.errors import RunError, UserError
 from launch.json_files import JsonLines, to_json, write_text_atomically
 from launch.lock import LOCK_FILE
 
@@ -98,6 +98,8 @@ class RunFolder:
         self.metrics = JsonLines(self.path / "metrics.jsonl", writes)
         self.rank_changes = JsonLines(self.path / "ranks.jsonl", writes)
         self.validation = JsonLines(self.path / "validation.jsonl", writes)
+        self.fault: RunError | None = None
+        """Why a log could not be written; the processes agree on it between two steps (`Control.steps`)."""
         self._validated: int | None = None
 
     @property
@@ -110,8 +112,13 @@ class RunFolder:
         """Where the trained adapter goes, in PEFT's format."""
         return self.path / "adapter"
 
+    @property
+    def options(self) -> Path:
+        """The resolved options; there from a run's first step on."""
+        return self.path / "options.yaml"
+
     def prepare(self, resume: str) -> None:
-        """Create the folder and prove that it can be written to.
+        """Create the folder and prove that it and its checkpoints' folder can be written to.
 
         Raises UserError where it cannot, or where `resume` is "none" and the folder holds anything.
         """
@@ -124,8 +131,10 @@ class RunFolder:
                     f"the run folder is not empty ({self.path}); choose another out or set resume auto"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            for place in (self.path, self.checkpoints):
+                if place.exists():  # and not only at the first save, hours later
+                    with tempfile.TemporaryFile(dir=place):
+                        pass
         except OSError as error:
             raise UserError(
                 f"cannot write to the run folder: {error.strerror} ({self.path}); choose another out"
@@ -142,8 +151,18 @@ class RunFolder:
         for lines in (self.metrics, self.rank_changes, self.validation):
             lines.truncate_after(step)
 
+    def raise_fault(self) -> None:
+        """Raise the RunError of a log that could not be written, where there is one."""
+        if self.fault is not None:
+            raise self.fault
+
     def sync(self) -> None:
-        """Bring the JSON-lines files to the disk: they must not end before a checkpoint that continues them."""
+        """Bring the JSON-lines files to the disk: they must not end before a checkpoint that continues them.
+
+        Raises:
+            RunError: one of them lacks a line. OSError: the disk refuses.
+        """
+        self.raise_fault()
         for lines in (self.metrics, self.rank_changes, self.validation):
             if self.writes and lines.path.exists():
                 with lines.path.open("rb") as file:
@@ -163,17 +182,25 @@ class RunFolder:
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Append a line to metrics.jsonl."""
-        self.metrics.append(asdict(metrics))
+        self._log(self.metrics, asdict(metrics))
 
     def log_validation(self, step: int, loss: float) -> None:
         """Append a line to validation.jsonl, one for a step: several causes may fall on the same."""
         if step != self._validated:
-            self.validation.append({"step": step, "loss": loss})
+            self._log(self.validation, {"step": step, "loss": loss})
         self._validated = step
 
     def log_rank_change(self, change: Mapping[str, Any]) -> None:
         """Append a line to ranks.jsonl: RANK_CHANGE_KEYS in their order, then what else there is."""
-        self.rank_changes.append({key: change[key] for key in RANK_CHANGE_KEYS} | dict(change))
+        self._log(self.rank_changes, {key: change[key] for key in RANK_CHANGE_KEYS} | dict(change))
+
+    def _log(self, lines: JsonLines, row: Mapping[str, Any]) -> None:
+        """Append a line; after one that failed none follows, so that no log has a gap."""
+        if self.fault is None:
+            try:
+                lines.append(row)
+            except RunError as error:
+                self.fault = error
 
     def _write(self, name: str, text: str) -> None:
         if self.writes:

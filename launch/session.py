@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from flexlora_ds.fingerprint import base_fingerprint
+from flexlora_ds.fingerprint import base_fingerprint, base_revision
 from launch.agreement import on_first
 from launch.build import Data, build_engine, steps_of
 from launch.control import Control
 from launch.examples import TokenisedData
 from launch.guard import Guard
-from launch.identity import Identity
+from launch.identity import Base, Identity
 from launch.interrupt import Watch
 from launch.journal import Journal
 from launch.lock import locked
@@ -80,8 +80,10 @@ def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
 def identify(options: TrainOptions, data: TokenisedData, process: Process) -> Identity:
     """What this run is a run of; process 0 looks at the model's files."""
     steps = steps_of(options, data)
-    fingerprint = on_first(process, lambda: base_fingerprint(options.model))
-    return Identity.of(options, str(fingerprint), data.train.digest(), steps)
+    model = options.model
+    fingerprint, revision = on_first(process, lambda: [base_fingerprint(model), base_revision(model)])
+    base = Base(model, revision, fingerprint)
+    return Identity.of(options, base, data.train.digest(), steps)
 
 
 def begin(
@@ -102,7 +104,7 @@ def begin(
     engine, method = build_engine(options, ds_config, batches.steps, process, start.ranks)
     progress = Progress(batches.steps, log_every=options.log_every, start=start.step, shows=process.first)
     journal = Journal(options, folder, batches.train, progress, process.device)
-    control = Control(process, watch, start.step)
+    control = Control(process, watch, folder, start.step)
     held_out = batches.validation if options.val_every != 0 else None
     validator = Validator(engine, method, held_out, process, control.interrupted)
     method.attach(engine, batches.steps, validator or None)

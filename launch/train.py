@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from launch.resume import Start
     from launch.session import Session
 
-from launch.edge import guarded, quiet_libraries
-from launch.options import TrainOptions, parse_options
+from launch.edge import debug_wanted, guarded, quiet_libraries
+from launch.options import DEFAULT_RECIPE, TrainOptions, parse_options
 
 
 def train(options: TrainOptions, watch: Watch) -> None:
@@ -33,7 +33,8 @@ def train(options: TrainOptions, watch: Watch) -> None:
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
-    from launch.build import cut_batches, load_tokenizer_of, prepare_data, settle_prompt
+    from launch.agreement import alike
+    from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
     from launch.memory_plan import plan_memory
@@ -48,12 +49,14 @@ def train(options: TrainOptions, watch: Watch) -> None:
     options = repeatable.replace(micro_batch_size=layout.micro_batch_size)
     ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
     tokenizer = load_tokenizer_of(options)
-    data = prepare_data(options, tokenizer)
     process = join_processes()
+    require_dtype(options)
+    watch.follow(process)
+    data = alike(process, lambda: prepare_data(options, tokenizer))
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
         start = find_start(options, folder, process, identity)
-        watch.follow(process)
+        watch.say_ready(process)
         batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
         session = begin(options, ds_config, folder, process, batches, identity, start, watch)
         continue_files(start, folder, process)
@@ -143,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         run(parse_options(arguments))
 
-    debug = "--debug=true" in " ".join(arguments).replace("--debug ", "--debug=")
-    return guarded(body, debug=debug)
+    return guarded(body, debug=lambda: debug_wanted(arguments, DEFAULT_RECIPE))
 
 
 def show_help() -> None:

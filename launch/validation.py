@@ -69,8 +69,17 @@ class Validator:
 
     def catch_up(self, folder: RunFolder, step: int, last: int, every: int | str) -> None:
         """Before a run goes on after `step`: the validation due there, where its line is not written yet."""
-        if step not in (0, last) and not self.due(step, last, every):
-            return
-        rows = on_first(self._process, lambda: folder.validation.read()[-1:])
-        if not rows or rows[0]["step"] < step:
+        validations, changes = on_first(
+            self._process, lambda: [folder.validation.read()[-1:], folder.rank_changes.read()[-1:]]
+        )
+        due = step in (0, last) or self.due(step, last, every) or _broken_off(changes, step)
+        if due and not (validations and validations[0]["step"] >= step):
             self.log(folder, step)
+
+
+def _broken_off(changes: list[dict[str, Any]], step: int) -> bool:
+    """Whether the last rank change came after `step`, and a stop broke off the validation behind it."""
+    if not changes or changes[0]["step"] != step:
+        return False
+    moved = changes[0]["pruned"] or changes[0]["expanded"]
+    return bool(moved) and changes[0]["loss_after"] is None

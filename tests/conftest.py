@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from tests.distributed import Processes
+from tests.nursery import Nursery
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,6 +46,14 @@ def two_processes() -> Iterator[Processes]:
     """Two processes that stay for the whole session; what a test initialises in them stays for the next."""
     with Processes(2) as processes:
         yield processes
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """What training processes are forked from that a test stops or kills."""
+    found = Nursery()
+    yield found
+    found.close()
 
 
 def _gpu_available() -> bool:

@@ -250,8 +250,8 @@ def _scratch() -> IO[str]:
 
 
 def _text(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read()
+    # Not seek and read: the process that writes shares the offset, and would go on at the beginning.
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
 def _tail(file: IO[str]) -> str:

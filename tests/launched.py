@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -10,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
-from typing import IO
+from typing import IO, Any
 
 from tests.distributed import _kill, _rank_environments, _scratch, _start, _text
+from tests.nursery import Nursery
 
 POLL_SECONDS = 0.01
 
@@ -22,19 +23,20 @@ POLL_SECONDS = 0.01
 class Launched:
     """The processes of one run, by rank, and what each has written so far."""
 
-    processes: list[Popen[str]]
+    processes: list[Any]
+    """Each a `subprocess.Popen`, or a `Child` of a nursery."""
     outputs: list[IO[str]]
 
     def said(self, rank: int = 0) -> str:
         """What a process has written to stdout and stderr."""
         return _text(self.outputs[rank])
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 240) -> None:
-        """Wait until `condition` holds; AssertionError if the run ends or the time is up before."""
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 240, *, orphans: bool = False) -> None:
+        """Wait until `condition` holds; AssertionError if the run ends (unless `orphans` go on) or the time is up."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, self.said()
-            assert any(p.poll() is None for p in self.processes), self.said()
+            assert orphans or any(p.poll() is None for p in self.processes), self.said()
             time.sleep(POLL_SECONDS)
 
     def wait_for_text(self, text: str) -> None:
@@ -67,6 +69,49 @@ def launched(
             run.processes.append(process)
             run.outputs.append(output)
         yield run
+
+
+@dataclass
+class Held:
+    """A run whose process of one rank waits at a moment (`tests.moments`)."""
+
+    run: Launched
+    folder: Path
+
+    def wait(self) -> None:
+        """Wait until the moment has come."""
+        self.run.wait_for((self.folder / "held").exists)
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        """Send a signal to some processes, or to all, and wait until each has taken notice."""
+        chosen = ranks or range(len(self.run.processes))
+        self.run.send(number, *chosen)
+        self.run.wait_for(lambda: all((self.folder / f"noted-{rank}").exists() for rank in chosen))
+
+    def let_go(self) -> None:
+        """Let the process go on."""
+        (self.folder / "go").touch()
+
+
+@contextmanager
+def held(
+    nursery: Nursery, arguments: Sequence[str], world_size: int, moment: str, rank: int, folder: Path
+) -> Iterator[Held]:
+    """Start a run whose process `rank` stops at a moment; `folder` is for the notes between it and the test."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        run = Launched([], [])
+        for variables in _rank_environments(world_size, None):
+            output = stack.enter_context(_scratch())
+            words = [moment, str(rank), str(folder), *arguments]
+            child = nursery.start("tests.moments", words, variables, output)
+            stack.callback(child.kill)
+            run.processes.append(child)
+            run.outputs.append(output)
+        held = Held(run, folder)
+        held.wait()
+        yield held
 
 
 def lines(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
 from flexlora_ds.fingerprint import base_fingerprint
 from tests import tiny
+from tests.distributed import run_script
 
 SHAPES = {"a.P": [4, 2], "a.lam": [2], "b.P": [3, 1]}
 KEYS = ["exp_avg", "master"]
@@ -190,6 +192,51 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_cleared_away(tmp_path: Path
     assert [p.name for p in files.checkpoints_in(tmp_path)] == ["step_00000007"]
     save(tmp_path, 11)
     assert not part.exists()
+
+
+def test_a_kill_at_any_operation_of_a_save_costs_no_complete_checkpoint(tmp_path: Path) -> None:
+    """Step 7 is saved beside step 4, and one is kept; the process is killed before each operation."""
+    (result,) = run_script(["-m", "tests.crash_points", str(tmp_path)], 1, timeout=300)
+    assert result.returncode == 0, result.stderr
+    count = int(result.stdout.split()[-1])
+    assert count > 25, "an open, a rename and a removal each"
+    newest = []
+    for number in range(1, count + 1):
+        root = tmp_path / str(number)
+        found = files.checkpoints_in(root)
+        for folder in found:
+            open_checkpoint(folder)
+        newest.append(files.step_of(found[0]))
+        save(root, 11)
+        assert [p.name for p in root.iterdir() if p.name.startswith(".")] == [], number
+    assert newest == sorted(newest) and set(newest) == {4, 7}
+
+
+def test_everything_is_on_the_disk_before_the_checkpoint_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append(("synced", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def noting_rename(source: Any, target: Any, **options: Any) -> None:
+        done.append(("renamed to", Path(target).name))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    folder = save(tmp_path / "checkpoints", 7)
+    appears = done.index(("renamed to", folder.name))
+    synced = {name for what, name in done[:appears] if what == "synced"}
+    assert synced >= {*(path.name for path in folder.iterdir()), f".{folder.name}.part", tmp_path.name}
+    assert ("synced", "checkpoints") in done[appears:] and ("synced", ".latest.part") in done[appears:]
+    last_file = max(
+        i for i, (_, name) in enumerate(done[:appears]) if name in ("state.json", "manifest.json")
+    )
+    assert done[last_file] == ("synced", "manifest.json"), "the manifest comes last"
 
 
 def test_the_newest_are_kept_and_never_fewer_than_one(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_all_stages_and_offloads_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} == {
         *(f"zero{stage}" for stage in range(4)),
         *(f"zero{stage}_offload" for stage in (1, 2, 3)),
+        "zero3_offload_optimizer",
     }
 
 
@@ -65,7 +66,7 @@ def test_deepspeed_itself_reads_what_was_resolved(path: Path) -> None:
     assert read.bfloat16_config.enabled and not read.float16_config.enabled
     assert read.zero_optimization_stage == int(path.stem[4])
     offloads = read.zero_config.offload_optimizer
-    assert (offloads is not None and offloads.device == "cpu") is path.stem.endswith("_offload")
+    assert (offloads is not None and offloads.device == "cpu") is ("_offload" in path.stem)
     assert (read.zero_config.offload_param is not None) is (path.stem == "zero3_offload")
 
 

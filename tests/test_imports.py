@@ -99,3 +99,24 @@ def test_imports_without(blocked: str, code: str) -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
+
+
+UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.load"}
+ATTACKS = {"test_checkpoint.py", "test_damage_distributed.py"}
+"""The tests that make a pickle to prove that it is refused."""
+
+
+@pytest.mark.parametrize("folder", [*OURS, "benchmarks", "tests"])
+def test_nothing_unpickles(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if path.name in ATTACKS:
+            continue
+        tree = ast.parse(path.read_text())
+        used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        named = {
+            f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names
+        }
+        found = (imports(path) | used | named) & UNPICKLERS
+        assert not found, f"{path} uses {found}"
+        allowed = [k for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "trust_remote_code"]
+        assert all(ast.unparse(k.value) == "False" for k in allowed), path

@@ -32,7 +32,7 @@ def whole_runs() -> Runs:
 
 def run(processes: Processes, arguments: list[str]) -> str:
     """Run the command in processes that stay; what it said."""
-    results = processes.run(training.command, arguments, timeout=300)
+    results = processes.run(training.command, arguments, timeout=600)
     for result in results:
         assert result["code"] == 0, result["stderr"]
     return str(results[0]["stderr"])
@@ -54,10 +54,10 @@ def arguments(place: Place, out: Path, ds: str, **options: Any) -> list[str]:
     return place.arguments(out, ds=f"ds_configs/{ds}.json", **{**accumulation, **options})
 
 
-def final_state(out: Path) -> dict[str, torch.Tensor]:
+def final_state(out: Path, last: int = training.STEPS) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint, by label."""
     tensors = {}
-    for path in sorted((out / "checkpoints" / "step_00000016").glob("*.safetensors")):
+    for path in sorted((out / "checkpoints" / f"step_{last:08d}").glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return tensors
@@ -71,11 +71,12 @@ def rows(out: Path, name: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in timed} for row in training.read_lines(out / name)]
 
 
-def assert_same(out: Path, reference: Path) -> None:
+def assert_same(out: Path, reference: Path, last: int = training.STEPS) -> None:
+    """Losses, gradient norms, ranks, validations, and every tensor at the end, bit for bit."""
     for name in ("metrics.jsonl", "ranks.jsonl", "validation.jsonl"):
         assert rows(out, name) == rows(reference, name), name
-    mine, theirs = final_state(out), final_state(reference)
-    assert mine.keys() == theirs.keys()
+    mine, theirs = final_state(out, last), final_state(reference, last)
+    assert mine.keys() == theirs.keys() and mine
     for label in theirs:
         assert torch.equal(mine[label], theirs[label]), label
 
@@ -86,7 +87,10 @@ def assert_same(out: Path, reference: Path) -> None:
         "zero2",
         *(
             pytest.param(ds, marks=pytest.mark.full)
-            for ds in ("zero0", "zero1", "zero3", "zero1_offload", "zero2_offload", "zero3_offload")
+            for ds in (
+                *("zero0", "zero1", "zero3"),
+                *("zero1_offload", "zero2_offload", "zero3_offload", "zero3_offload_optimizer"),
+            )
         ),
     ],
 )
@@ -99,6 +103,38 @@ def test_same_configuration_continues_bit_for_bit(
     assert "continuing after step 7" in said
     assert_same(tmp_path / "resumed", whole)
     assert len(training.ranks(whole)) == 3, "the run must change ranks on both sides of the checkpoint"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("ds", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_low_precision_continues_bit_for_bit(
+    ds: str, dtype: str, place: Place, tmp_path: Path, two_processes: Processes
+) -> None:
+    """The masters, not the rounded weights; and with fp16 a loss scale that falls before the checkpoint."""
+    if dtype == "fp16":
+        training.require_fp16()
+    given = {"dtype": dtype, "max_steps": 12, "adjust_freeze": 2}
+    run(two_processes, arguments(place, tmp_path / "whole", ds, **given))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000007"
+    run(two_processes, arguments(place, tmp_path / "resumed", ds, resume=checkpoint, **given))
+    skipped = [row["skipped"] for row in rows(tmp_path / "whole", "metrics.jsonl")]
+    assert skipped[0] is (dtype == "fp16"), "DeepSpeed begins with a scale of 2^16"
+    assert_same(tmp_path / "resumed", tmp_path / "whole", last=12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_same_seed_gives_the_same_100_steps(
+    size: int, place: Place, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """In the same processes and in new ones."""
+    first, second = (arguments(place, tmp_path / n, "zero2", max_steps=100, save_every=0) for n in "ab")
+    run(team(request, size), first)
+    with Processes(size, timeout=600) as others:
+        run(others, second)
+    assert len(training.losses(tmp_path / "a")) == 100 and len(training.ranks(tmp_path / "a")) > 25
+    assert_same(tmp_path / "b", tmp_path / "a", last=100)
 
 
 @pytest.mark.full
@@ -118,6 +154,7 @@ CHANGES = [
     ("zero2_offload", 2, "zero2", 1),
     ("zero3_offload", 1, "zero3", 2),
     ("zero1", 2, "zero2", 2),
+    ("zero2", 2, "zero3", 2),
     ("zero2", 4, "zero2", 2),
     ("zero3", 4, "zero3", 1),
     ("zero2", 2, "zero2", 4),

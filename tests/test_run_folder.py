@@ -165,6 +165,24 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_checkpoints_that_could_not_be_written_are_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="cannot write to the run folder: Not a directory"):
+        RunFolder(tmp_path).prepare("auto")
+
+
+def test_a_log_that_lacks_a_line_is_told_and_gets_no_more(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    run.log_step(step_metrics(1))
+    (tmp_path / "metrics.jsonl").rmdir()
+    run.log_step(step_metrics(2))
+    assert not (tmp_path / "metrics.jsonl").exists(), "a line after one that is missing would be a gap"
+    for ask in (run.raise_fault, run.sync):
+        with pytest.raises(RunError, match=r"metrics\.jsonl"):
+            ask()
+
+
 def test_only_process_0_writes(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run", writes=False)
     run.prepare("none")

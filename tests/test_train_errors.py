@@ -103,6 +103,14 @@ def test_targets_that_match_nothing_are_told_what_there_is(refused: Callable[...
     assert "lm_head" not in line
 
 
+def test_a_precision_that_the_device_lacks(refused: Callable[..., str]) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("this device computes fp16")
+    assert "choose dtype bf16 or fp32" in refused(dtype="fp16")
+
+
 def test_a_rank_above_a_layers_limit(refused: Callable[..., str]) -> None:
     line = refused(rank=17)
     assert "rank 17" in line and "limit 16" in line and "model.layers.0.self_attn.k_proj" in line
@@ -202,6 +210,17 @@ def test_the_traceback_is_shown_on_request(
 ) -> None:
     (result,) = process.run(training.command, [*place.arguments(tmp_path / "out", rank=99), *form])
     assert result["code"] != 0 and "Traceback" in result["stderr"]
+
+
+def test_the_traceback_is_shown_where_the_recipe_says_so(
+    process: Processes, place: Place, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path / "mine.yaml", f"model: {place.model}\nrank: 99\ndebug: true\n")
+    given = place.arguments(tmp_path / "out", rank=None, model=None, recipe=recipe)
+    (result,) = process.run(training.command, given)
+    assert result["code"] != 0 and "Traceback" in result["stderr"]
+    (result,) = process.run(training.command, [*given, "--debug=false"])
+    assert result["code"] == 2 and "rank 99" in the_line(result["stderr"])
 
 
 def test_debug_false_shows_none(refused: Callable[..., str]) -> None:

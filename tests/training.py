@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from data_prep.tasks import TASKS
 from tests import eval_tiny
 from tests.distributed import ROOT, ScriptResult, run_script
@@ -76,6 +78,14 @@ class Place:
         for result in results:
             assert result.returncode == 0, result.stderr
         return results
+
+
+def require_fp16() -> None:
+    """Skip the test, visibly, where DeepSpeed computes no fp16 (most CPUs)."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        pytest.skip("DeepSpeed computes no fp16 on this device")
 
 
 def make_place(root: Path, records: int = 40, seed: int = 3) -> Place:
