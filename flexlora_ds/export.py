@@ -1,6 +1,6 @@
-"""Take a trained adapter out of a run: as it is, at one uniform rank for servers, or merged into its base.
+"""Take an adapter out of a run or a checkpoint: as it is, at one uniform rank for servers, or merged into its base.
 
-    python -m flexlora_ds.export --run RUN --to peft|peft-uniform|merged --out DIR
+    python -m flexlora_ds.export --run RUN | --checkpoint DIR --to peft|peft-uniform|merged --out DIR
 
 Every export is read back and compared with its source before the command reports success.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from flexlora_ds.atomic import replacing_folder
+from flexlora_ds.checkpoint_adapter import read_checkpoint_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.peft_format import (
     CONFIG_FILE,
@@ -205,7 +206,11 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flexlora_ds.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="a run folder: its adapter/ is exported")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="a run folder: its adapter/ is exported")
+    source.add_argument(
+        "--checkpoint", type=Path, help="checkpoints/step_… of a run, checked and exported as of that step"
+    )
     parser.add_argument("--to", choices=("peft", "peft-uniform", "merged"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new or empty")
     parser.add_argument("--base", help="the base model, if it is not where the run found it (merged only)")
@@ -219,10 +224,11 @@ def _export(options: argparse.Namespace) -> str:
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not empty; give a new folder")
-    adapter = read_peft_adapter(_adapter_folder(options.run))
+    adapter = _read(options)
     if not finite(adapter):
         raise RunError(
-            f"the adapter of {options.run} holds numbers that are not finite; its training diverged"
+            f"the adapter of {options.run or options.checkpoint} holds numbers that are not finite; "
+            "its training diverged"
         )
     ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
     told = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
@@ -242,6 +248,14 @@ def _export(options: argparse.Namespace) -> str:
         check = export_merged(adapter, out, options.base, _DTYPES.get(options.dtype))
         told[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
     return "\n".join([*told, f"checked: {check}"])
+
+
+def _read(options: argparse.Namespace) -> LoraAdapter:
+    if options.run is not None:
+        return read_peft_adapter(_adapter_folder(options.run))
+    if not options.checkpoint.is_dir():
+        raise UserError(f"--checkpoint {options.checkpoint} is no folder; give checkpoints/step_… of a run")
+    return read_checkpoint_adapter(options.checkpoint)
 
 
 def _hide_progress_bars() -> None:

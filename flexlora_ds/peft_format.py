@@ -30,6 +30,8 @@ from flexlora_ds.tensor_file import save_tensors
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 METHOD_FILE = "flexlora.json"
+PROMPT_FILE = "prompt.json"
+"""`{"prompt": STYLE}`: the prompt that the adapter was trained with; an evaluation asks with the same."""
 _PREFIX = "base_model.model."
 
 
@@ -70,6 +72,8 @@ class LoraAdapter:
     dropout: float = 0.0
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Written beside the adapter as `flexlora.json`, where PEFT does not look."""
+    prompt: str | None = None
+    """The prompt style it was trained with, where that is known: `prompt.json` beside the adapter."""
 
 
 def write_peft_adapter(
@@ -79,14 +83,27 @@ def write_peft_adapter(
     base_model_name: str,
     revision: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    prompt: str | None = None,
 ) -> None:
     """Write a FlexLoRA adapter to `folder` in PEFT's format; what was there is replaced once it is complete.
 
     `matrices` holds whole tensors (at ZeRO-3: gathered; one process writes). `base_model_name` is what the
     user called the base model. `extra` goes into `flexlora.json` beside the method's configuration.
     """
+    write_adapter(folder, lora_of(matrices, config, base_model_name, revision, extra, prompt))
+
+
+def lora_of(
+    matrices: Mapping[str, Triple],
+    config: FlexLoRAConfig,
+    base_model_name: str,
+    revision: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    prompt: str | None = None,
+) -> LoraAdapter:
+    """A FlexLoRA adapter as a LoRA: B = P diag(λ), A = Q, one scale; arguments as of `write_peft_adapter`."""
     scale = config.alpha / config.rank
-    adapter = LoraAdapter(
+    return LoraAdapter(
         {name: LoraMatrix(m.P.float() * m.lam.float(), m.Q.float(), scale) for name, m in matrices.items()},
         base_model=base_model_name,
         revision=revision,
@@ -94,8 +111,8 @@ def write_peft_adapter(
         default_alpha=config.alpha,
         dropout=config.dropout,
         notes={"config": config.to_dict(), **(extra or {})},
+        prompt=prompt,
     )
-    write_adapter(folder, adapter)
 
 
 def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
@@ -111,6 +128,8 @@ def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
         _write_json(fresh / CONFIG_FILE, _peft_config(adapter))
         if adapter.notes:
             _write_json(fresh / METHOD_FILE, adapter.notes)
+        if adapter.prompt is not None:
+            _write_json(fresh / PROMPT_FILE, {"prompt": adapter.prompt})
 
 
 def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
@@ -163,7 +182,6 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); write it again") from error
-    notes = folder / METHOD_FILE
     return LoraAdapter(
         _matrices(folder, config, tensors),
         base_model=config.get("base_model_name_or_path") or "",
@@ -171,8 +189,18 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
         default_rank=config["r"],
         default_alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout", 0.0),
-        notes=json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {},
+        notes=_read_beside(folder / METHOD_FILE),
+        prompt=_read_beside(folder / PROMPT_FILE).get("prompt"),
     )
+
+
+def _read_beside(path: Path) -> dict[str, Any]:
+    """The object in a file that may be absent."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); write it again, or remove it") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

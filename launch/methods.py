@@ -15,7 +15,7 @@ from flexlora_ds.controller import RankController
 from flexlora_ds.groups import parameter_groups
 from flexlora_ds.optimizer import FlexLoRAAdamW
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
-from flexlora_ds.peft_format import Triple, write_peft_adapter
+from flexlora_ds.peft_format import PROMPT_FILE, Triple, write_peft_adapter
 from flexlora_ds.record import RankChange
 from flexlora_ds.tensor_file import save_tensors
 from launch.batches import MicroBatch
@@ -133,8 +133,7 @@ class FlexLoRA:
         if not writes:
             return {}
         triples = {n: Triple(whole[a.P], whole[a.lam], whole[a.Q]) for n, a in layers.items()}
-        write_peft_adapter(folder, triples, self.config, base_model)
-        record_prompt(folder, self.options)
+        write_peft_adapter(folder, triples, self.config, base_model, prompt=self.options.prompt)
         return {n: triple.lam.tolist() for n, triple in triples.items()}
 
 
@@ -218,15 +217,11 @@ class PeftLoRA:
             config.base_model_name_or_path, config.inference_mode = base_model, True
             save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config.save_pretrained(folder)
-            record_prompt(folder, self.options)
+            prompt = json.dumps({"prompt": self.options.prompt})
+            write_text_atomically(folder / PROMPT_FILE, prompt + "\n")
         return {}
 
 
 def build_method(options: TrainOptions) -> Method:
     """The method that the options name."""
     return FlexLoRA(options) if options.method == "flexlora" else PeftLoRA(options)
-
-
-def record_prompt(folder: Path, options: TrainOptions) -> None:
-    """Say beside the adapter which prompt it was trained with; the evaluation uses it."""
-    write_text_atomically(folder / "prompt.json", json.dumps({"prompt": options.prompt}) + "\n")

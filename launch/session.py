@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from flexlora_ds.checkpoint_adapter import NOTES, adapter_notes
 from flexlora_ds.fingerprint import base_fingerprint, base_revision
 from launch.agreement import on_first
 from launch.build import Data, build_engine, steps_of
@@ -118,6 +119,9 @@ def begin(
             "journal": journal.state_dict(),
             "guard": guard.state_dict(),
             "versions": library_versions(),
+            NOTES: None
+            if controller is None
+            else adapter_notes(controller.config, options.model, options.prompt),
         }
 
     controller, every, keep = method.controller, options.save_every, options.keep_checkpoints

@@ -67,7 +67,8 @@ def trained(base: Path) -> tuple[dict[str, Triple], Tensor]:
 @pytest.fixture
 def run(tmp_path: Path, base: Path, trained: tuple[dict[str, Triple], Tensor]) -> Path:
     folder = tmp_path / "run"
-    write_peft_adapter(folder / "adapter", trained[0], CONFIG, str(base), extra={"prompt": "alpaca"})
+    extra = {"made": "in a test"}
+    write_peft_adapter(folder / "adapter", trained[0], CONFIG, str(base), extra=extra, prompt="llm_adapters")
     return folder
 
 
@@ -123,7 +124,7 @@ def test_reading_back_gives_the_same_update(run: Path, trained: tuple[dict[str, 
     for name, m in trained[0].items():
         expected = (CONFIG.alpha / CONFIG.rank) * (m.P.double() @ torch.diag(m.lam.double()) @ m.Q.double())
         assert torch.allclose(adapter.matrices[name].delta().double(), expected, rtol=1e-5, atol=1e-6)
-    assert adapter.notes["prompt"] == "alpaca"
+    assert (adapter.notes["made"], adapter.prompt) == ("in a test", "llm_adapters")
     assert FlexLoRAConfig.from_dict(adapter.notes["config"]) == CONFIG
 
 
@@ -212,7 +213,7 @@ def test_damage_after_writing_is_noticed(run: Path, tmp_path: Path, monkeypatch:
         save_file(tensors, path, metadata)
 
     adapter = read_peft_adapter(run / "adapter")
-    monkeypatch.setattr("flexlora_ds.peft_format.save_file", writes_one_number_wrong)
+    monkeypatch.setattr("flexlora_ds.peft_format.save_tensors", writes_one_number_wrong)
     with pytest.raises(RunError, match="relative difference"):
         export_uniform(adapter, tmp_path / "out")
 

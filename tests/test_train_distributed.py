@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -432,3 +433,30 @@ def test_validation_when_asked(
     in_process(one, place.arguments(tmp_path / "run", val_every=val_every, max_steps=10))
     path = tmp_path / "run" / "validation.jsonl"
     assert [row["step"] for row in (read_lines(path) if path.exists() else [])] == expected
+
+
+def test_a_checkpoint_exports_like_its_run(
+    two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one, from two processes at stage 3, after rank changes; damaged, it is refused and nothing written."""
+    newest = two / "checkpoints" / (two / "checkpoints" / "latest").read_text().strip()
+    out = tmp_path / "exported"
+    assert export.main(["--checkpoint", str(newest), "--to", "peft", "--out", str(out)]) == 0
+    written, of_run = (json.loads((f / "adapter_config.json").read_text()) for f in (out, two / "adapter"))
+    for config in (written, of_run):
+        config["target_modules"].sort()
+    assert written == of_run
+    assert (out / "prompt.json").read_text() == (two / "adapter" / "prompt.json").read_text()
+    trained = load_file(two / "adapter" / "adapter_model.safetensors")
+    exported = load_file(out / "adapter_model.safetensors")
+    assert trained.keys() == exported.keys()
+    assert all(torch.equal(trained[key], exported[key]) for key in trained)
+
+    damaged = tmp_path / newest.name
+    shutil.copytree(newest, damaged)
+    shard = next(damaged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert export.main(["--checkpoint", str(damaged), "--to", "peft", "--out", str(tmp_path / "no")]) == 1
+    assert shard.name in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert export.main(["--checkpoint", str(two), "--to", "peft", "--out", str(tmp_path / "no")]) == 1
+    assert "give a folder like checkpoints/step_" in capsys.readouterr().err

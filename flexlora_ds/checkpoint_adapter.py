@@ -1,0 +1,49 @@
+"""The adapter inside a checkpoint: for a run that was stopped, or one step of it that is wanted later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flexlora_ds.checkpoint import Checkpoint, open_checkpoint
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import RunError
+from flexlora_ds.peft_format import LoraAdapter, Triple, lora_of
+
+NOTES = "adapter"
+"""Under this name a run says in its checkpoints what `adapter_notes` gives."""
+
+
+def adapter_notes(config: FlexLoRAConfig, base_model: str, prompt: str) -> dict[str, Any]:
+    """What an adapter needs beside its tensors; JSON."""
+    return {"config": config.to_dict(), "base_model": base_model, "prompt": prompt}
+
+
+def read_checkpoint_adapter(folder: Path) -> LoraAdapter:
+    """The adapter of a FlexLoRA checkpoint, from its fp32 masters; every byte is checked first.
+
+    Raises:
+        DamagedError, RunError: as `open_checkpoint`; or it holds no adapter of this method.
+    """
+    checkpoint = open_checkpoint(folder)
+    notes = checkpoint.run.get(NOTES)
+    if not isinstance(notes, dict) or not checkpoint.ranks:
+        raise RunError(
+            f"the checkpoint holds no FlexLoRA adapter ({folder}); finish its run and export that with --run"
+        )
+    config = FlexLoRAConfig.from_dict(notes["config"])
+    return lora_of(_triples(checkpoint), config, notes["base_model"], prompt=notes["prompt"])
+
+
+def _triples(checkpoint: Checkpoint) -> dict[str, Triple]:
+    masters: dict[str, Tensor] = {}
+    for label, value in checkpoint.tensors():
+        parameter, _, key = label.rpartition(":")
+        if key == "master":
+            masters[parameter] = value
+    return {
+        name: Triple(masters[f"{name}.P"], masters[f"{name}.lam"], masters[f"{name}.Q"])
+        for name in checkpoint.ranks
+    }
