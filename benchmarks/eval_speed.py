@@ -1,129 +1,51 @@
 """How fast the evaluation is, beside a stand-in of the reference's loop, in one run, interleaved.
 
-    python -m benchmarks.eval_speed --model MODEL --adapter ADAPTER [--data data] [--tasks all|LIST]
-                                    [--limit 100] [--reference_items 40]
+    python -m benchmarks.eval_speed --model MODEL --adapter ADAPTER --data DATA [--limit 100] [--dtype fp32]
+        [--reference_items 40] [--endless_items 8] [--greedy_items 400] [--merged] [--json FILE]
 
-The reference (LLM-Adapters' commonsense_evaluate.py): batch 1, beam search of width 4, up to 32 new tokens, with
-a key-value cache and the end token as its only stop. Our modes answer all items; the reference a sample spread
-evenly over the same items, because it takes so long. `forward` is the floor of `score`: the same model run over
-as many tokens as must be computed (each prompt behind its task's common beginning, and the answers' common
-start), in batches without any padding, mask or cache. Give an adapter that answers: an untuned model generates
-to the limit.
+The threads are OMP_NUM_THREADS, the same for all. `reference` is LLM-Adapters' loop (batch 1, beam 4, up to 32 new
+tokens); it answers a sample spread evenly over all items by their length, because it takes so long, our modes
+answer all. `forward` is the floor of `score`: bare forward passes over the tokens that must be computed. Every
+prediction of `generate` is held against transformers' greedy loop at batch 1; one that differs must have a margin
+below 1e-4, else the exit code is 1. `--merged` adds our modes with the adapter merged first. Give an adapter that
+answers: an untuned model generates to the limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from eval.asking import Asker
-from eval.batching import Batch, order_batches, plan_batches
+from benchmarks.eval_contenders import ROUNDS, Contender, Key, forward, greedy, ours, reference
+from eval.files import write_json
 from eval.items import Item, TaskItems, load_questions, tokenise
 from eval.language_model import LanguageModel
-from eval.library_generate import generate_with_library
 from eval.loading import load, resolve_prompt
-from eval.options import parse_options
-from eval.parsing import read_answer
+from eval.options import Options, parse_options
 from eval.predictions import Prediction
-from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS
+from eval.results import markdown, versions
+from eval.run import quiet_libraries
 
-ROUNDS = 5
-Key = tuple[str, int]
+GAP = 1e-4
 
 
 @dataclass
-class Contender:
-    """One way to answer: its work in rounds, and of each the items, the seconds and the CPU's seconds."""
+class Answers:
+    """What each contender answered."""
 
-    name: str
-    rounds: list[list[Callable[[], int]]]
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    items: list[int] = field(default_factory=list)
-
-    def run(self, number: int) -> None:
-        """Do the work of one round."""
-        start, cpu_start = time.perf_counter(), time.process_time()
-        done = sum(work() for work in self.rounds[number])
-        self.seconds.append(time.perf_counter() - start)
-        self.cpu_seconds.append(time.process_time() - cpu_start)
-        self.items.append(done)
-
-    @property
-    def rate(self) -> float:
-        """Items per second over all rounds."""
-        return sum(self.items) / sum(self.seconds)
-
-    @property
-    def cpu_cost(self) -> float:
-        """CPU seconds per item: what a busy machine leaves as it is."""
-        return sum(self.cpu_seconds) / sum(self.items)
-
-
-def in_rounds(work: Sequence[Callable[[], int]]) -> list[list[Callable[[], int]]]:
-    """Deal work out to the rounds, so that each sees long and short items alike."""
-    return [list(work[number::ROUNDS]) for number in range(ROUNDS)]
-
-
-def ours(
-    lm: LanguageModel, tasks: dict[str, TaskItems], mode: str, found: dict[Key, Prediction]
-) -> Contender:
-    """A protocol of the harness, as `python -m eval` runs it."""
-    asker = Asker(lm, PROTOCOLS[mode], tasks)
-    batches = plan(asker, tasks)
-
-    def work(batch: Batch) -> int:
-        found.update({(p.task, p.index): p for p in asker.ask(batch)})
-        return len(batch.items)
-
-    return Contender(mode, in_rounds([lambda batch=batch: work(batch) for batch in batches]))  # type: ignore[misc]
-
-
-def plan(asker: Asker, tasks: dict[str, TaskItems]) -> list[Batch]:
-    """The batches that the harness would make."""
-    budget = asker.default_tokens()
-    return order_batches(b for t in tasks.values() for b in plan_batches(t.task, t.items, asker.cost, budget))
-
-
-def reference(
-    lm: LanguageModel, tasks: dict[str, TaskItems], items: list[Item], found: dict[Key, str | None]
-) -> Contender:
-    """The stand-in: one item at a time, beam 4."""
-
-    def work(item: Item) -> int:
-        (row,) = generate_with_library(lm, [item.prompt], beams=4, max_new_tokens=MAX_NEW_TOKENS)
-        question = item.question
-        found[question.task, question.index] = read_answer(tasks[question.task].pattern, lm.decode(row))
-        return 1
-
-    return Contender("reference", in_rounds([lambda item=item: work(item) for item in items]))  # type: ignore[misc]
-
-
-def forward(lm: LanguageModel, tasks: dict[str, TaskItems]) -> Contender:
-    """Bare forward passes over the tokens that `score` must compute, none of them padding."""
-    asker = Asker(lm, PROTOCOLS["score"], tasks)
-
-    @torch.inference_mode()
-    def work(batch: Batch) -> int:
-        task = tasks[batch.task]
-        tokens = sum(len(i.prompt) - len(task.shared) + i.longest_candidate - 1 for i in batch.items)
-        rows = len(batch.items)
-        lm.model(
-            input_ids=torch.ones(rows, round(tokens / rows), dtype=torch.long, device=lm.device),
-            logits_to_keep=1,
-            use_cache=False,
-        )
-        if lm.device.type == "cuda":
-            torch.cuda.synchronize()
-        return rows
-
-    return Contender("forward", in_rounds([lambda b=b: work(b) for b in plan(asker, tasks)]))  # type: ignore[misc]
+    reference: dict[Key, str | None] = field(default_factory=dict)
+    endless: dict[Key, str | None] = field(default_factory=dict)
+    greedy: dict[Key, str | None] = field(default_factory=dict)
+    generate: dict[Key, Prediction] = field(default_factory=dict)
+    score: dict[Key, Prediction] = field(default_factory=dict)
 
 
 def spread_evenly(tasks: dict[str, TaskItems], count: int) -> list[Item]:
@@ -133,63 +55,166 @@ def spread_evenly(tasks: dict[str, TaskItems], count: int) -> list[Item]:
     return [everything[(2 * n + 1) * len(everything) // (2 * count)] for n in range(count)]
 
 
-def agreement(first: dict[Key, str | None], second: dict[Key, Prediction]) -> str:
-    """Of the items that either answered."""
-    pairs = [(a, second[key].prediction) for key, a in first.items() if a or second[key].prediction]
-    return f"{sum(a == b for a, b in pairs)}/{len(pairs)}" if pairs else "none answered"
+def contenders_of(
+    lm: LanguageModel, tasks: dict[str, TaskItems], known: argparse.Namespace, answers: Answers
+) -> list[Contender]:
+    """All that run, the reference first."""
+    found = [
+        reference(lm, tasks, spread_evenly(tasks, known.reference_items), answers.reference, ends=True),
+        reference(lm, tasks, spread_evenly(tasks, known.endless_items), answers.endless, ends=False),
+        greedy(lm, tasks, spread_evenly(tasks, known.greedy_items), answers.greedy),
+        ours(lm, tasks, "generate", answers.generate, "generate"),
+        ours(lm, tasks, "score", answers.score, "score"),
+        forward(lm, tasks),
+    ]
+    if known.merged:
+        merged = LanguageModel(copy.deepcopy(lm.model).merge_and_unload(), lm.tokenizer)
+        for mode in ("generate", "score"):
+            found.append(ours(merged, tasks, mode, {}, f"{mode}, merged"))
+    return found
 
 
-def main() -> None:
-    """Print the rates, their ratios to the reference and to the floor, and the agreement."""
+def agreement(first: Mapping[Key, str | None], second: Mapping[Key, Prediction]) -> dict[str, int]:
+    """Same answers, of the items that either answered."""
+    pairs = [(a, second[key].prediction) for key, a in first.items()]
+    either = [(a, b) for a, b in pairs if a is not None or b is not None]
+    return {"same": sum(a == b for a, b in either), "answered": len(either), "asked": len(pairs)}
+
+
+def differences(answers: Answers) -> list[dict[str, Any]]:
+    """Where `generate` and the greedy loop at batch 1 differ; `allowed` below the gap."""
+    found = []
+    for (task, index), theirs in answers.greedy.items():
+        own = answers.generate[task, index]
+        if own.prediction != theirs:
+            allowed = own.margin is not None and own.margin < GAP
+            place = {"task": task, "index": index, "greedy": theirs, "generate": own.prediction}
+            found.append({**place, "margin": own.margin, "allowed": allowed})
+    return found
+
+
+def measures(contender: Contender, base: Contender) -> dict[str, Any]:
+    """A contender's figures, in proportion to the reference's."""
+    ratios = [
+        (items / seconds) / (base_items / base_seconds)
+        for items, seconds, base_items, base_seconds in zip(
+            contender.items, contender.seconds, base.items, base.seconds, strict=True
+        )
+        if items and base_items
+    ]
+    return {
+        "items": sum(contender.items),
+        "seconds": sum(contender.seconds),
+        "items_per_s": contender.rate,
+        "times_reference": contender.rate / base.rate,
+        "times_reference_median_round": statistics.median(ratios) if ratios else None,
+        "cpu_s_per_item": contender.cpu_cost,
+        "times_reference_by_cpu": base.cpu_cost / contender.cpu_cost,
+    }
+
+
+def summary_of(
+    options: Options, lm: LanguageModel, contenders: Sequence[Contender], answers: Answers
+) -> dict[str, Any]:
+    """Everything that the run showed."""
+    by_name = {c.name: measures(c, contenders[0]) for c in contenders}
+    score, floor = by_name["score"], by_name["forward"]
+    return {
+        "model": Path(options.model).name,
+        "adapter": options.adapter,
+        "dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
+        "device": lm.device.type,
+        "threads": torch.get_num_threads(),
+        "contenders": by_name,
+        "score_of_forward_rate": score["items_per_s"] / floor["items_per_s"],
+        "score_of_forward_rate_by_cpu": floor["cpu_s_per_item"] / score["cpu_s_per_item"],
+        "agreement_with_reference": {
+            "generate": agreement(answers.reference, answers.generate),
+            "score": agreement(answers.reference, answers.score),
+        },
+        "agreement_with_endless_reference": {"generate": agreement(answers.endless, answers.generate)},
+        "generate_against_greedy": {"asked": len(answers.greedy), "differences": differences(answers)},
+        "unanswered": {
+            "reference": list(answers.reference.values()).count(None),
+            "generate": sum(p.prediction is None for p in answers.generate.values()),
+        },
+        "versions": versions(),
+    }
+
+
+def show(summary: Mapping[str, Any]) -> str:
+    """The summary as a table and a few lines."""
+    rows = [
+        (
+            name,
+            f"{m['items']:,}",
+            f"{m['seconds']:.1f}",
+            f"{m['items_per_s']:.2f}",
+            f"{m['times_reference']:.1f}",
+            f"{m['times_reference_median_round'] or 0:.1f}",
+            f"{m['times_reference_by_cpu']:.1f}",
+        )
+        for name, m in summary["contenders"].items()
+    ]
+    header = ("", "items", "s", "items/s", "x reference", "median round", "by CPU time")
+    lines = [f"{summary['model']}, {summary['dtype']}, {summary['device']}, {summary['threads']} threads", ""]
+    lines += [markdown(header, rows)]
+    fraction, by_cpu = summary["score_of_forward_rate"], summary["score_of_forward_rate_by_cpu"]
+    lines += [f"score, of the forward passes' rate: {fraction:.2f} (by CPU time {by_cpu:.2f})"]
+    for mode, a in summary["agreement_with_reference"].items():
+        lines += [f"{mode} answers as the reference: {a['same']} of {a['answered']} that either answered"]
+    found = summary["generate_against_greedy"]
+    apart = found["differences"]
+    refused = sum(not d["allowed"] for d in apart)
+    lines += [
+        f"generate against the greedy loop at batch 1: {found['asked']} items, {len(apart)} differ, "
+        f"{refused} of them with a margin of {GAP:g} or more",
+        *(
+            f"  {d['task']} {d['index']}: {d['greedy']} / {d['generate']}, margin {d['margin']}"
+            for d in apart
+        ),
+    ]
+    silent = summary["unanswered"]
+    lines += [f"unanswered: reference {silent['reference']}, generate {silent['generate']}"]
+    return "\n".join(lines)
+
+
+def arguments() -> tuple[argparse.Namespace, Options]:
+    """Our own options, and those of `python -m eval`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reference_items", type=int, default=40)
+    parser.add_argument("--endless_items", type=int, default=8, help="for the reference without an end token")
+    parser.add_argument("--greedy_items", type=int, default=400, help="for the greedy loop at batch 1")
+    parser.add_argument("--merged", action="store_true")
+    parser.add_argument("--json", type=Path, default=Path("runs/eval_speed.json"))
     known, rest = parser.parse_known_args()
-    options = parse_options(rest)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lm = load(options, device)
+    return known, parse_options(rest)
+
+
+def main() -> int:
+    """Print and write the figures; 1 where a prediction differs from the greedy loop's and may not."""
+    known, options = arguments()
+    quiet_libraries()
+    lm = load(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     style, _ = resolve_prompt(options.prompt, options.adapter)
     tasks = {
         task: tokenise(task, load_questions(options.data, task, style, options.limit), lm.tokenizer)
         for task in options.tasks
         if (options.data / task / "test.json").is_file()
     }
-    references: dict[Key, str | None] = {}
-    generated: dict[Key, Prediction] = {}
-    scored: dict[Key, Prediction] = {}
-    contenders = [
-        reference(lm, tasks, spread_evenly(tasks, known.reference_items), references),
-        ours(lm, tasks, "generate", generated),
-        ours(lm, tasks, "score", scored),
-        forward(lm, tasks),
-    ]
+    answers = Answers()
+    contenders = contenders_of(lm, tasks, known, answers)
     for number in range(ROUNDS):
         for contender in contenders:
             contender.run(number)
-    base = contenders[0]
-    print(f"{Path(options.model).name}, {lm.model.dtype}, {device}, {torch.get_num_threads()} threads")
-    for contender in contenders:
-        ratios = [
-            (i / s) / (bi / bs)
-            for i, s, bi, bs in zip(contender.items, contender.seconds, base.items, base.seconds, strict=True)
-        ]
-        done, seconds = sum(contender.items), sum(contender.seconds)
-        print(
-            f"{contender.name:10} {done:6,} items {seconds:8.1f} s {contender.rate:8.2f} items/s "
-            f"{contender.rate / base.rate:6.1f} x (median round {statistics.median(ratios):.1f}), "
-            f"CPU {contender.cpu_cost:.3f} s/item, {base.cpu_cost / contender.cpu_cost:.1f} x"
-        )
-    of_floor = contenders[3].cpu_cost / contenders[2].cpu_cost
-    print(f"score / forward: {contenders[2].rate / contenders[3].rate:.2f}, by CPU time {of_floor:.2f}")
-    print("same answer as the reference, of the items that either answered:")
-    print(f"  generate {agreement(references, generated)}, score {agreement(references, scored)}")
-    for name, answers in (
-        ("reference", list(references.values())),
-        ("generate", [p.prediction for p in generated.values()]),
-    ):
-        print(f"unanswered by {name}: {answers.count(None)} of {len(answers)}")
+        print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
+    summary = summary_of(options, lm, contenders, answers)
+    write_json(known.json, summary)
+    print(f"{show(summary)}\n{known.json}")
+    return int(any(not d["allowed"] for d in summary["generate_against_greedy"]["differences"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from eval.last_layer import LastLayer, agrees
 
 
 class LanguageModel:
@@ -35,6 +38,12 @@ class LanguageModel:
         self.one_by_one = bool(getattr(peft_config, "is_prompt_learning", False))
         plain = "position_ids" in self._accepts and _has_plain_cache(model.config)
         self.own_loop = plain and not self.one_by_one
+        self._last_layer = self._try_last_layer() if self.own_loop else None
+
+    def _try_last_layer(self) -> LastLayer | None:
+        last_layer = LastLayer(self.model)
+        probe = torch.arange(8, device=self.device).view(2, 4) % int(self.config.vocab_size)
+        return last_layer if last_layer.modules and agrees(self.model, last_layer, probe) else None
 
     def forward(
         self,
@@ -61,7 +70,9 @@ class LanguageModel:
             arguments["past_key_values"] = cache
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = keep
-        out = self.model(**arguments)
+        narrow = self._last_layer is not None and keep < ids.shape[1]
+        with self._last_layer.only(keep) if narrow else nullcontext():  # type: ignore[union-attr]
+            out = self.model(**arguments)
         return out.logits[:, -keep:].float(), out.past_key_values if use_cache else None
 
     def decode(self, tokens: Sequence[int]) -> str:

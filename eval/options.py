@@ -16,6 +16,7 @@ from eval.protocols import PROTOCOLS
 from flexlora_ds.errors import UserError
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+BACKENDS = ("transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Options:
     attention: str = "auto"
     merge: bool = False
     limit: int | None = None
+    backend: str = "transformers"
     out: Path = Path("runs/eval")
     debug: bool = False
 
@@ -62,6 +64,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         attention=given.attention,
         merge=given.merge,
         limit=_count("limit", given.limit),
+        backend=given.backend,
         out=Path(given.out) if given.out else default_out(given.model, given.adapter, given.mode),
         debug=given.debug,
     )
@@ -108,6 +111,12 @@ def _build_parser() -> _Parser:
         help="merge the adapter into the model first",
     )
     add("--limit", help="only the first N items of each task")
+    add(
+        "--backend",
+        default="transformers",
+        choices=BACKENDS,
+        help="vllm, where it is installed: generate only",
+    )
     add(
         "--out",
         help="results' folder (default: runs/eval/<model>[+<adapter>]-<mode>); a broken-off run goes on",

@@ -10,19 +10,19 @@ from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.prompt import CHAT
-from eval.asking import Asker
+from eval.backends import Answering, Backend, open_backend
 from eval.batching import Batch, order_batches, plan_batches
 from eval.files import write_json, write_text
 from eval.fingerprint import fingerprint_files, fingerprint_task
 from eval.items import Question, TaskItems, load_questions, tokenise
-from eval.language_model import LanguageModel
-from eval.loading import load, resolve_attention, resolve_prompt
+from eval.loading import resolve_prompt
 from eval.options import Options
 from eval.predictions import PredictionFolder, unanswered
 from eval.progress import Progress
 from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS
 from eval.results import count, summarise, table
 from eval.team import Team
+from flexlora_ds.errors import UserError
 
 _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
 
@@ -33,26 +33,27 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     Raises UserError, DataError or RunError as the design's table of exit codes says.
     """
     threads = team.set_threads()
-    _quiet_libraries()
+    quiet_libraries()
     style, warning = resolve_prompt(options.prompt, options.adapter)
     questions = _load_all_questions(options, style)
     if all(question.chat for found in questions.values() for question in found):
         style = CHAT
-    lm = load(options, team.device())
-    tasks = {task: tokenise(task, found, lm.tokenizer) for task, found in questions.items()}
-    asker = Asker(lm, PROTOCOLS[options.mode], tasks)
-    settings = _settings(options, style, lm, tasks)
+    _require_one_process(options, team)
+    backend = open_backend(options, team.device())
+    tasks = {task: tokenise(task, found, backend.tokenizer) for task, found in questions.items()}
+    asker = backend.asker(PROTOCOLS[options.mode], tasks)
+    settings = _settings(options, style, backend, tasks)
     folder = PredictionFolder(options.out)
     if team.leads:
         _note(warning and f"warning: {warning}")
         folder.lock()
         folder.claim(settings)
         folder.fold(tasks.values())
-        _settle_too_long(asker, tasks, folder)
+        _settle_too_long(asker, backend.context, tasks, folder)
     team.connect()
     budget = int(team.agree("batch tokens", str(options.batch_tokens or asker.default_tokens())))
     team.started = True
-    batches = _plan(asker, tasks, folder, budget, options.batch_size, team)
+    batches = _plan(asker, tasks, folder, budget, backend.most_rows or options.batch_size, team)
     seconds = _work(asker, batches, folder, team)
     if not team.leads:
         return None
@@ -62,7 +63,7 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
         "batch_tokens": budget,
         "processes": team.size,
         "threads": threads,
-        "device": lm.device.type,
+        "device": backend.device,
     }
     return _report(options, tasks, folder, settings, seconds)
 
@@ -78,31 +79,39 @@ def _load_all_questions(options: Options, style: str) -> dict[str, list[Question
     return {task: load_questions(options.data, task, style, options.limit) for task in options.tasks}
 
 
-def _settings(options: Options, style: str, lm: LanguageModel, tasks: dict[str, TaskItems]) -> dict[str, Any]:
+def _require_one_process(options: Options, team: Team) -> None:
+    if options.backend == "vllm" and team.size > 1:
+        raise UserError(
+            "--backend vllm runs as one process, and takes the GPUs it needs itself; start it without a launcher"
+        )
+
+
+def _settings(options: Options, style: str, backend: Backend, tasks: dict[str, TaskItems]) -> dict[str, Any]:
     """Everything that can change a prediction; results under one `--out` share it."""
-    dtype = next(lm.model.parameters()).dtype
+    found = dict(backend.settings)
+    revision = found.pop("revision", None)
     return {
         "model": options.model,
-        "model_files": fingerprint_files(options.model) or getattr(lm.model.config, "_commit_hash", None),
+        "model_files": fingerprint_files(options.model) or revision,
         "adapter": options.adapter,
         "adapter_files": fingerprint_files(options.adapter) if options.adapter else None,
         "merge": options.merge,
         "protocol": PROTOCOLS[options.mode].label,
         "prompt": style,
         "max_new_tokens": MAX_NEW_TOKENS,
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention": resolve_attention(options.attention, dtype, lm.device),
+        **found,
         "limit": options.limit,
         "data": {name: fingerprint_task(task) for name, task in tasks.items()},
     }
 
 
-def _settle_too_long(asker: Asker, tasks: dict[str, TaskItems], folder: PredictionFolder) -> None:
+def _settle_too_long(
+    asker: Answering, context: int | None, tasks: dict[str, TaskItems], folder: PredictionFolder
+) -> None:
     """Items that the model's context cannot hold are unanswered, and said to be."""
     too_long = [item for task in tasks.values() for item in task.items if not asker.fits(item)]
     if not too_long:
         return
-    context = asker.lm.context
     notes = [
         f"{len(item.prompt)} + {item.longest_candidate} tokens in a context of {context}" for item in too_long
     ]
@@ -118,7 +127,7 @@ def _settle_too_long(asker: Asker, tasks: dict[str, TaskItems], folder: Predicti
 
 
 def _plan(
-    asker: Asker,
+    asker: Answering,
     tasks: dict[str, TaskItems],
     folder: PredictionFolder,
     budget: int,
@@ -133,8 +142,6 @@ def _plan(
         kept += len(done)
     if kept and team.leads:
         _note(f"continuing: {kept:,} of {kept + sum(map(len, left.values())):,} items are there already")
-    if asker.lm.one_by_one:
-        max_rows = 1
     if team.size > 1:
         everything = sum(asker.cost(item) for items in left.values() for item in items)
         budget = max(1, min(budget, everything // (_BATCHES_PER_PROCESS * team.size)))
@@ -146,7 +153,7 @@ def _plan(
     )
 
 
-def _work(asker: Asker, batches: Sequence[Batch], folder: PredictionFolder, team: Team) -> float:
+def _work(asker: Answering, batches: Sequence[Batch], folder: PredictionFolder, team: Team) -> float:
     """Answer batches until none is left; the seconds it took."""
     progress = Progress(sum(len(batch.items) for batch in batches))
     journal = folder.journal(team.rank)
@@ -182,7 +189,7 @@ def _note(text: str | None) -> None:
         print(text, file=sys.stderr)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their progress bars and hints would bury ours."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as transformers_logging

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
+from data_prep import demo
+from data_prep.__main__ import main as data_prep
 from data_prep.tasks import TASKS
 from eval.__main__ import main
+from eval.items import load_questions
 from tests import eval_tiny
 
 GAP = 1e-4
@@ -94,7 +97,7 @@ def kill_after(process: subprocess.Popen[str], out: Path, lines: int) -> None:
 
 def test_two_processes_equal_one(place: Path, tmp_path: Path) -> None:
     process = launch(place, tmp_path / "out", 2, "--batch_size", "3")
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert_same(tmp_path / "out", place / "alone")
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
@@ -113,7 +116,7 @@ def test_a_killed_evaluation_continues(place: Path, tmp_path: Path) -> None:
 
 def test_a_fault_is_told_once(place: Path, tmp_path: Path) -> None:
     process = launch(place, tmp_path / "out", 2, "--adapter", str(tmp_path / "none"))
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode != 0
     assert error.count("error: no adapter folder") == 1
 
@@ -125,21 +128,58 @@ def test_five_kills_lose_and_repeat_nothing(place: Path, tmp_path: Path) -> None
         kill_after(launch(place, out, 2, "--batch_size", "1"), out, 15 * kill + rng.randrange(10))
         assert not (out / "results.json").exists()
     process = launch(place, out, 2)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert_same(out, place / "alone")
 
 
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated sample with 200 items per task, a model that answers, and what it answers at batch size 1."""
+    place = tmp_path_factory.mktemp("sample")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TEST_ROWS", 200)
+        demo.write_raw(place / "raw", 42)
+    assert data_prep(["--source", f"{place}/raw", "--out", f"{place}/data"]) == 0
+    tokenizer, model = eval_tiny.make_tokenizer(), eval_tiny.make_model(seed=4)
+    questions = [q for task in TASKS for q in load_questions(place / "data", task, "alpaca", 12)]
+    eval_tiny.teach(model, tokenizer, questions)
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    for mode in ("generate", "score"):
+        assert main(arguments(place, place / mode, "--mode", mode, "--batch_size", "1")) == 0
+    return place
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("mode", ["generate", "score"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", ["1", "8", "32", "auto"])
-def test_invariance_at_full_size(place: Path, tmp_path: Path, processes: int, batch_size: str) -> None:
-    """200 items per task, every batch size and process count."""
-    eval_tiny.write_data(tmp_path / "data", 200)
-    for out, count in ((tmp_path / "alone", 1), (tmp_path / "shared", processes)):
-        process = launch(
-            place, out, count, "--data", f"{tmp_path}/data", "--batch_size", batch_size if count > 1 else "1"
-        )
+def test_invariance_at_full_size(
+    sample: Path, tmp_path: Path, processes: int, batch_size: str, mode: str
+) -> None:
+    """200 items per task: every batch size and process count gives the predictions of batch size 1."""
+    options = ["--mode", mode, "--batch_size", batch_size]
+    if processes == 1:
+        assert main(arguments(sample, tmp_path / "out", *options)) == 0
+    else:
+        process = launch(sample, tmp_path / "out", processes, *options)
         _, error = process.communicate(timeout=600)
         assert process.returncode == 0, error
-    assert_same(tmp_path / "shared", tmp_path / "alone")
+    reference = predictions(sample / mode)
+    assert len(reference) == 200 * len(TASKS)
+    answered = [line["prediction"] for line in reference.values() if line["prediction"]]
+    assert len(answered) > 800 and len(set(answered)) > 6  # silence would agree with silence
+    apart = differences(predictions(tmp_path / "out"), reference)
+    print(f"{mode}, {processes} processes, batch size {batch_size}: {len(apart)} differ {apart}")
+    assert all(margin < GAP for _, _, margin in apart)
+
+
+def differences(ours: dict[Any, Any], theirs: dict[Any, Any]) -> list[tuple[str, int, float]]:
+    """Task, index and smallest margin of the items with different predictions."""
+    assert list(ours) == list(theirs)
+    return [
+        (*key, min(line["margin"], theirs[key]["margin"]))
+        for key, line in ours.items()
+        if line["prediction"] != theirs[key]["prediction"]
+    ]

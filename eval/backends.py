@@ -1,0 +1,75 @@
+"""What answers the questions: our own batching around transformers, or vLLM; the run is the same with either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from eval.asking import Asker
+from eval.batching import Batch
+from eval.items import Item, TaskItems
+from eval.loading import load, resolve_attention
+from eval.options import Options
+from eval.predictions import Prediction
+from eval.protocols import Protocol as AskingProtocol
+from eval.vllm_backend import VllmAsker, start_vllm
+from flexlora_ds.pretrained import load_tokenizer
+
+
+class Answering(Protocol):
+    """What a run needs of whoever answers; `Asker` says what each means."""
+
+    def fits(self, item: Item) -> bool: ...
+    def cost(self, item: Item) -> int: ...
+    def default_tokens(self) -> int: ...
+    def ask(self, batch: Batch) -> list[Prediction]: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A loaded model. `most_rows`: the most items a batch may have (None: any number); `settings`: what of it can
+    change a prediction; `device`: its type."""
+
+    tokenizer: Any
+    context: int | None
+    most_rows: int | None
+    device: str
+    settings: dict[str, Any]
+    asker: Callable[[AskingProtocol, dict[str, TaskItems]], Answering]
+
+
+def open_backend(options: Options, device: torch.device) -> Backend:
+    """Load what `--backend` names. UserError for what is missing or does not fit."""
+    return _with_vllm(options) if options.backend == "vllm" else _with_transformers(options, device)
+
+
+def _with_transformers(options: Options, device: torch.device) -> Backend:
+    lm = load(options, device)
+    dtype = next(lm.model.parameters()).dtype
+    return Backend(
+        tokenizer=lm.tokenizer,
+        context=lm.context,
+        most_rows=1 if lm.one_by_one else None,
+        device=lm.device.type,
+        settings={
+            "revision": getattr(lm.model.config, "_commit_hash", None),
+            "dtype": str(dtype).removeprefix("torch."),
+            "attention": resolve_attention(options.attention, dtype, lm.device),
+        },
+        asker=lambda protocol, tasks: Asker(lm, protocol, tasks),
+    )
+
+
+def _with_vllm(options: Options) -> Backend:
+    engine = start_vllm(options)
+    return Backend(
+        tokenizer=load_tokenizer(options.model),
+        context=engine.context,
+        most_rows=None,
+        device="cuda",
+        settings={"dtype": engine.dtype, "attention": "vllm", "backend": f"vllm {engine.version}"},
+        asker=lambda protocol, tasks: VllmAsker(engine, tasks),
+    )

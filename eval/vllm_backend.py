@@ -1,0 +1,125 @@
+"""Answers through vLLM, where it is installed: its public API, greedy, the adapter at one uniform rank."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.tasks import TASKS
+from eval.batching import Batch
+from eval.items import Item, TaskItems
+from eval.options import Options
+from eval.parsing import read_answer
+from eval.predictions import Prediction
+from eval.protocols import MAX_NEW_TOKENS
+from flexlora_ds.errors import UserError
+from flexlora_ds.export import export_uniform, read_peft_adapter, server_rank
+
+_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_AT_ONCE = 1 << 18  # prompt tokens handed over together: vLLM makes its own batches of them
+
+
+@dataclass
+class VllmEngine:
+    """A running vLLM: its `LLM`, what it needs for every request, and the folder of the adapter it serves."""
+
+    llm: Any
+    sampling: Any
+    lora: Any
+    context: int
+    dtype: str
+    version: str
+    folder: Any = field(default=None, repr=False)
+
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], stop: list[str]) -> list[str]:
+        """The greedy continuation of each prompt, to the first of the `stop` strings (kept in the text)."""
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        params = [
+            self.sampling(temperature=0.0, max_tokens=n, stop=stop, include_stop_str_in_output=True)
+            for n in limits
+        ]
+        answers = self.llm.generate(requests, params, lora_request=self.lora, use_tqdm=False)
+        return [answer.outputs[0].text for answer in answers]
+
+
+class VllmAsker:
+    """Answers batches by the protocol `generate`."""
+
+    def __init__(self, engine: VllmEngine, tasks: dict[str, TaskItems]) -> None:
+        self._engine = engine
+        self._tasks = tasks
+
+    def fits(self, item: Item) -> bool:
+        """Whether the prompt and the longest answer lie within the model's context."""
+        return self._room(item) >= item.longest_candidate
+
+    def cost(self, item: Item) -> int:
+        """Tokens of the prompt."""
+        return len(item.prompt)
+
+    def default_tokens(self) -> int:
+        """How many tokens a batch may hold."""
+        return _AT_ONCE
+
+    def ask(self, batch: Batch) -> list[Prediction]:
+        """One prediction per item."""
+        stop = TASKS[batch.task].pattern.split("|")
+        limits = [min(MAX_NEW_TOKENS, self._room(item)) for item in batch.items]
+        texts = self._engine.generate([item.prompt for item in batch.items], limits, stop)
+        return [self._prediction(item, text) for item, text in zip(batch.items, texts, strict=True)]
+
+    def _room(self, item: Item) -> int:
+        return self._engine.context - len(item.prompt)
+
+    def _prediction(self, item: Item, text: str) -> Prediction:
+        question = item.question
+        answer = read_answer(self._tasks[question.task].pattern, text)
+        return Prediction(question.task, question.index, question.prompt_hash, text, answer, question.answer)
+
+
+def start_vllm(options: Options) -> VllmEngine:
+    """Start vLLM on a model and adapter. UserError for what it cannot do, or where it is not installed."""
+    _require(options)
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    arguments: dict[str, Any] = {"model": options.model, "dtype": _DTYPES[options.dtype]}
+    folder, lora = None, None
+    if options.adapter is not None:
+        folder = tempfile.TemporaryDirectory(prefix="eval-uniform-")
+        adapter = read_peft_adapter(Path(options.adapter))
+        rank = server_rank(max(matrix.rank for matrix in adapter.matrices.values()))
+        if rank is None:
+            raise UserError(
+                f"the ranks of {options.adapter} are above what vLLM allows (--backend vllm); "
+                "merge it with python -m flexlora_ds.export --to merged"
+            )
+        export_uniform(adapter, Path(folder.name) / "adapter")
+        arguments |= {"enable_lora": True, "max_lora_rank": rank}
+        lora = LoRARequest("adapter", 1, str(Path(folder.name) / "adapter"))
+    llm = vllm.LLM(**arguments, enable_prefix_caching=True)
+    config = llm.llm_engine.model_config
+    dtype = str(config.dtype).removeprefix("torch.")
+    return VllmEngine(
+        llm, vllm.SamplingParams, lora, int(config.max_model_len), dtype, vllm.__version__, folder
+    )
+
+
+def _require(options: Options) -> None:
+    if options.mode != "generate":
+        raise UserError(
+            f"--backend vllm serves --mode generate, not {options.mode}; leave --backend out for the others"
+        )
+    if options.merge or options.model.endswith(".gguf"):
+        what = "--merge" if options.merge else "a .gguf file"
+        raise UserError(
+            f"--backend vllm does not take {what}; make a folder with python -m flexlora_ds.export --to merged"
+        )
+    if options.adapter is not None and not (Path(options.adapter) / "adapter_config.json").is_file():
+        raise UserError(f"no adapter folder {options.adapter} (--adapter); --backend vllm needs a local one")
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed (--backend vllm); pip install vllm, or leave --backend out")
