@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexlora_ds.adapter_function import Drop, adapted_linear, autocast_dtype, plain_adapted_linear
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.dropout import keep_mask, name_key
+from flexlora_ds.dropout import name_key
 from flexlora_ds.errors import UserError
 from flexlora_ds.penalty import PenaltyGradient
 from flexlora_ds.seeds import generator
@@ -27,23 +27,33 @@ from flexlora_ds.seeds import generator
 class ForwardContext:
     """What one forward pass of the whole model shares between its matrices.
 
-    `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout`), or None for torch's own dropout.
+    `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout`), or None for keys drawn from
+    torch's own generator at every layer.
     `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
+    `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
     """
 
     row_keys: Tensor | None = None
     penalty: PenaltyGradient | None = None
+    plain: bool = False
 
 
 class AdaptedLinear(nn.Module):
     """A frozen `nn.Linear` (out × in) plus s · P diag(λ) Q, P [out, r], λ [r], Q [r, in].
 
     The three parameters keep their identity for the whole run: a rank change gives them new data.
+
+    An ordinary linear layer's W and b become parameters of this module, `weight` and `bias`, so that ZeRO-3 gathers
+    them with P, λ and Q; any other `base` (quantised, hooked, a subclass) stays a submodule and is called as it is.
     """
+
+    base: nn.Linear
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, base: nn.Linear, name: str, config: FlexLoRAConfig, context: ForwardContext) -> None:
         super().__init__()
-        self.base = base
+        self._take_over(base)
         self.name = name
         self.scaling = config.alpha / config.rank
         self.dropout = config.dropout
@@ -57,6 +67,14 @@ class AdaptedLinear(nn.Module):
         self.Q = nn.Parameter(
             gaussian(config.rank, features, init_std(config, features), rng).to(device, dtype)
         )
+
+    def _take_over(self, base: nn.Linear) -> None:
+        if is_ordinary(base):
+            object.__setattr__(self, "base", base)  # no submodule: its parameters are this module's
+            self.weight = cast("nn.Parameter", base.weight)
+            self.bias = cast("nn.Parameter | None", base.bias)
+        else:
+            self.base, self.weight, self.bias = base, None, None
 
     @property
     def in_features(self) -> int:
@@ -72,32 +90,44 @@ class AdaptedLinear(nn.Module):
         return whole_shape(self.lam)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]. λ and the scale act on the r-wide activation: no extra full-width product."""
-        y: Tensor = self.base(x)
-        rows = x.reshape(-1, x.shape[-1])
-        scale = self.scaling
-        if self.training and self.dropout > 0:
-            rows, scale = self._drop(rows, scale)
-        z = F.linear(rows.to(self.Q.dtype), self.Q) * (self.lam * scale)
-        if y.dtype == z.dtype:
-            y = torch.addmm(y.reshape(-1, y.shape[-1]), z, self.P.t()).view(y.shape)
+        """[..., in] -> [..., out]."""
+        drop = self._drop(x) if self.training and self.dropout > 0 else None
+        scale = self.scaling if drop is None else self.scaling / (1 - self.dropout)
+        if self._in_one_node(x):
+            assert self.weight is not None
+            y = adapted_linear(x, self.weight, self.bias, self.P, self.lam, self.Q, scale, drop)
         else:
-            y = y + F.linear(z, self.P).view(y.shape).to(y.dtype)
+            y = plain_adapted_linear(x, self.base(x), self.P, self.lam, self.Q, scale, drop)
         if self.context.penalty is not None and torch.is_grad_enabled():
             y = self.context.penalty.attach(y, self.P, self.Q)
         return y
 
-    def _drop(self, rows: Tensor, scale: float) -> tuple[Tensor, float]:
+    def _in_one_node(self, x: Tensor) -> bool:
+        if self.context.plain or self.weight is None or self.weight.requires_grad:
+            return False
+        return self.weight.dtype == x.dtype or autocast_dtype(x) is not None
+
+    def _drop(self, x: Tensor) -> Drop:
+        rows = x.numel() // x.shape[-1]
         keys = self.context.row_keys
         if keys is None:
-            return F.dropout(rows, self.dropout), scale
-        if keys.numel() != rows.shape[0]:
-            raise ValueError(f"{self.name}: {rows.shape[0]} input rows, but {keys.numel()} row keys")
-        keep = keep_mask(keys.reshape(-1), self._key, rows.shape[1], self.dropout)
-        return rows * keep, scale / (1 - self.dropout)
+            limit = torch.iinfo(torch.int64)
+            keys = torch.randint(limit.min, limit.max, (rows,), device=x.device)
+        elif keys.numel() != rows:
+            raise ValueError(f"{self.name}: {rows} input rows, but {keys.numel()} row keys")
+        return Drop(keys.reshape(-1), self._key, self.dropout)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling}, dropout={self.dropout}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"scaling={self.scaling}, dropout={self.dropout}"
+        )
+
+
+def is_ordinary(base: nn.Linear) -> bool:
+    """Whether a layer is torch's own linear layer and nothing observes or replaces its forward pass."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return type(base) is nn.Linear and "forward" not in vars(base) and not any(hooks)
 
 
 def whole_shape(p: nn.Parameter) -> tuple[int, ...]:

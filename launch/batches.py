@@ -7,9 +7,9 @@ remembered between steps, so a resume at any step, on any number of processes, n
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ PAD_MULTIPLE = 8  # lengths are rounded up to it: tensor cores prefer it, and fe
 class MicroBatch:
     """What one process feeds the model at once: int64 tensors [rows, T], T a multiple of 8, padded right.
 
+    With `segment_lengths` its examples lie end to end instead, without padding, in one row of T = Σ lengths.
     `row_keys` holds one key per token for the seeded dropout: hash64(seed, step, record id, position in the
     record), so a token's mask depends neither on the padding nor on how the global batch was cut (at padding:
     any value). `target_tokens` counts the targets, the label at position 0 being none: position i is
@@ -41,6 +42,7 @@ class MicroBatch:
     record_ids: tuple[int, ...]
     tokens: int
     target_tokens: int
+    segment_lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch with its tensors on `device`."""
@@ -74,7 +76,7 @@ class DataOrder:
     def __init__(self, count: int, batch_size: int, seed: int):
         self.count = count
         self.batch_size = batch_size
-        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: seeded_order(count, seed, "order", epoch))
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: seeded_order(count, seed, "order", epoch))
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """Return the batch_size indices of step `step` (from 1), in the order of the stream."""
@@ -91,9 +93,18 @@ class DataOrder:
 
 
 class TrainingBatches:
-    """The micro-batches of one process, step by step."""
+    """The micro-batches of one process, step by step; padded, or end to end (`padding_free`)."""
 
-    def __init__(self, examples: Examples, batch_size: int, seed: int, cut: Cut, pad_token_id: int):
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        seed: int,
+        cut: Cut,
+        pad_token_id: int,
+        *,
+        padding_free: bool = False,
+    ):
         """Raise UserError where the global batch is no multiple of the micro-batch times the processes."""
         share = cut.world_size * cut.micro_batch_size
         if batch_size % share:
@@ -106,7 +117,7 @@ class TrainingBatches:
         self._examples = examples
         self._seed = seed
         self._cut = cut
-        self._pad = pad_token_id
+        self._lay = end_to_end if padding_free else partial(collate, pad_token_id=pad_token_id)
 
     def global_batch(self, step: int) -> npt.NDArray[np.int64]:
         """Return the indices of the whole batch of a step, longest first (then as in the stream).
@@ -137,7 +148,7 @@ class TrainingBatches:
         for micro_step in range(self.accumulation):
             first = (micro_step * self._cut.world_size + self._cut.rank) * size
             rows = [self._examples[int(index)] for index in indices[first : first + size]]
-            yield collate(rows, self._pad, seed=self._seed, step=step)
+            yield self._lay(rows, seed=self._seed, step=step)
 
 
 class ValidationBatches:
@@ -149,11 +160,12 @@ class ValidationBatches:
     NaN.
     """
 
-    def __init__(self, examples: Examples, cut: Cut, pad_token_id: int):
+    def __init__(self, examples: Examples, cut: Cut, pad_token_id: int, *, padding_free: bool = False):
         self.target_tokens = int(examples.target_counts.sum())
         self._examples = examples
         self._cut = cut
         self._pad = pad_token_id
+        self._lay = end_to_end if padding_free else partial(collate, pad_token_id=pad_token_id)
         self._sorted = np.argsort(-examples.lengths, kind="stable")
 
     def __len__(self) -> int:
@@ -166,10 +178,13 @@ class ValidationBatches:
         for turn in range(len(self)):
             first = (turn * self._cut.world_size + self._cut.rank) * size
             rows = [self._examples[int(index)] for index in self._sorted[first : first + size]]
-            yield collate(rows, self._pad, seed=0, step=0) if rows else dummy_batch(self._pad)
+            if rows:
+                yield self._lay(rows, seed=0, step=0)
+            else:
+                yield replace(self._lay([nothing(self._pad)], seed=0, step=0), record_ids=(), tokens=0)
 
 
-def collate(rows: list[Example], pad_token_id: int, *, seed: int, step: int) -> MicroBatch:
+def collate(rows: list[Example], *, pad_token_id: int, seed: int, step: int) -> MicroBatch:
     """Pad examples on the right into one micro-batch of step `step`."""
     length = -(-max(len(row.input_ids) for row in rows) // PAD_MULTIPLE) * PAD_MULTIPLE
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
@@ -195,8 +210,26 @@ def collate(rows: list[Example], pad_token_id: int, *, seed: int, step: int) -> 
     )
 
 
-def dummy_batch(pad_token_id: int) -> MicroBatch:
-    """Return a shortest batch of weight zero: it runs through the model and adds nothing to any sum."""
-    ignored = Example(record_id=-1, input_ids=[pad_token_id] * PAD_MULTIPLE, labels=[IGNORED] * PAD_MULTIPLE)
-    batch = collate([ignored], pad_token_id, seed=0, step=0)
-    return replace(batch, record_ids=(), tokens=0)
+def end_to_end(rows: list[Example], *, seed: int, step: int) -> MicroBatch:
+    """Lay examples one behind the other into one row of step `step`: no padding, every position counted anew."""
+    lengths = tuple(len(row.input_ids) for row in rows)
+    ids = np.repeat(np.asarray([row.record_id for row in rows], dtype=np.int64), lengths)
+    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+    labels = torch.tensor([[label for row in rows for label in row.labels]])
+    labels[0, torch.from_numpy(positions == 0)] = IGNORED  # the token before it is another example's
+    return MicroBatch(
+        input_ids=torch.tensor([[token for row in rows for token in row.input_ids]]),
+        attention_mask=torch.ones_like(labels),
+        labels=labels,
+        position_ids=torch.from_numpy(positions)[None],
+        row_keys=torch.from_numpy(hash64(seed, step, ids, positions).view(np.int64))[None],
+        record_ids=tuple(row.record_id for row in rows),
+        tokens=len(positions),
+        target_tokens=int((labels != IGNORED).sum()),
+        segment_lengths=lengths,
+    )
+
+
+def nothing(pad_token_id: int) -> Example:
+    """A shortest example without a target: it runs through the model and adds nothing to any sum."""
+    return Example(record_id=-1, input_ids=[pad_token_id] * PAD_MULTIPLE, labels=[IGNORED] * PAD_MULTIPLE)

@@ -25,6 +25,7 @@ from launch.examples import TokenisedData, arrange
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
 from launch.options import TrainOptions
+from launch.packed_attention import register_packed_sdpa
 from launch.processes import Process
 from launch.token_cache import Tokenised, cached, content_key
 
@@ -99,8 +100,11 @@ def cut_batches(
     """Share the data over the processes."""
     cut = Cut(process.world_size, process.rank, layout.micro_batch_size)
     steps = steps_of(options, data)
-    validation = ValidationBatches(data.validation, cut, pad) if len(data.validation) else None
-    train = TrainingBatches(data.train, options.batch_size, options.seed, cut, pad)
+    free = options.padding_free is True
+    validation = None
+    if len(data.validation):
+        validation = ValidationBatches(data.validation, cut, pad, padding_free=free)
+    train = TrainingBatches(data.train, options.batch_size, options.seed, cut, pad, padding_free=free)
     return Data(data, train, validation, steps)
 
 
@@ -121,6 +125,8 @@ def attention_of(options: TrainOptions) -> str:
             "install flash-attn or choose sdpa"
         )
     chosen = ("flash" if can_flash else "sdpa") if options.attention == "auto" else options.attention
+    if chosen == "sdpa" and options.padding_free is True:
+        return register_packed_sdpa()
     return ATTENTION_NAMES[chosen]
 
 
@@ -149,6 +155,11 @@ def build_engine(
         device=None if stage == 3 else process.device,
         zero3=ds_config if stage == 3 else None,
     )
+    if options.padding_free is True and not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{type(model).__name__} cannot tell examples apart that lie end to end "
+            f"({options.place('padding_free')}); leave padding_free at auto"
+        )
     trained = method.adapt(model)
     if ranks is not None:
         set_ranks(trained, ranks)

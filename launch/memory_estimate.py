@@ -119,7 +119,7 @@ def estimate_memory(
     Args:
         trainable: parameters of the adapter.
         tokens: tokens of one micro-batch, padding included.
-        dropped_inputs: with dropout, the inputs of all adapted layers together (each keeps a dropped copy).
+        dropped_inputs: the inputs of all adapted layers together, where each keeps a dropped copy (PEFT's dropout).
     """
     width = BYTES[setting.dtype]
     base = setting.shared(shape.base_parameters * width, from_stage=3)

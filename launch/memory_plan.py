@@ -43,7 +43,8 @@ class MemoryPlan:
             gradient_checkpointing=options.gradient_checkpointing is True,
             optimizer_states=5 if options.importance == "sensitivity" else 3,
         )
-        inputs = sum(into for _, into in self.shapes.values()) if options.dropout else 0
+        copies = options.dropout > 0 and options.method == "lora"  # FlexLoRA's node keeps no dropped copy
+        inputs = sum(into for _, into in self.shapes.values()) if copies else 0
         return estimate_memory(
             ModelShape.from_config(self.config, self.base_parameters),
             setting,

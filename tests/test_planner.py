@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from launch.batch_layout import batch_layout
@@ -175,11 +176,18 @@ def small_llama(dtype: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_saves(dtype: str, dropout: float) -> None:
+@pytest.mark.parametrize(("method", "dropout"), [("flexlora", 0.0), ("flexlora", 0.05), ("lora", 0.05)])
+def test_activations_are_what_autograd_saves(dtype: str, method: str, dropout: float) -> None:
     """The bytes of all tensors saved for a real backward pass, each storage once, parameters left out."""
-    model = small_llama(dtype).train()
-    inject_adapters(model, FlexLoRAConfig(rank=4, dropout=dropout))
+    model: Any = small_llama(dtype).train()
+    targets = FlexLoRAConfig().target_modules
+    inputs = 0
+    if method == "flexlora":
+        inject_adapters(model, FlexLoRAConfig(rank=4, dropout=dropout))
+    else:
+        inputs = sum(m.in_features for n, m in model.named_modules() if n.endswith(targets))
+        lora = LoraConfig(r=4, lora_dropout=dropout, target_modules=list(targets))
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     fixed = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     alive: list[torch.Tensor] = []
     saved: dict[int, int] = {}
@@ -195,7 +203,6 @@ def test_activations_are_what_autograd_saves(dtype: str, dropout: float) -> None
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         model(input_ids=tokens)
     shape = ModelShape.from_config(model.config, sum(p.numel() for p in model.parameters()))
-    inputs = sum(layer.in_features for layer in adapters(model).values()) if dropout else 0
     setting = MemorySetting(dtype, processes=1)
     expected = estimate_memory(shape, setting, 0, tokens.numel(), dropped_inputs=inputs).activations
     assert sum(saved.values()) == pytest.approx(expected, rel=0.25)

@@ -1,0 +1,105 @@
+"""Examples laid end to end: what a micro-batch holds, and that the model computes what it computes with padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
+from flexlora_ds.adapter import forward_context
+from launch.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
+from launch.examples import IGNORED
+from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
+from launch.token_loss import token_loss
+from tests.test_batches import make_examples
+
+LENGTHS = [9, 3, 17, 1, 8, 12, 5, 16]
+PAD = 7
+DEVICE = torch.device("cpu")
+
+
+def batches(padding_free: bool, micro: int = 8, label_starts: list[int] | None = None) -> TrainingBatches:
+    starts = label_starts or [size // 2 for size in LENGTHS]
+    examples = make_examples(LENGTHS, starts)
+    return TrainingBatches(examples, 8, 42, Cut(1, 0, micro), PAD, padding_free=padding_free)
+
+
+def test_a_row_holds_the_examples_and_nothing_else() -> None:
+    (padded,), (packed,) = batches(False).micro_batches(3), batches(True).micro_batches(3)
+    assert packed.input_ids.shape == (1, sum(LENGTHS)) and packed.tokens == padded.tokens == sum(LENGTHS)
+    assert packed.record_ids == padded.record_ids and packed.target_tokens == padded.target_tokens
+    assert packed.segment_lengths == tuple(sorted(LENGTHS, reverse=True))
+    real = padded.attention_mask.bool()
+    for name in ("input_ids", "position_ids", "row_keys"):
+        assert torch.equal(getattr(packed, name)[0], getattr(padded, name)[real]), name
+    first = packed.position_ids[0] == 0
+    expected = padded.labels[real].masked_fill(first, IGNORED)
+    assert torch.equal(packed.labels[0], expected)
+
+
+def llama(attention: str, window: int | None = None) -> Any:
+    """A tiny Llama, or a Mistral with a sliding window, with adapters that have something to say and drop."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 256, "attn_implementation": attention,
+    }  # fmt: skip
+    kind = (MistralConfig, MistralForCausalLM) if window else (LlamaConfig, LlamaForCausalLM)
+    model: Any = kind[1](kind[0](**shape, **({"sliding_window": window} if window else {}))).train()
+    inject_adapters(model, FlexLoRAConfig(rank=4, dropout=0.2, target_modules=("all-linear",)))
+    rng = torch.Generator().manual_seed(5)
+    for layer in adapters(model).values():
+        layer.lam.data.copy_(torch.randn(4, generator=rng))
+    return model
+
+
+def loss_and_gradients(model: Any, run: TrainingBatches) -> dict[str, torch.Tensor]:
+    """Over all micro-batches of step 3."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for batch in run.micro_batches(3):
+        forward_context(model).row_keys = batch.row_keys
+        loss = token_loss(model, batch, DEVICE, at_positions=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return {"loss": total, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+@pytest.mark.parametrize(
+    ("attention", "window"),
+    [(PACKED_SDPA, None), ("eager", None), (PACKED_SDPA, 6)],
+    ids=["sdpa", "eager", "window"],
+)
+def test_losses_and_gradients_are_the_padded_ones(attention: str, window: int | None, micro: int) -> None:
+    """Dropout on: a token's mask is its own, wherever it lies."""
+    register_packed_sdpa()
+    expected = loss_and_gradients(llama("sdpa", window), batches(False))
+    found = loss_and_gradients(llama(attention, window), batches(True, micro))
+    assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+
+
+def test_the_packed_attention_serves_padded_batches_too() -> None:
+    register_packed_sdpa()
+    expected = loss_and_gradients(llama("sdpa"), batches(False))
+    found = loss_and_gradients(llama(PACKED_SDPA), batches(False))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_validation_is_laid_the_same_way() -> None:
+    examples = make_examples([5, 4, 9], [2, 2, 2])
+    passes: list[list[MicroBatch]] = [
+        list(ValidationBatches(examples, Cut(2, rank, 1), PAD, padding_free=True)) for rank in (0, 1)
+    ]
+    assert [len(p) for p in passes] == [2, 2]
+    lengths = [b.segment_lengths for turn in zip(*passes, strict=True) for b in turn]
+    assert lengths == [(9,), (5,), (4,), (8,)], "the last one is a dummy"
+    assert passes[1][1].target_tokens == passes[1][1].tokens == 0
+    assert sum(b.target_tokens for p in passes for b in p) == int(np.sum(examples.target_counts))
