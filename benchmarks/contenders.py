@@ -1,0 +1,154 @@
+"""One way to train, in an engine of its own: how it takes a step, and what the step took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
+from benchmarks.shapes import SHAPES, copy_sharing_weights
+from launch.batches import MicroBatch, collate, end_to_end
+from launch.build import TORCH_DTYPES
+from launch.ds_config import adam_settings, resolve_ds_config
+from launch.examples import Example
+from launch.methods import FlexLoRA, PeftLoRA
+from launch.options import TrainOptions
+from launch.token_loss import takes_positions, token_loss
+
+STEPS = 10**6  # of the schedules: nothing ends during a measurement
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A contender before it is built."""
+
+    name: str
+    method: Callable[[TrainOptions], Any]
+    changes: bool = False
+    """Ranks change every k steps."""
+    packed: bool = False
+    """Examples lie end to end; all others pad to a multiple of 8."""
+    full_logits: bool = False
+    """Logits at every position, as transformers' own loss computes them; all others only where there are targets."""
+
+
+LORA = "PEFT LoRA"
+KINDS = (
+    Kind("frozen base", FrozenBase),
+    Kind(LORA, PeftLoRA),
+    Kind("PEFT AdaLoRA", AdaLoRA),
+    Kind("plain SVD form", PlainSVD),
+    Kind("ours, fixed ranks", FlexLoRA),
+    Kind("ours, rank changes", FlexLoRA, changes=True),
+    Kind("ours, padding-free", FlexLoRA, packed=True),
+    Kind("reference recipe", PeftLoRA, full_logits=True),
+)
+"""The last is PEFT LoRA under full logits: with `ours, padding-free` it makes the comparison of the two recipes."""
+
+
+@dataclass
+class Took:
+    """What each counted step took; lists over steps."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of all threads of the process: what a busy machine leaves as it is."""
+    after_update: list[float] = field(default_factory=list)
+    """Seconds in `after_step`: the regulariser, and a rank change where there is one."""
+    changes: list[float] = field(default_factory=list)
+    """Seconds of each rank change."""
+    tokens: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+class Contender:
+    """An engine around a model that shares its frozen weights with the others."""
+
+    def __init__(
+        self, kind: Kind, base: Any, options: TrainOptions, change_every: int, device: torch.device
+    ) -> None:
+        import deepspeed
+
+        self.kind, self.device, self.took = kind, device, Took()
+        calendar = {
+            "adjust_start": 0,
+            "adjust_freeze": 0,
+            "adjust_interval": change_every,
+            "schedule": "constant",
+        }
+        options = options.replace(**(calendar if kind.changes else {"adjust_size": 0}))
+        self.method = kind.method(options)
+        model = self.method.adapt(copy_sharing_weights(base)).train()
+        config = resolve_ds_config(options.ds, options, 1, hidden_size=base.config.hidden_size)
+        optimizer = self.method.optimizer(model, adam_settings(options.ds, options))
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.method.attach(self.engine, STEPS, None)
+        self.at_positions = takes_positions(self.engine.module) and not kind.full_logits
+
+    @property
+    def trainable(self) -> int:
+        """The number of trainable parameters."""
+        return sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters() if p.requires_grad
+        )
+
+    def step(self, number: int, rows: list[Example], *, counted: bool) -> None:
+        """One update on these records, from the records to the end of what follows the update."""
+        started, cpu = self._now(), time.process_time()
+        batch = self._lay(rows, number)
+        self.method.before_forward(batch, self.device)
+        loss = (
+            token_loss(self.engine, batch, self.device, at_positions=self.at_positions) / batch.target_tokens
+        )
+        self.engine.backward(self._regularised(loss))
+        self.engine.step()
+        updated = self._now()
+        change = self.method.after_step(number)
+        ended, cpu_ended = self._now(), time.process_time()
+        if not counted:
+            return
+        took = self.took
+        took.seconds.append(ended - started)
+        took.cpu_seconds.append(cpu_ended - cpu)
+        took.after_update.append(ended - updated)
+        took.tokens.append(batch.tokens)
+        took.losses.append(float(loss.detach()))
+        if change is not None:
+            took.changes.append(change.seconds)
+
+    def _lay(self, rows: list[Example], number: int) -> MicroBatch:
+        if self.kind.packed:
+            return end_to_end(rows, seed=0, step=number)
+        return collate(rows, pad_token_id=0, seed=0, step=number)
+
+    def _regularised(self, loss: Tensor) -> Tensor:
+        term = self.method.regulariser() if hasattr(self.method, "regulariser") else None
+        return loss if term is None else loss + term
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def options_of(
+    shape: str, stage: int, dtype: str, rank: int, dropout: float, train_on_inputs: bool, batch_size: int
+) -> TrainOptions:
+    """The training command's own options for a setting."""
+    assert shape in SHAPES and dtype in TORCH_DTYPES
+    return TrainOptions(
+        model=shape,
+        ds=f"ds_configs/zero{stage}.json",
+        dtype=dtype,  # type: ignore[arg-type]
+        rank=rank,
+        alpha=2.0 * rank,
+        dropout=dropout,
+        train_on_inputs=train_on_inputs,
+        batch_size=batch_size,
+        micro_batch_size=batch_size,
+    )
