@@ -43,12 +43,12 @@ KINDS = (
     Kind(LORA, PeftLoRA),
     Kind("PEFT AdaLoRA", AdaLoRA),
     Kind("plain SVD form", PlainSVD),
-    Kind("ours, fixed ranks", FlexLoRA),
-    Kind("ours, rank changes", FlexLoRA, changes=True),
-    Kind("ours, padding-free", FlexLoRA, packed=True),
+    Kind("FlexLoRA fixed ranks", FlexLoRA),
+    Kind("FlexLoRA rank changes", FlexLoRA, changes=True),
+    Kind("FlexLoRA padding-free", FlexLoRA, packed=True),
     Kind("reference recipe", PeftLoRA, full_logits=True),
 )
-"""The last is PEFT LoRA under full logits: with `ours, padding-free` it makes the comparison of the two recipes."""
+"""The last is PEFT LoRA under full logits: with `FlexLoRA padding-free` it makes the comparison of the two recipes."""
 
 
 @dataclass

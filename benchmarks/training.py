@@ -60,7 +60,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chart", type=Path, help="a PNG of the ratios")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    known = [kind.name for kind in KINDS]
+    unknown = [name for name in args.contenders.split(",") if name not in (*known, "all")]
+    if unknown:
+        parser.error(f"--contenders: no {unknown[0]!r}; there are {', '.join(known)}")
+    return args
 
 
 def main() -> None:
@@ -101,8 +106,9 @@ def build(args: argparse.Namespace, device: torch.device) -> Any:
 
 def chosen(args: argparse.Namespace) -> list[Any]:
     """The contenders asked for; PEFT LoRA, which ratios refer to, among them."""
-    wanted = args.contenders.split(",")
-    return [kind for kind in KINDS if args.contenders == "all" or kind.name in (*wanted, LORA)]
+    return [
+        kind for kind in KINDS if args.contenders == "all" or kind.name in (*args.contenders.split(","), LORA)
+    ]
 
 
 def measure(
