@@ -279,9 +279,16 @@ def test_an_empty_split_is_an_error_and_an_old_build_stays(tmp_path: Path, raw: 
 
 
 def test_a_stop_request_leaves_nothing(
-    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    raw: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
+    # A shell starts its background jobs, and the tests with them, with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for number in (signal.SIGTERM, signal.SIGINT):
         opened: list[Any] = []
 
