@@ -130,20 +130,19 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if for_lam:
         wide = torch.promote_types(dtype, torch.float32)
         grad_lam = ((through_p.to(wide) * z).sum(0) * ctx.scale).to(lam.dtype)
-    if for_q:
-        rows = x.reshape(-1, x.shape[-1])
-        grad_q = (through_lam.t() @ (rows if mask is None else rows * mask)).to(Q.dtype)
     if for_x:
         grad_x = _input_gradient(g, weight.to(dtype), through_lam, Q.to(dtype), mask).view(x.shape)
+    if for_q:
+        rows = x.reshape(-1, x.shape[-1])
+        grad_q = (through_lam.t() @ (rows if mask is None else mask.mul_(rows))).to(Q.dtype)
     return grad_x, None, None, grad_p, grad_lam, grad_q
 
 
 def _input_gradient(g: Tensor, weight: Tensor, through_lam: Tensor, Q: Tensor, mask: Tensor | None) -> Tensor:
-    """g W + (through_lam Q) ⊙ mask, [rows, in], in place where there is no mask."""
-    grad_x = g @ weight
+    """g W + (through_lam Q) ⊙ mask, [rows, in]."""
     if mask is None:
-        return grad_x.addmm_(through_lam, Q)
-    return grad_x.addcmul_(through_lam @ Q, mask)
+        return (g @ weight).addmm_(through_lam, Q)
+    return (through_lam @ Q).mul_(mask).addmm_(g, weight)
 
 
 def _dropped(rows: Tensor, drop: Drop | None) -> Tensor:

@@ -23,13 +23,18 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _mix(h: Tensor) -> Tensor:
-    """A bijection of int32 values that changes half the bits for each bit changed; in place.
+def _fold(h: Tensor) -> Tensor:
+    """h ⊕ (h ≫ 16) of int32 values; linear in ⊕. torch shifts arithmetically: the mask makes the shift logical."""
+    return h ^ ((h >> 16) & 0xFFFF)
 
-    torch shifts signed integers arithmetically: the mask makes the shift logical.
+
+def _scramble(h: Tensor) -> Tensor:
+    """What follows the fold in a mixing of int32 values that changes half the bits for each bit changed; in place.
+
+    The middle shift stays arithmetic: it makes one value of two, which no statistic of a mask shows, in a pass less.
     """
-    h = h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(_MULTIPLIER_1)
-    h = h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).mul_(_MULTIPLIER_2)
+    h = h.mul_(_MULTIPLIER_1)
+    h = h.bitwise_xor_(h >> 15).mul_(_MULTIPLIER_2)
     return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))
 
 
@@ -38,15 +43,22 @@ def keep_mask(
 ) -> Tensor:
     """Mask [rows, features] in `dtype`: true or 1 where a feature is kept, which happens with probability 1 − p.
 
-    `row_keys` is int64 [rows]. One 32-bit hash serves two neighbouring features, 16 bits each, so p is resolved to
-    1/65536. Multiply by a mask of the values' own dtype: on a CPU a boolean one is several times slower.
+    `row_keys` is int64 [rows]. One 32-bit hash serves four neighbouring features, 8 bits each. A row's limit for them
+    is one of the two neighbours of 256 p, drawn so that p holds to 1/65536. Multiply by a mask of the values' own
+    dtype: on a CPU a boolean one is several times slower.
     """
-    pairs = (features + 1) // 2
-    rows = row_keys ^ matrix_key
-    rows = rows * _GOLDEN
-    rows = (rows >> 32).to(torch.int32)
-    columns = _mix(torch.arange(1, pairs + 1, device=row_keys.device, dtype=torch.int32))
-    bits = _mix(rows.unsqueeze(1) ^ columns.unsqueeze(0)).view(torch.int16)
-    threshold = round(p * 65536) - 32768
+    rows = (row_keys ^ matrix_key) * _GOLDEN
+    seeds = _fold((rows >> 32).to(torch.int32)).unsqueeze(1)
+    columns = torch.arange(1, (features + 3) // 4 + 1, device=row_keys.device, dtype=torch.int32)
+    bits = _scramble(seeds ^ _fold(_scramble(_fold(columns)))).view(torch.int8)[:, :features]
     # In place: torch vectorises a comparison on a CPU only where its result has its operands' dtype.
-    return bits[:, :features].ge_(threshold).to(dtype)
+    return _compare(bits, (rows >> 16) & 0xFFFF, p).to(dtype)
+
+
+def _compare(bits: Tensor, draws: Tensor, p: float) -> Tensor:
+    """1 where a byte counted from −128 is at least its row's limit, in place; `draws` [rows] of 65,536 choose it."""
+    whole, part = divmod(round(p * 65536), 256)
+    limits = whole - 128 + (draws < part * 256).to(torch.int16)
+    if p < 0.5:
+        return bits.ge_(limits.to(torch.int8).unsqueeze(1))
+    return bits.gt_((limits - 1).to(torch.int8).unsqueeze(1))  # a limit of 128 is no int8

@@ -139,7 +139,11 @@ class _Gate(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(
-    ("gated", "advice"), [(True, "log in with `hf auth login`"), (False, "check the network")]
+    ("gated", "advice"),
+    [
+        (True, "log in with `hf auth login`"),
+        pytest.param(False, "check the network", marks=pytest.mark.full),  # the libraries try for a minute
+    ],
 )
 def test_what_the_real_libraries_say_is_understood(tmp_path: Path, gated: bool, advice: str) -> None:
     """`datasets` itself, against a hub that wants a login, and against none at all."""
