@@ -303,3 +303,22 @@ def test_closures_and_refusals() -> None:
     p.grad = torch.eye(2)[0].to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("count", [1, 15, 33, 2**17 + 5])
+@pytest.mark.parametrize("age", [0, 1, 999])
+def test_one_age_for_all_elements_keeps_every_bit(count: int, age: int) -> None:
+    """Where a partition is cut decides which elements share an age with all of their run: no bit may depend on it."""
+    results = []
+    for odd in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        p = torch.nn.Parameter(torch.randn(count + 1, generator=generator))
+        p.grad = torch.randn(count + 1, generator=generator)
+        optimizer = FlexLoRAAdamW([p], lr=1e-2)
+        optimizer.step()
+        optimizer.state[p]["age"].fill_(age)
+        if odd:
+            optimizer.state[p]["age"][-1] = 7
+        optimizer.step()
+        results.append(p.detach()[:count].clone())
+    assert torch.equal(*results)
