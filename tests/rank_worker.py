@@ -209,11 +209,11 @@ def _compare(
 
 
 def many_changes(case: dict[str, Any]) -> dict[str, Any]:
-    """Counts and resident memory over many changes in one process."""
+    """Counts and resident memory over many changes, from change `settled` on."""
     config = configuration(
         adjust_start=0, adjust_freeze=0, adjust_interval=1, schedule="constant", adjust_size=3
     )
-    changes = case["changes"]
+    changes, settled = case["changes"], case.get("settled", 50)
     engine, controller = setup({**case, "total": changes + 10}, config)
     counts, memory = [], {}
     identity = (id(engine.optimizer), id(engine.basic_optimizer), [id(p) for p in engine.module.parameters()])
@@ -223,7 +223,7 @@ def many_changes(case: dict[str, Any]) -> dict[str, Any]:
         tiny.train_step(engine, rows)
         change = controller.after_step(step)
         moved += len(change.pruned) if change else 0
-        if step in (10, 50, changes):
+        if step in (10, settled, changes):
             gc.collect()
             counts.append(_counts(engine))
             memory[step] = psutil.Process().memory_info().rss / 2**20
@@ -232,7 +232,12 @@ def many_changes(case: dict[str, Any]) -> dict[str, Any]:
         id(engine.basic_optimizer),
         [id(p) for p in engine.module.parameters()],
     )
-    return {"counts": counts, "grown_mib": memory[changes] - memory[50], "moved": moved, "identity": same}
+    return {
+        "counts": counts,
+        "grown_mib": memory[changes] - memory[settled],
+        "moved": moved,
+        "identity": same,
+    }
 
 
 def _counts(engine: Any) -> dict[str, int]:

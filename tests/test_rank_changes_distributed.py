@@ -215,6 +215,17 @@ def test_200_changes_grow_no_memory(stage: int, world: int) -> None:
             assert result["grown_mib"] <= 32
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_stays_from_change_100_to_1000_at_stage_3(world: int) -> None:
+    case = {"stage": 3, "changes": 1000, "settled": 100}
+    with Processes(world, timeout=3000) as processes:
+        for result in processes.run(worker.many_changes, case):
+            assert result["counts"][0] == result["counts"][1] == result["counts"][2]
+            print(f"grown by {result['grown_mib']:.1f} MiB")
+            assert result["grown_mib"] <= 64
+
+
 def test_a_change_at_stage_3_never_gathers_the_base() -> None:
     """Only the touched matrices move, by one collective a key; then λ and the Gram matrices' read."""
     with Processes(2, timeout=240) as two:
