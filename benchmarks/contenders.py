@@ -18,6 +18,7 @@ from launch.ds_config import adam_settings, resolve_ds_config
 from launch.examples import Example
 from launch.methods import FlexLoRA, PeftLoRA
 from launch.options import TrainOptions
+from launch.processes import world_size_of_environment
 from launch.token_loss import takes_positions, token_loss
 
 STEPS = 10**6  # of the schedules: nothing ends during a measurement
@@ -84,7 +85,8 @@ class Contender:
         options = options.replace(**(calendar if kind.changes else {"adjust_size": 0}))
         self.method = kind.method(options)
         model = self.method.adapt(copy_sharing_weights(base)).train()
-        config = resolve_ds_config(options.ds, options, 1, hidden_size=base.config.hidden_size)
+        world_size = world_size_of_environment()
+        config = resolve_ds_config(options.ds, options, world_size, hidden_size=base.config.hidden_size)
         optimizer = self.method.optimizer(model, adam_settings(options.ds, options))
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.method.attach(self.engine, STEPS, None)

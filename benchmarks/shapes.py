@@ -19,6 +19,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
     },
+    "smollm2-layers": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 1024, "tie_word_embeddings": True,
+    },
     "llama3-8b-layer": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 1024,
@@ -28,7 +32,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
-"""`smollm2` is SmolLM2-135M's shape; `llama3-8b-layer` one layer of LLaMA3-8B with a small vocabulary."""
+"""`smollm2` is SmolLM2-135M's shape; `smollm2-layers` four of its layers, `llama3-8b-layer` one of LLaMA3-8B's, with a
+small vocabulary."""
 
 MEDIAN_LENGTH, SPREAD, ANSWER = 93, 0.27, 7
 """Commonsense prompts: 98 tokens on average, 7 of them the answer; 16 padded to the longest are 1.5 times as many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -86,25 +86,27 @@ class RankController:
         if skipped > self._skipped:
             self._skipped = skipped
             return None
+        grams = None
         if self.config.orth_form == "decoupled" and self.config.orth_strength > 0:
-            orthogonalise(
-                live_shards(self.engine), self.layers, self.config.orth_strength * self._lr_factor()
-            )
+            eta = self.config.orth_strength * self._lr_factor()
+            shards, changing = live_shards(self.engine), self._pending > 0
+            grams = orthogonalise(shards, self.layers, eta, with_grams=changing)
         if not self._pending:
             return None
         size, self._pending = self._pending, 0
-        return self._change(step, size)
+        return self._change(step, size, grams)
 
     def orthogonality(self) -> float:
         """Mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all matrices, of the masters; collective."""
         grams = read_grams(live_shards(self.engine), self.layers)
         return sum(g.violation for g in grams.values()) / len(grams)
 
-    def _change(self, step: int, size: int) -> RankChange:
+    def _change(self, step: int, size: int, grams: Mapping[str, Grams] | None = None) -> RankChange:
+        """`grams`: those of the masters as they are now, where they are known already."""
         started = time.perf_counter()
         shards = live_shards(self.engine)
         lambdas = read_lambdas(shards, self.layers)
-        grams = read_grams(shards, self.layers)
+        grams = grams or read_grams(shards, self.layers)
         exact = {n: exact_spectrum(grams[n].p, grams[n].q, lam) for n, lam in lambdas.items()}
         mature = {n: self._mature(n) for n in self.layers}
         scores = self._scores(shards, step, lambdas, grams, mature)
@@ -152,7 +154,7 @@ class RankController:
         shards: Any,
         step: int,
         lambdas: dict[str, Tensor],
-        grams: dict[str, Grams],
+        grams: Mapping[str, Grams],
         mature: dict[str, list[bool]],
     ) -> dict[str, float]:
         if self.config.spectrum == "exact":

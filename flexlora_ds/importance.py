@@ -223,8 +223,13 @@ def _fill_undefined(scores: Mapping[str, float | None], rank_one: str) -> dict[s
 
 
 def _gram_root(gram: Tensor) -> Tensor:
-    """A with `AᵀA = gram`, [r, r]."""
-    values, vectors = torch.linalg.eigh(_as_float64(gram))
+    """A with `AᵀA = gram`, [r, r]: Cholesky's factor, or where directions depend on each other one of eigenvectors."""
+    gram = _as_float64(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        triangle: Tensor = factor.T
+        return triangle
+    values, vectors = torch.linalg.eigh(gram)
     root: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.T
     return root
 

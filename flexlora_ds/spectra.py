@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexlora_ds.adapter import AdaptedLinear
 from flexlora_ds.importance import direction_sensitivity
@@ -30,18 +30,14 @@ class Grams:
 
 def read_lambdas(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     """λ of every matrix, [r], fp32 on the CPU; one small collective."""
-    whole = {p: v.cpu().clone() for p, v in shards.read([layer.lam for layer in layers.values()], MASTER)}
-    return {name: whole[layer.lam] for name, layer in layers.items()}
+    whole = [value for _, value in shards.read([layer.lam for layer in layers.values()], MASTER)]
+    flat = torch.cat(whole).cpu()
+    return dict(zip(layers, torch.split(flat, [len(value) for value in whole]), strict=True))
 
 
 def read_grams(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Grams]:
     """The Gram matrices of every matrix; P and Q pass by in buckets and are never all whole at once."""
-    found: dict[object, Tensor] = {}
-    tall = {layer.P for layer in layers.values()}
-    for p, whole in shards.read([q for layer in layers.values() for q in (layer.P, layer.Q)], MASTER):
-        columns = whole if p in tall else whole.T
-        found[p] = (columns.T @ columns).double().cpu()
-    return {name: Grams(found[layer.P], found[layer.Q]) for name, layer in layers.items()}
+    return _grams(layers, {p: _gram(columns) for p, columns in _read_columns(shards, layers)})
 
 
 def read_sensitivities(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
@@ -59,14 +55,40 @@ def read_sensitivities(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> d
 
 
 @torch.no_grad()
-def orthogonalise(shards: Shards, layers: Mapping[str, AdaptedLinear], eta: float) -> None:
+def orthogonalise(
+    shards: Shards, layers: Mapping[str, AdaptedLinear], eta: float, *, with_grams: bool = False
+) -> dict[str, Grams] | None:
     """The decoupled regulariser on the masters: P ← P − η P(PᵀP − I), Q ← Q − η (QQᵀ − I)Q, after the step.
 
     Every process computes the same from the whole masters and writes its own part, so it is exact at every stage.
+    `with_grams` returns the Gram matrices of what was written, which `read_grams` would read all masters again for.
     """
-    params = [q for layer in layers.values() for q in (layer.P, layer.Q)]
     tall = {layer.P for layer in layers.values()}
-    for p, whole in shards.read(params, MASTER):
-        columns = whole if p in tall else whole.T
+    found: dict[nn.Parameter, Tensor] = {}
+    for p, columns in _read_columns(shards, layers):
         changed = columns - eta * (columns @ gram_excess(columns))
         shards.write(p, MASTER, changed if p in tall else changed.T.contiguous())
+        if with_grams:
+            found[p] = _gram(changed)
+    return _grams(layers, found) if with_grams else None
+
+
+def _read_columns(
+    shards: Shards, layers: Mapping[str, AdaptedLinear]
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The masters of all P and Q, directions in columns: P, and Q transposed."""
+    tall = {layer.P for layer in layers.values()}
+    for p, whole in shards.read([q for layer in layers.values() for q in (layer.P, layer.Q)], MASTER):
+        yield p, whole if p in tall else whole.T
+
+
+def _gram(columns: Tensor) -> Tensor:
+    return (columns.T @ columns).double()
+
+
+def _grams(layers: Mapping[str, AdaptedLinear], found: Mapping[nn.Parameter, Tensor]) -> dict[str, Grams]:
+    """By matrix and on the CPU; one copy from the device for all."""
+    flat = torch.cat([gram.reshape(-1) for gram in found.values()]).cpu()
+    parts = torch.split(flat, [gram.numel() for gram in found.values()])
+    on_cpu = {p: part.view(found[p].shape) for p, part in zip(found, parts, strict=True)}
+    return {name: Grams(on_cpu[layer.P], on_cpu[layer.Q]) for name, layer in layers.items()}

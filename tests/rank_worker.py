@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.traffic import Traffic
 from flexlora_ds import FlexLoRAConfig, RankController, adapters
 from flexlora_ds.importance import score_matrices
 from flexlora_ds.partitions import MASTER, live_shards, resize
@@ -123,6 +124,25 @@ def losses_around(case: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def whole_reads(case: dict[str, Any]) -> dict[str, float]:
+    """The largest differences of masters read whole from the fp32 parameters that the model computes with."""
+    import deepspeed
+
+    engine, _ = setup(case, configuration())
+    tiny.train_step(engine, batches(1)[0])
+    shards = live_shards(engine)
+    params = list(shards.pieces)
+    reads = {
+        "together": [whole.clone() for _, whole in shards.read(params, MASTER)],
+        "alone": [whole.clone() for p in params for _, whole in shards.read([p], MASTER)],
+    }
+    with deepspeed.zero.GatheredParameters(params, enabled=case["stage"] == 3):
+        return {
+            name: max(float((p.data - whole).abs().max()) for p, whole in zip(params, found, strict=True))
+            for name, found in reads.items()
+        }
+
+
 def carried_state(case: dict[str, Any]) -> dict[str, float]:
     """Largest difference of any surviving element of any state across one change; must be 0."""
     config = configuration()
@@ -189,11 +209,11 @@ def _compare(
 
 
 def many_changes(case: dict[str, Any]) -> dict[str, Any]:
-    """Counts and resident memory over many changes in one process."""
+    """Counts and resident memory over many changes, from change `settled` on."""
     config = configuration(
         adjust_start=0, adjust_freeze=0, adjust_interval=1, schedule="constant", adjust_size=3
     )
-    changes = case["changes"]
+    changes, settled = case["changes"], case.get("settled", 50)
     engine, controller = setup({**case, "total": changes + 10}, config)
     counts, memory = [], {}
     identity = (id(engine.optimizer), id(engine.basic_optimizer), [id(p) for p in engine.module.parameters()])
@@ -203,7 +223,7 @@ def many_changes(case: dict[str, Any]) -> dict[str, Any]:
         tiny.train_step(engine, rows)
         change = controller.after_step(step)
         moved += len(change.pruned) if change else 0
-        if step in (10, 50, changes):
+        if step in (10, settled, changes):
             gc.collect()
             counts.append(_counts(engine))
             memory[step] = psutil.Process().memory_info().rss / 2**20
@@ -212,7 +232,12 @@ def many_changes(case: dict[str, Any]) -> dict[str, Any]:
         id(engine.basic_optimizer),
         [id(p) for p in engine.module.parameters()],
     )
-    return {"counts": counts, "grown_mib": memory[changes] - memory[50], "moved": moved, "identity": same}
+    return {
+        "counts": counts,
+        "grown_mib": memory[changes] - memory[settled],
+        "moved": moved,
+        "identity": same,
+    }
 
 
 def _counts(engine: Any) -> dict[str, int]:
@@ -230,41 +255,29 @@ def _counts(engine: Any) -> dict[str, int]:
 
 def communication(case: dict[str, Any]) -> dict[str, Any]:
     """Elements that collectives move in one rank change at stage 3, and whether the base stayed partitioned."""
-    from unittest.mock import patch
-
-    import torch.distributed as dist
-
     engine, controller = setup(case, configuration(orth_form="squared"))
     for step, rows in enumerate(batches(14), 1):
         tiny.train_step(engine, rows)
         controller.after_step(step)
     tiny.train_step(engine, batches(15)[14])
     base = [p for p in engine.module.parameters() if not p.requires_grad and not p.ds_persist]
-    moved = []
-    names = ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast", "reduce_scatter_tensor")
-    originals = {name: getattr(dist, name) for name in names}
-
-    def counting(name: str) -> Any:
-        def call(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            moved.append(sum(t.numel() for t in tensor) if isinstance(tensor, list) else tensor.numel())
-            return originals[name](tensor, *args, **kwargs)
-
-        return call
-
-    patches = [patch.object(dist, name, counting(name)) for name in names]
-    for p in patches:
-        p.start()
-    change = controller.after_step(15)
-    for p in patches:
-        p.stop()
+    with Traffic() as traffic:
+        change = controller.after_step(15)
     assert change is not None and change.pruned
     return {
-        "moved": sum(moved),
-        "largest": max(moved),
+        "moved": traffic.elements,
+        "collectives": traffic.count,
+        "touched": sum(whole_elements(controller, n) for n in {*change.pruned, *change.expanded}),
         "adapters": controller.trainable_parameters(),
+        "parameters": 3 * len(controller.layers),
         "base": sum(p.ds_numel for p in base),
         "base gathered": sum(p.numel() > 0 for p in base),
     }
+
+
+def whole_elements(controller: RankController, name: str) -> int:
+    """The elements of P, λ and Q of one matrix, were its rank one larger than it is now."""
+    return (controller.ranks[name] + 1) * (sum(controller.shapes[name]) + 1)
 
 
 def penalty_gradient(case: dict[str, Any]) -> dict[str, list[float]]:

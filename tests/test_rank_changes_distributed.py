@@ -81,6 +81,16 @@ def test_every_state_of_every_survivor_is_carried_exactly(processes: Processes, 
             assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
 
 
+def test_four_processes_read_and_carry_every_state() -> None:
+    """Read together, parameters are gathered; one alone lies in one process or two, and is summed."""
+    with Processes(4, timeout=240) as four:
+        for stage in (2, 3):
+            for worst in four.run(worker.whole_reads, {"stage": stage}):
+                assert worst == {"together": 0.0, "alone": 0.0}
+        for worst in four.run(worker.carried_state, {"stage": 2}):
+            assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
+
+
 @pytest.mark.parametrize(
     "stage", [0, 3, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)]
 )
@@ -205,12 +215,30 @@ def test_200_changes_grow_no_memory(stage: int, world: int) -> None:
             assert result["grown_mib"] <= 32
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_stays_from_change_100_to_1000_at_stage_3(world: int) -> None:
+    case = {"stage": 3, "changes": 1000, "settled": 100}
+    with Processes(world, timeout=3000) as processes:
+        for result in processes.run(worker.many_changes, case):
+            assert result["counts"][0] == result["counts"][1] == result["counts"][2]
+            print(f"grown by {result['grown_mib']:.1f} MiB")
+            assert result["grown_mib"] <= 64
+
+
 def test_a_change_at_stage_3_never_gathers_the_base() -> None:
+    """Only the touched matrices move, by one collective a key; then λ and the Gram matrices' read."""
     with Processes(2, timeout=240) as two:
         for result in two.run(
             worker.communication, {"stage": 3, "zero": {"stage3_param_persistence_threshold": 0}}
         ):
             assert result["base gathered"] == 0
-            states = 4  # master, both moments, age; and the Gram matrices' pass over the masters
-            assert result["moved"] <= (states + 1) * result["adapters"]
+            states = (
+                4  # master, both moments, age; each process pads its share of a parameter to a whole element
+            )
+            reads = 2  # λ; P and Q for the Gram matrices
+            padding = (states + 1) * 2 * result["parameters"]
+            bound = states * result["touched"] + result["adapters"] + padding
+            assert result["adapters"] / 2 < result["moved"] <= bound
+            assert result["collectives"] <= states + reads
             assert result["moved"] < result["base"]

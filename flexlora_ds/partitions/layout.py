@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
-from flexlora_ds.partitions.shards import MASTER, Piece, Shards, split_state
+from flexlora_ds.partitions.shards import MASTER, Cut, Piece, Shards, split_state
 
 
 def stage_of(engine: Any) -> int:
@@ -81,7 +81,7 @@ def _replicated(engine: Any, device: torch.device) -> Shards:
     originals = [p for group in trainable_groups(engine) for p in group]
     for p, master in zip(originals, masters, strict=True):
         elements, rest = split_state(engine.basic_optimizer.state.get(master, {}), master)
-        pieces[p] = Piece(len(flats), 0, 0, master.numel())
+        pieces[p] = Piece(len(flats), 0, 0, master.numel(), Cut(0, master.numel(), master.numel()))
         shapes[p] = tuple(master.shape)
         flats.append({MASTER: master.data.view(-1), **{k: v.view(-1) for k, v in elements.items()}})
         scalars.append(rest)
@@ -97,32 +97,32 @@ def _flat_groups(wrapper: Any, device: torch.device) -> Shards:
         elements, rest = split_state(wrapper.optimizer.state.get(master, {}), master)
         flats.append({MASTER: master.data, **elements})
         scalars.append(rest)
-        low, high = rank * master.numel(), (rank + 1) * master.numel()
+        width = master.numel()
         for p, begin in zip(
             wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i], strict=True
         ):
-            first, last = max(low, begin), min(high, begin + p.numel())
-            held = max(0, last - first)
-            pieces[p] = Piece(i, first - low, first - begin, held) if held else Piece(i, 0, 0, 0)
+            cut = Cut(begin, p.numel(), width)
+            start, length = cut.run(rank)
+            pieces[p] = Piece(i, begin + start - rank * width if length else 0, start, length, cut)
             shapes[p] = tuple(p.shape)
-    return Shards(flats, scalars, pieces, shapes, device, group, world)
+    return Shards(flats, scalars, pieces, shapes, device, group, world, rank)
 
 
 def _partitioned(wrapper: Any, device: torch.device) -> Shards:
     flats: list[dict[str, Tensor]] = []
     scalars, pieces, shapes, low_precision = [], {}, {}, {}
-    group, world = None, 1
+    group, world, rank = None, 1, 0
     for i, master in enumerate(wrapper.fp32_partitioned_groups_flat):
         elements, rest = split_state(wrapper.optimizer.state.get(master, {}), master)
         flats.append({MASTER: master.data, **elements})
         scalars.append(rest)
+        group = wrapper.sub_group_process_groups[i]  # DeepSpeed asserts that a sub-group has one
+        world, rank = comm.get_world_size(group=group), comm.get_rank(group=group)
         for p in wrapper.fp16_groups[i]:
             flat, offset, padded = wrapper.grad_position[wrapper.get_param_id(p)]
             assert flat == i, "ZeRO-3 keeps a parameter's gradient in its own sub-group"
-            group = wrapper._get_param_partition_group(p)
-            world = comm.get_world_size(group=group)
-            start = min(wrapper._get_param_partition_rank(p) * padded, p.ds_numel)
-            pieces[p] = Piece(i, offset, start, min(padded, p.ds_numel - start))
+            cut = Cut(0, p.ds_numel, padded)
+            pieces[p] = Piece(i, offset, *cut.run(rank), cut)
             shapes[p] = tuple(p.ds_shape)
             low_precision[p] = p.ds_tensor.data.view(-1)
-    return Shards(flats, scalars, pieces, shapes, device, group, world, low_precision=low_precision)
+    return Shards(flats, scalars, pieces, shapes, device, group, world, rank, low_precision=low_precision)

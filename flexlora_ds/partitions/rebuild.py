@@ -7,22 +7,19 @@ per-element state of what survives is written back bit for bit, and the step cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
-from unittest.mock import patch
+from collections.abc import Mapping
+from typing import Any
 
-import deepspeed.runtime.engine as engine_module
-import deepspeed.runtime.zero.stage3 as stage3_module
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import Tensor, nn
+from torch import nn
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.host_memory import returning_large_blocks
+from flexlora_ds.partitions.carry import Edit, write_back
+from flexlora_ds.partitions.construct import constructing_in_place
 from flexlora_ds.partitions.layout import live_shards, stage_of, trainable_groups
 from flexlora_ds.partitions.shards import Shards
-from flexlora_ds.partitions.states import allocate, flat_masters
 
 CARRIED = (
     "loss_scaler",
@@ -36,16 +33,6 @@ CARRIED = (
     "_global_grad_norm",
 )
 """Attributes of a wrapper that are training state rather than layout."""
-
-
-class Edit(Protocol):
-    """How one parameter changes."""
-
-    def shape(self, old: tuple[int, ...]) -> tuple[int, ...]:
-        """The new shape."""
-
-    def __call__(self, whole: Tensor, key: str) -> Tensor:
-        """The new whole tensor of state `key` (fp32), the same on every process."""
 
 
 def resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
@@ -65,7 +52,7 @@ def _resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
     stage = stage_of(engine)
     _drop_gradients(groups)
     if stage == 3:
-        engine.optimizer.parameter_offload.partition_all_parameters()
+        _release(engine.optimizer.parameter_offload, groups)
     old = live_shards(engine)
     carried = {name: vars(engine.optimizer)[name] for name in CARRIED if name in vars(engine.optimizer)}
     if stage == 0 and engine.optimizer is engine.basic_optimizer:
@@ -73,7 +60,7 @@ def _resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
     else:
         _rebuild_wrapper(engine, edits, groups, stage)
     vars(engine.optimizer).update(carried)
-    _write_back(engine, edits, old)
+    write_back(engine, edits, old)
 
 
 def _drop_gradients(groups: list[list[nn.Parameter]]) -> None:
@@ -98,17 +85,14 @@ def _rebuild_wrapper(
     for p, edit in edits.items():
         _reset_gradient_accumulator(p)
         (_reshape_partitioned if stage == 3 else _reshape)(p, edit)
-    if stage in (1, 2):
-        for p in (p for group in groups for p in group if p not in edits):
-            p.data = p.data.clone()  # a view would keep the whole old flat buffer alive
     basic.state.clear()
     for group, params in zip(basic.param_groups, groups, strict=True):
         group["params"] = list(params)
     vars(wrapper).clear()
     if offload is not None:
         _mark_persistent_again(offload, edits)
-        wrapper.initialize_ds_offload = lambda **_: offload
-    with _constructing_in_place(wrapper):
+        wrapper.initialize_ds_offload = lambda **_: _standing_in(offload, groups)
+    with constructing_in_place(engine):
         if stage == 0:
             engine.optimizer = engine._configure_fp16_optimizer(basic, _low_precision(groups))
         else:
@@ -135,10 +119,34 @@ def _take_down(wrapper: Any, stage: int) -> Any:
     # Not wrapper.destroy(): the modules' backward closures would go on calling the old coordinator.
     for hook in (*wrapper._grad_acc_hooks, *wrapper._leaf_module_hooks):
         hook.remove()
-    coordinator = wrapper.parameter_offload.get_param_coordinator()
+    return wrapper.parameter_offload
+
+
+def _release(offload: Any, groups: list[list[nn.Parameter]]) -> None:
+    """Partition the trainable parameters that are gathered, as ZeRO-3 keeps small ones; the base stays as it is."""
+    coordinator = offload.get_param_coordinator()
+    coordinator._clean_inflight_param_registry()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
-    return wrapper.parameter_offload
+    parameters: list[Any] = [p for group in groups for p in group]
+    for p in parameters:
+        p.ds_active_sub_modules.clear()
+        if p.ds_status == ZeroParamStatus.AVAILABLE:
+            p.partition()
+
+
+def _standing_in(offload: Any, groups: list[list[nn.Parameter]]) -> Any:
+    """`offload`, after giving each trainable parameter its whole shape without its values.
+
+    To register its gradient hooks the constructor gathers every parameter by itself and partitions it again
+    (stage3.py `create_reduce_and_remove_grad_hooks`, 0.19.8). The hooks need no values, so one element stands for all,
+    and nothing is communicated.
+    """
+    parameters: list[Any] = [p for group in groups for p in group]
+    for p in parameters:
+        p.data = torch.zeros(1, dtype=p.ds_tensor.dtype, device=p.device).expand(p.ds_shape)
+        p.ds_status = ZeroParamStatus.AVAILABLE
+    return offload
 
 
 def _reset_gradient_accumulator(p: nn.Parameter) -> None:
@@ -167,71 +175,14 @@ def _reshape_partitioned(p: Any, edit: Edit) -> None:
 
 
 def _mark_persistent_again(offload: Any, edits: Mapping[Any, Edit]) -> None:
+    """Whether ZeRO-3 keeps a resized parameter whole; a walk over the model only where that is another answer."""
+    limit = offload.param_numel_persistence_threshold
+    total = sum(p.ds_numel for p in offload.persistent_parameters)
+    same = all(p.ds_persist == (p.ds_numel <= limit) for p in edits)
+    if same and total <= offload.model_persistence_threshold:
+        return
     for p in edits:
         p.ds_persist = False  # marking only ever sets True
     offload.persistent_parameters = offload.mark_persistent_parameters(
-        offload.param_numel_persistence_threshold, offload.model_persistence_threshold
+        limit, offload.model_persistence_threshold
     )
-
-
-@contextmanager
-def _constructing_in_place(wrapper: Any) -> Iterator[None]:
-    """While active, the engine's own factory methods construct into the existing wrapper object.
-
-    A new object would leave every other holder (accelerate's wrapper, user code, parameters' `_z3_optimizer`) with a
-    dead one. The names replaced are those that `DeepSpeedEngine._configure_*_optimizer` calls (0.19.8).
-    """
-
-    def build(*args: Any, **kwargs: Any) -> Any:
-        wrapper.__init__(*args, **kwargs)
-        return wrapper
-
-    with (
-        patch.object(engine_module, "DeepSpeedZeroOptimizer", build),
-        patch.object(engine_module, "FP16_UnfusedOptimizer", build),
-        patch.object(stage3_module, "DeepSpeedZeroOptimizer_Stage3", build),
-    ):
-        yield
-
-
-@torch.no_grad()
-def _write_back(engine: Any, edits: Mapping[nn.Parameter, Edit], old: Shards) -> None:
-    """Carry every key from the old layout into the new one, one key at a time."""
-    for key in old.keys:
-        allocate(engine, key)
-    new = live_shards(engine)
-    kept = [p for p in old.pieces if p not in edits]
-    moved = list(edits) if _stays(engine) else list(old.pieces)
-    for key in old.keys:
-        if _stays(engine):
-            for p in kept:
-                _copy_piece(old, new, p, key)
-        for p, whole in old.read(moved, key):
-            value = edits[p](whole, key) if p in edits else whole
-            new.write(p, key, value)
-    _write_scalars(engine, old, new)
-
-
-def _stays(engine: Any) -> bool:
-    """Whether an untouched parameter's piece is the same before and after (not in the flat groups of stages 1, 2)."""
-    return stage_of(engine) in (0, 3)
-
-
-def _copy_piece(old: Shards, new: Shards, p: nn.Parameter, key: str) -> None:
-    source, target = old.local(p, key), new.local(p, key)
-    if source.data_ptr() != target.data_ptr():
-        target.copy_(source)
-
-
-def _write_scalars(engine: Any, old: Shards, new: Shards) -> None:
-    """The step and whatever else is not per element: each flat takes it from the first parameter in it."""
-    first: dict[int, nn.Parameter] = {}
-    for p, piece in new.pieces.items():
-        first.setdefault(piece.flat, p)
-    for i, master in enumerate(flat_masters(engine)):
-        scalars = old.scalars[old.pieces[first[i]].flat]
-        state = engine.basic_optimizer.state
-        if scalars or master in state:
-            state[master].update({k: v.clone() if torch.is_tensor(v) else v for k, v in scalars.items()})
-    if stage_of(engine) in (1, 2) and len(old.keys) > 1:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -2,7 +2,8 @@
 
 A parameter's piece is the run of its elements that this process holds, inside one flat tensor per state key. At stage
 0 the piece is the whole parameter; at stages 1 and 2 it is the overlap of the parameter with this process's slice of
-the flat group; at stage 3 it is this process's slice of the parameter itself (the last one may be padded).
+the flat group; at stage 3 it is this process's slice of the parameter itself (the last one may be padded). At every
+stage the processes hold a parameter in the order of their ranks, so that a whole is their pieces laid end to end.
 """
 
 from __future__ import annotations
@@ -18,7 +19,25 @@ MASTER = "master"
 """The key of the fp32 master weight, beside the optimizer's own keys (`exp_avg`, `exp_avg_sq`, `age`, …)."""
 
 BUCKET_ELEMENTS = 1 << 24
-"""How many elements one collective moves at most: 64 MiB of fp32, far below a layer's activations."""
+"""How many elements one collective makes whole at most: 64 MiB of fp32, far below a layer's activations."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How `numel` elements are shared out: process k holds those of its slice, [k · width, (k + 1) · width).
+
+    The elements begin at `begin` of what is sliced (the flat group at stages 1 and 2, the parameter itself at stage 3).
+    """
+
+    begin: int
+    numel: int
+    width: int
+
+    def run(self, process: int) -> tuple[int, int]:
+        """The first element and the number of elements that a process holds; (0, 0) for none."""
+        first = min(max(process * self.width - self.begin, 0), self.numel)
+        last = min(max((process + 1) * self.width - self.begin, 0), self.numel)
+        return (first, last - first) if last > first else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Piece:
     offset: int
     start: int
     length: int
+    cut: Cut
 
 
 @dataclass
@@ -36,7 +56,8 @@ class Shards:
     """The training state that this process holds, and how to make whole tensors of it.
 
     `flats`: one dict per flat tensor, key -> 1-d fp32 tensor; `scalars`: per flat, the state that is not per element
-    (the step); `pieces`, `shapes`: by parameter; `replicated`: every process holds everything.
+    (the step); `pieces`, `shapes`: by parameter; `rank`: this process within `group`; `replicated`: every process holds
+    everything.
     """
 
     flats: list[dict[str, Tensor]]
@@ -46,6 +67,7 @@ class Shards:
     device: torch.device
     group: Any = None
     world_size: int = 1
+    rank: int = 0
     replicated: bool = False
     masters_are_parameters: bool = False
     low_precision: dict[nn.Parameter, Tensor] = field(default_factory=dict)
@@ -64,7 +86,6 @@ class Shards:
     def read(self, params: Iterable[nn.Parameter], key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Whole tensors of one key, bucket by bucket; collective: every process asks for the same parameters.
 
-        Each process puts its piece into zeros and the sum over processes is the whole, exactly (x + 0 = x).
         Yields (parameter, fp32 tensor of its shape on the engine's device). A yielded tensor may be a view of the
         state itself where this process holds all of it: clone before changing it.
         """
@@ -73,9 +94,32 @@ class Shards:
                 for p in bucket:
                     yield p, self.local(p, key).view(self.shapes[p]).to(self.device)
                 continue
-            yield from self._reduced(bucket, key)
+            held = [[self.pieces[p].cut.run(k)[1] for p in bucket] for k in range(self.world_size)]
+            totals = [sum(lengths) for lengths in held]
+            # On the wire a gather pads every process's share to the largest, a sum moves the whole twice.
+            gather = self.world_size * max(totals) <= 2 * sum(totals)
+            yield from self._gathered(bucket, key, held) if gather else self._summed(bucket, key)
 
-    def _reduced(self, bucket: list[nn.Parameter], key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def _gathered(
+        self, bucket: list[nn.Parameter], key: str, held: list[list[int]]
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every process's pieces in one message, put together; `held`: elements by process and parameter."""
+        from deepspeed import comm
+
+        largest = max(sum(lengths) for lengths in held)
+        own = [self.local(p, key) for p in bucket]
+        padding = own[0].new_zeros(largest - sum(held[self.rank]))
+        sent = torch.cat([*own, padding]).to(self.device)
+        received = sent.new_empty(self.world_size * largest)
+        comm.all_gather_into_tensor(received, sent, group=self.group)
+        shares = received.view(self.world_size, largest)
+        rows = [share[: sum(lengths)].split(lengths) for share, lengths in zip(shares, held, strict=True)]
+        for i, p in enumerate(bucket):
+            pieces = [row[i] for row in rows if row[i].numel()]
+            yield p, (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(self.shapes[p])
+
+    def _summed(self, bucket: list[nn.Parameter], key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each process puts its piece into zeros; the sum over processes is the whole, exactly (x + 0 = x)."""
         from deepspeed import comm
 
         sizes = [_numel(self.shapes[p]) for p in bucket]
