@@ -104,7 +104,15 @@ def cut_batches(
     validation = None
     if len(data.validation):
         validation = ValidationBatches(data.validation, cut, pad, padding_free=free)
-    train = TrainingBatches(data.train, options.batch_size, options.seed, cut, pad, padding_free=free)
+    train = TrainingBatches(
+        data.train,
+        options.batch_size,
+        options.seed,
+        cut,
+        pad,
+        padding_free=free,
+        group_by_length=options.group_by_length,
+    )
     return Data(data, train, validation, steps)
 
 

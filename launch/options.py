@@ -171,6 +171,8 @@ class TrainOptions:
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: bool | Auto = "auto"
     """Whether a micro-batch's examples lie end to end; false and auto pad them to a multiple of 8 tokens."""
+    group_by_length: bool = False
+    """Whether batches are made of records of like length: less padding, but other records share a batch."""
 
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
