@@ -22,6 +22,8 @@ FREE = (
     "attention",
     "gradient_checkpointing",
     "padding_free",
+    "kernels",
+    "compile",
     "epochs",
     "max_steps",
     "log_every",

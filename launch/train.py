@@ -37,8 +37,10 @@ def train(options: TrainOptions, watch: Watch) -> None:
     """
     from launch.agreement import alike
     from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
+    from launch.compiled import require_compiler
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
+    from launch.kernels import choose_kernels
     from launch.memory_plan import plan_memory
     from launch.processes import join_processes, world_size_of_environment
     from launch.resume import continue_files, find_start
@@ -48,7 +50,9 @@ def train(options: TrainOptions, watch: Watch) -> None:
     options = settle_prompt(options)
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)
     repeatable, layout = plan.options, plan.layout()
-    options = repeatable.replace(micro_batch_size=layout.micro_batch_size)
+    kernels = choose_kernels(repeatable, plan.config)
+    require_compiler(repeatable, plan.config)
+    options = repeatable.replace(micro_batch_size=layout.micro_batch_size, kernels=kernels)
     ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
