@@ -59,6 +59,8 @@ class Took:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     """Of all threads of the process: what a busy machine leaves as it is."""
+    input: list[float] = field(default_factory=list)
+    """Seconds in which the records become a batch; a training run does it beside the step (`launch.prefetch`)."""
     after_update: list[float] = field(default_factory=list)
     """Seconds in `after_step`: the regulariser, and a rank change where there is one."""
     changes: list[float] = field(default_factory=list)
@@ -103,6 +105,7 @@ class Contender:
         """One update on these records, from the records to the end of what follows the update."""
         started, cpu = self._now(), time.process_time()
         batch = self._lay(rows, number)
+        laid = time.perf_counter()
         self.method.before_forward(batch, self.device)
         loss = (
             token_loss(self.engine, batch, self.device, at_positions=self.at_positions) / batch.target_tokens
@@ -117,6 +120,7 @@ class Contender:
         took = self.took
         took.seconds.append(ended - started)
         took.cpu_seconds.append(cpu_ended - cpu)
+        took.input.append(laid - started)
         took.after_update.append(ended - updated)
         took.tokens.append(batch.tokens)
         took.losses.append(float(loss.detach()))

@@ -56,7 +56,7 @@ def run_block(session: Session, first: int, steps: int, *, save: bool) -> Block:
         copied = time.perf_counter() - clock
     for step in range(first, first + steps):
         saver.settle(bool(largest(session.process, [saver.busy])[0]))
-        train_step(session, step)
+        train_step(session, step, session.batches.train.micro_batches(step))
         session.guard.after_step(step)
         session.method.after_step(step)
         session.journal.count(step)

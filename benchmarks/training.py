@@ -142,6 +142,7 @@ def summary(contender: Contender, lora: Contender) -> dict[str, Any]:
         "tokens_per_s": sum(took.tokens) / sum(took.seconds),
         "time_ratio": paired_ratio(took.seconds, reference.seconds).to_dict(),
         "cpu_time_ratio": paired_ratio(took.cpu_seconds, reference.cpu_seconds).to_dict(),
+        "input_share": sum(took.input) / sum(took.seconds),
         "after_update_share": sum(took.after_update) / sum(took.seconds),
         "all": vars(took),
     }
@@ -198,8 +199,9 @@ def table(setting: dict[str, Any], args: argparse.Namespace, device: torch.devic
         f"{torch.get_num_threads()} threads, {args.rounds} rounds, dropout {setting['dropout']:g}, "
         f"train_on_inputs {str(setting['train_on_inputs']).lower()}",
         "",
-        "| | s per step | tokens/s | time : LoRA (95 %) | CPU time : LoRA (95 %) | peak memory | after update |",
-        "|---|---|---|---|---|---|---|",
+        "| | s per step | tokens/s | time : LoRA (95 %) | CPU time : LoRA (95 %) | peak memory | after update | "
+        "input share |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in setting["contenders"]:
         memory = (
@@ -209,7 +211,7 @@ def table(setting: dict[str, Any], args: argparse.Namespace, device: torch.devic
         cells = " | ".join(f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in ratios)
         lines.append(
             f"| {row['name']} | {row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {cells} | {memory} | "
-            f"{row['after_update_share']:.1%} |"
+            f"{row['after_update_share']:.1%} | {row['input_share']:.3%} |"
         )
     return "\n".join(lines + changes_line(setting["contenders"]))
 

@@ -1,8 +1,9 @@
 """The order of the data and the batches cut from it: pure functions of (seed, step) at any world size.
 
-The training data is one endless stream: the examples of epoch 0 in a seeded order, then those of epoch 1 in
-another, and so on. Step t (from 1) takes `stream[(t − 1)·B : t·B]`, B the global batch size. Nothing is
-remembered between steps, so a resume at any step, on any number of processes, needs no state.
+The training data is one endless stream: the examples of epoch 0 in a seeded order (arranged into batches of like
+length, where that is asked for), then those of epoch 1 in another, and so on. Step t (from 1) takes
+`stream[(t − 1)·B : t·B]`, B the global batch size. Nothing is remembered between steps, so a resume at any step, on
+any number of processes, needs no state.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from flexlora_ds.errors import UserError
 from launch.examples import IGNORED, Example, Examples
 from launch.hashing import hash64, seeded_order
+from launch.length_groups import grouped_by_length
 
 PAD_MULTIPLE = 8  # lengths are rounded up to it: tensor cores prefer it, and fewer distinct shapes occur
 
@@ -44,15 +46,14 @@ class MicroBatch:
     target_tokens: int
     segment_lengths: tuple[int, ...] | None = None
 
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """Return the batch with its tensors on `device`."""
+    def pinned(self) -> MicroBatch:
+        """Return the batch with what a GPU copies in page-locked memory, so that the copies wait for nothing."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            row_keys=self.row_keys.to(device, non_blocking=True),
+            input_ids=self.input_ids.pin_memory(),
+            attention_mask=self.attention_mask.pin_memory(),
+            position_ids=self.position_ids.pin_memory(),
+            row_keys=self.row_keys.pin_memory(),
         )
 
 
@@ -73,10 +74,22 @@ def total_steps(examples: int, epochs: float, batch_size: int, max_steps: int | 
 class DataOrder:
     """The stream of indices into `count` examples, and the piece of it that each step takes."""
 
-    def __init__(self, count: int, batch_size: int, seed: int):
+    def __init__(
+        self, count: int, batch_size: int, seed: int, lengths: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """With `lengths`, one an example, batches are of like length (`launch.length_groups`)."""
         self.count = count
         self.batch_size = batch_size
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: seeded_order(count, seed, "order", epoch))
+        self._seed = seed
+        self._lengths = lengths
+        self._epoch = lru_cache(maxsize=2)(self._order_of)
+
+    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        order = seeded_order(self.count, self._seed, "order", epoch)
+        if self._lengths is None:
+            return order
+        head = -epoch * self.count % self.batch_size
+        return grouped_by_length(order, self._lengths, self.batch_size, head, self._seed, epoch)
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """Return the batch_size indices of step `step` (from 1), in the order of the stream."""
@@ -104,6 +117,7 @@ class TrainingBatches:
         pad_token_id: int,
         *,
         padding_free: bool = False,
+        group_by_length: bool = False,
     ):
         """Raise UserError where the global batch is no multiple of the micro-batch times the processes."""
         share = cut.world_size * cut.micro_batch_size
@@ -113,7 +127,8 @@ class TrainingBatches:
                 f"{cut.world_size} processes (batch_size); choose a multiple of {share}"
             )
         self.accumulation = batch_size // share
-        self.order = DataOrder(len(examples), batch_size, seed)
+        lengths = examples.lengths if group_by_length else None
+        self.order = DataOrder(len(examples), batch_size, seed, lengths)
         self._examples = examples
         self._seed = seed
         self._cut = cut

@@ -19,9 +19,11 @@ from flexlora_ds.schedule import resolve_calendar
 from launch.bar import Bar
 from launch.batch_layout import BatchLayout
 from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
+from launch.compiled import compile_pieces
 from launch.ds_config import adam_settings
 from launch.encoding import Encoding, all_cores, tokenise
 from launch.examples import TokenisedData, arrange
+from launch.kernels import apply_liger
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
 from launch.options import TrainOptions
@@ -104,7 +106,15 @@ def cut_batches(
     validation = None
     if len(data.validation):
         validation = ValidationBatches(data.validation, cut, pad, padding_free=free)
-    train = TrainingBatches(data.train, options.batch_size, options.seed, cut, pad, padding_free=free)
+    train = TrainingBatches(
+        data.train,
+        options.batch_size,
+        options.seed,
+        cut,
+        pad,
+        padding_free=free,
+        group_by_length=options.group_by_length,
+    )
     return Data(data, train, validation, steps)
 
 
@@ -160,6 +170,10 @@ def build_engine(
             f"{type(model).__name__} cannot tell examples apart that lie end to end "
             f"({options.place('padding_free')}); leave padding_free at auto"
         )
+    if options.kernels == "liger":
+        apply_liger(model)
+    if options.compile:
+        compile_pieces(model)
     trained = method.adapt(model)
     if ranks is not None:
         set_ranks(trained, ranks)

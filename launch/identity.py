@@ -22,6 +22,8 @@ FREE = (
     "attention",
     "gradient_checkpointing",
     "padding_free",
+    "kernels",
+    "compile",
     "epochs",
     "max_steps",
     "log_every",
@@ -41,6 +43,7 @@ BOUND = (
     "target_modules",
     "seed",
     "batch_size",
+    "group_by_length",
     "prompt",
     "cutoff_len",
     "train_on_inputs",
@@ -92,7 +95,8 @@ class Identity:
             RunError: the checkpoint is of another method, model or data, or an option that binds differs.
         """
         saved = checkpoint.run.get("identity", {})
-        options = dict(saved.get("options", {}))
+        options = {spec.name: spec.default for spec in SPECS}  # an option younger than the checkpoint
+        options.update(saved.get("options", {}))
         names = [name for name in self.options if to_json(self.options[name]) != to_json(options.get(name))]
         for name in names:
             if name in BOUND:
@@ -132,4 +136,6 @@ def _refuse(checkpoint: Checkpoint, what: str, there: object, here: object) -> N
 
 
 def _show(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -32,6 +32,7 @@ FOREIGN_KEYS: Mapping[str, str] = {
     "r": "rank",
     "resume_from_checkpoint": "resume",
     "train_batch_size": "batch_size",
+    "train_sampling_strategy": "group_by_length",
     "val_set_size": "val_size",
 }
 """What other trainers call our keys: hints only, never accepted in their place."""

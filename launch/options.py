@@ -34,6 +34,7 @@ Auto = Literal["auto"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["flexlora", "lora"]
 Attention = Literal["flash", "sdpa", "eager"]
+Kernels = Literal["liger", "none"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
 Count = Annotated[int, Bounds(least=0)]
@@ -171,6 +172,12 @@ class TrainOptions:
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: bool | Auto = "auto"
     """Whether a micro-batch's examples lie end to end; false and auto pad them to a multiple of 8 tokens."""
+    group_by_length: bool = False
+    """Whether batches are made of records of like length: less padding, but other records share a batch."""
+    kernels: Kernels | Auto = "auto"
+    """The base's norm, rotary embedding and SwiGLU: Liger's fused kernels or none; auto is liger where it runs."""
+    compile: bool = False
+    """Whether torch compiles the base's norm and SwiGLU, which no rank change touches."""
 
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if __name__ == "__main__":  # a launcher puts this folder on the path; the packa
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from launch.batches import MicroBatch
     from launch.interrupt import Watch
     from launch.resume import Start
     from launch.session import Session
@@ -35,8 +37,10 @@ def train(options: TrainOptions, watch: Watch) -> None:
     """
     from launch.agreement import alike
     from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
+    from launch.compiled import require_compiler
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
+    from launch.kernels import choose_kernels
     from launch.memory_plan import plan_memory
     from launch.processes import join_processes, world_size_of_environment
     from launch.resume import continue_files, find_start
@@ -46,7 +50,9 @@ def train(options: TrainOptions, watch: Watch) -> None:
     options = settle_prompt(options)
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)
     repeatable, layout = plan.options, plan.layout()
-    options = repeatable.replace(micro_batch_size=layout.micro_batch_size)
+    kernels = choose_kernels(repeatable, plan.config)
+    require_compiler(repeatable, plan.config)
+    options = repeatable.replace(micro_batch_size=layout.micro_batch_size, kernels=kernels)
     ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
@@ -72,27 +78,30 @@ def train(options: TrainOptions, watch: Watch) -> None:
 
 def run_steps(session: Session, done: int) -> None:
     """The steps after `done`, to the last one or until the processes agree to stop; then the last validation."""
+    from launch.prefetch import training_feed
+
     options, method, journal = session.options, session.method, session.journal
-    last = session.batches.steps
+    last, train = session.batches.steps, session.batches.train
     session.validator.catch_up(session.folder, done, last, options.val_every)
-    for step in session.control.steps(last, session.saver):
-        loss_sum = train_step(session, step)
-        skipped = session.guard.after_step(step)
-        change = method.after_step(step)
-        journal.count(step)
-        if change is not None:
-            journal.rank_change(change)
-        if skipped or journal.due(step, last):
-            journal.log(step, loss_sum, session.engine, method, skipped)
-        if session.validator.due(step, last, options.val_every):
-            session.validator.log(session.folder, step)
-        session.saver.after_step(step, last)
+    with training_feed(train, done, last, session.process.device) as feed:
+        for step in session.control.steps(last, session.saver):
+            loss_sum = train_step(session, step, islice(feed, train.accumulation))
+            skipped = session.guard.after_step(step)
+            change = method.after_step(step)
+            journal.count(step)
+            if change is not None:
+                journal.rank_change(change)
+            if skipped or journal.due(step, last):
+                journal.log(step, loss_sum, session.engine, method, skipped)
+            if session.validator.due(step, last, options.val_every):
+                session.validator.log(session.folder, step)
+            session.saver.after_step(step, last)
     if not session.control.stopping and done < last:
         session.validator.log(session.folder, last)
 
 
-def train_step(session: Session, step: int) -> Tensor:
-    """One global step; the sum of this process's token losses, left on the device.
+def train_step(session: Session, step: int, micro_batches: Iterable[MicroBatch]) -> Tensor:
+    """One global step over this process's micro-batches; the sum of their token losses, left on the device.
 
     The loss is the token losses' sum over the number of target tokens of the whole global batch. The engine averages
     gradients over processes and micro-steps, so each micro-batch's sum is multiplied by their number first.
@@ -103,10 +112,10 @@ def train_step(session: Session, step: int) -> Tensor:
 
     engine, device = session.engine, session.process.device
     at_positions = takes_positions(engine.module)
-    batches = session.batches.train
-    weight = engine.gradient_accumulation_steps() * engine.world_size / batches.target_tokens(step)
+    targets = session.batches.train.target_tokens(step)
+    weight = engine.gradient_accumulation_steps() * engine.world_size / targets
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in batches.micro_batches(step):
+    for batch in micro_batches:
         session.method.before_forward(batch, device)
         loss = session.guard.checked(token_loss(engine, batch, device, at_positions=at_positions), batch)
         engine.backward(loss * weight)

@@ -92,6 +92,57 @@ def test_the_stream_is_one_permutation_after_another(count: int, size: int, seed
     assert DataOrder(count, size, seed).indices(steps).tolist() == order.indices(steps).tolist()
 
 
+@given(count=st.integers(1, 120), size=st.integers(1, 13), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_grouped_by_length_every_epoch_still_holds_every_record_once(
+    count: int, size: int, seed: int
+) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 50, count)
+    order = DataOrder(count, size, seed, lengths)
+    steps = 3 * count // size + 2
+    stream = np.concatenate([order.indices(step) for step in range(1, steps + 1)])
+    for start in range(0, len(stream) - count + 1, count):
+        assert sorted(stream[start : start + count]) == list(range(count))
+    fresh = DataOrder(count, size, seed, lengths)  # as after a resume: nothing before this step was asked for
+    assert fresh.indices(steps).tolist() == order.indices(steps).tolist()
+
+
+def test_grouped_by_length_less_is_padded_at_every_step_but_those_between_epochs() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 200, 1003).tolist()
+    examples = make_examples(lengths, [0] * len(lengths))
+
+    def padded(grouped: bool) -> list[float]:
+        batches = TrainingBatches(examples, 16, 4, Cut(1, 0, 16), PAD, group_by_length=grouped)
+        steps = [batch for step in range(1, 126) for batch in batches.micro_batches(step)]
+        return [batch.input_ids.numel() / batch.tokens for batch in steps]
+
+    random, grouped = padded(False), padded(True)
+    assert np.mean(random) > 1.6 and np.mean(grouped) < 1.15
+    assert sum(ratio > 1.5 for ratio in grouped) <= 2, "only where one epoch goes over into the next"
+    longest = [batch[0] for batch in _lengths_of_steps(examples)]
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3, "when a length comes is random"
+
+
+def _lengths_of_steps(examples: Examples) -> list[list[int]]:
+    batches = TrainingBatches(examples, 16, 4, Cut(), PAD, group_by_length=True)
+    return [examples.lengths[batches.global_batch(step)].tolist() for step in range(1, 63)]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_grouped_batches_are_the_same_at_any_number_of_processes(world: int) -> None:
+    lengths = np.random.default_rng(1).integers(1, 30, 70).tolist()
+    examples = make_examples(lengths, [0] * 70)
+    for step in range(1, 12):
+        shares = [
+            TrainingBatches(examples, 8, 3, Cut(world, rank, 2), PAD, group_by_length=True)
+            for rank in range(world)
+        ]
+        ids = [id for share in shares for batch in share.micro_batches(step) for id in batch.record_ids]
+        alone = TrainingBatches(examples, 8, 3, Cut(), PAD, group_by_length=True)
+        assert sorted(ids) == sorted(alone.record_ids(step))
+
+
 def test_epochs_and_seeds_give_different_orders() -> None:
     first, second = (DataOrder(100, 100, 1).indices(step).tolist() for step in (1, 2))
     assert first != second

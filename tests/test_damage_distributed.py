@@ -143,6 +143,7 @@ def another_model(place: Place, folder: Path) -> dict[str, Any]:
     [
         ({"method": "lora"}, "method is flexlora in it and lora here"),
         ({"cutoff_len": 90}, "cutoff_len is 200 in it and 90 here"),
+        ({"group_by_length": True}, "group_by_length is false in it and true here"),
         *(
             pytest.param(change, difference, marks=pytest.mark.full)
             for change, difference in [

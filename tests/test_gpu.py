@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from flexlora_ds.dropout import keep_mask, name_key
+from launch.batches import Cut, TrainingBatches
+from launch.prefetch import training_feed
 from tests import rank_worker as worker
 from tests import tiny, twin
 from tests.distributed import Processes
+from tests.test_batches import contents, make_examples
 
 pytestmark = pytest.mark.gpu
 DUE = {15: 4, 25: 4, 35: 3, 45: 2}
@@ -42,3 +47,37 @@ def test_survivors_and_empty_plans(stage: int) -> None:
         case = {"stage": stage, "dtype": "bf16", "variants": ["none", "rebuilt", "without moments"]}
         (losses, *_) = processes.run(worker.empty_plans, case)
         assert losses["rebuilt"] == losses["none"] != losses["without moments"]
+
+
+def losses_with_and_without_liger() -> list[list[float]]:
+    """Three steps each, on one GPU."""
+    from launch.kernels import apply_liger
+
+    tiny.start()
+    config = worker.configuration()
+    found = []
+    for fused in (False, True):
+        model = tiny.adapted_llama(config)
+        if fused:
+            apply_liger(model)
+        engine = tiny.make_engine(model.train(), config, tiny.ds_config(3))
+        found.append([tiny.train_step(engine, rows) for rows in worker.batches(3)])
+        engine.destroy()
+    return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
+def test_ligers_kernels_compute_what_the_base_does() -> None:
+    with Processes(1, timeout=300) as processes:
+        ((plain, fused),) = processes.run(losses_with_and_without_liger)
+    assert fused == pytest.approx(plain, rel=1e-4)
+
+
+def test_pinned_batches_are_the_same() -> None:
+    examples = make_examples([9, 3, 5, 8], [0, 0, 0, 0])
+    batches = TrainingBatches(examples, 4, 1, Cut(micro_batch_size=2), 7)
+    expected = [batch for step in (1, 2) for batch in batches.micro_batches(step)]
+    with training_feed(batches, 0, 2, torch.device("cuda", 0)) as feed:
+        found = list(feed)
+    assert all(batch.input_ids.is_pinned() and batch.row_keys.is_pinned() for batch in found)
+    assert [contents(batch) for batch in found] == [contents(batch) for batch in expected]

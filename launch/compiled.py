@@ -1,0 +1,72 @@
+"""`compile: true`: the base model's element-wise pieces, compiled by torch; a rank change touches none of them.
+
+Compiled are the forward pass of every norm and `silu(gate) · up` of every MLP: one piece of code each for all layers,
+any batch and any length. Linear layers and adapters stay outside, so ranks, dropout and ZeRO-3's gathering, which
+happens in the hooks around a module's forward pass, are as without.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexlora_ds.errors import UserError
+from launch.kernels import foreign_base
+from launch.options import TrainOptions
+
+
+def require_compiler(options: TrainOptions, config: Any) -> None:
+    """See that what `compile` needs is there, before a model is loaded.
+
+    Raises:
+        UserError: no C++ compiler, or a model whose pieces are not known.
+    """
+    if not options.compile:
+        return
+    place = options.place("compile")
+    foreign = foreign_base(config)
+    if foreign:
+        raise UserError(f"compile true {foreign} ({place}); leave it false")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"compile true needs a C++ compiler, and there is no {compiler} ({place}); "
+            "install one, name yours in the variable CXX, or leave it false"
+        )
+
+
+def compile_pieces(model: nn.Module, backend: str = "inductor") -> int:
+    """Compile the pieces of a model that `require_compiler` lets pass, in place; returns how many modules got one."""
+    compiled = partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
+    gated = compiled(_gated)
+    norms: dict[type, Callable[..., Tensor]] = {}
+    count = 0
+    for module in list(model.modules()):
+        kind: Any = type(module)
+        if kind.__name__.endswith("RMSNorm"):
+            norms.setdefault(kind, compiled(kind.forward))
+            module.forward = MethodType(norms[kind], module)
+        elif all(hasattr(module, name) for name in ("act_fn", "gate_proj", "up_proj", "down_proj")):
+            module.forward = MethodType(partial(_mlp, gated), module)
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _mlp(gated: Callable[..., Tensor], mlp: Any, x: Tensor) -> Tensor:
+    """Of these MLPs, [..., hidden] -> [..., hidden]; the activation's module, which ZeRO-3 hooks, is not called."""
+    down: Tensor = mlp.down_proj(gated(mlp.gate_proj(x), mlp.up_proj(x)))
+    return down

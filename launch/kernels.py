@@ -1,0 +1,65 @@
+"""The base model's element-wise pieces (norm, rotary embedding, SwiGLU) as Liger's fused kernels, where they can run.
+
+The loss stays ours, and an MLP goes on calling its linear layers, adapted or not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from flexlora_ds.errors import UserError
+from launch.options import Kernels, TrainOptions
+
+PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+"""transformers' model types whose layers are RMSNorm, rotary embedding and down(act(gate(x)) · up(x)), and no more."""
+
+
+def choose_kernels(options: TrainOptions, config: Any) -> Kernels:
+    """`kernels` with `auto` settled for a model's configuration: liger or none.
+
+    Raises:
+        UserError: liger was asked for where it cannot run, or beside `compile`.
+    """
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    return settle_kernels(options, config, gpu=torch.cuda.is_available(), installed=installed)
+
+
+def settle_kernels(options: TrainOptions, config: Any, *, gpu: bool, installed: bool) -> Kernels:
+    """`choose_kernels` for a machine with a GPU and the package, or without."""
+    obstacle = _obstacle(options, config, gpu=gpu, installed=installed)
+    if options.kernels != "liger":
+        return "none" if options.kernels == "none" or obstacle else "liger"
+    if obstacle:
+        raise UserError(f"kernels liger {obstacle} ({options.place('kernels')}); choose auto or none")
+    return "liger"
+
+
+def _obstacle(options: TrainOptions, config: Any, *, gpu: bool, installed: bool) -> str | None:
+    if options.compile:
+        return "replaces what compile true would compile"
+    if not gpu:
+        return "needs a GPU"
+    if not installed:
+        return "needs the package liger-kernel, which is not installed"
+    return foreign_base(config)
+
+
+def foreign_base(config: Any) -> str | None:
+    """What of a model is not the pieces known here; None where nothing is."""
+    if config.model_type not in PLAIN_DECODERS:
+        return f"knows no models of type {config.model_type}, only {', '.join(PLAIN_DECODERS)}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"knows the activation silu, not {config.hidden_act}"
+    return None
+
+
+def apply_liger(model: Any) -> None:
+    """Put Liger's kernels into a model: into its modules, and for the rotary embedding into transformers' module."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(
+        model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+    )
