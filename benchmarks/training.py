@@ -260,7 +260,7 @@ def draw(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
         ratios = [row["time_ratio"] for row in rows]
         middle = [r["median"] for r in ratios]
         error = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
-        colours = ["#2a6f97" if row["name"].startswith("ours") else "#a9a9a9" for row in rows]
+        colours = ["#2a6f97" if row["name"].startswith("FlexLoRA") else "#a9a9a9" for row in rows]
         axes.barh([row["name"] for row in rows], middle, xerr=error, color=colours)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlabel("time per step : PEFT LoRA")
