@@ -68,7 +68,7 @@ def hook(moment: str, hold: Hold) -> Any:
             lambda _, engine: engine.global_steps + 1 == step and engine.is_gradient_accumulation_boundary(),
         ),
         "validation": (validation, "token_loss", lambda engine, *_: engine.global_steps == step),
-        "rank change": (rebuild, "_write_back", lambda engine, *_: engine.global_steps == step),
+        "rank change": (rebuild, "write_back", lambda engine, *_: engine.global_steps == step),
         "save": (
             checkpoint,
             "seal",
