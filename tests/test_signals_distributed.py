@@ -146,7 +146,8 @@ LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, 'launch/trai
 @pytest.mark.full
 def test_an_orphan_stops_as_on_a_signal(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with launched([LAUNCHER, *words(place, out)], 1, script="-c") as started:
+    # The process looks for its launcher once a second: the run must last longer.
+    with launched([LAUNCHER, *words(place, out, max_steps=1000)], 1, script="-c") as started:
         started.wait_for(lambda: lines(out / "metrics.jsonl") >= 4)
         started.send(signal.SIGKILL)
         _wait_for_summary(started, out)
