@@ -179,5 +179,15 @@ def run(options: TrainOptions) -> None:
         train(options, watch)
 
 
+def program() -> int:
+    """`main` in a process of its own, which leaves the others when the run is done."""
+    code = main()
+    if "torch" in sys.modules:
+        from launch.processes import leave_processes
+
+        leave_processes(done=code == 0)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())
