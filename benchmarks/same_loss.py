@@ -24,6 +24,7 @@ SHOWN = 20  # steps between printed lines
 def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[str, int]]:
     """The mean token loss of every step, and the ranks at the end."""
     from flexlora_ds.adapter import forward_context
+    from launch.attention import choose_padding_free
     from launch.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
     from launch.ds_config import resolve_ds_config
     from launch.memory_plan import plan_memory
@@ -31,7 +32,8 @@ def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[
 
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), 1)
     layout = plan.layout()
-    options = plan.options.replace(micro_batch_size=layout.micro_batch_size)
+    free = choose_padding_free(plan.options, plan.config)
+    options = plan.options.replace(micro_batch_size=layout.micro_batch_size, padding_free=free)
     ds_config = resolve_ds_config(options.ds, options, 1, hidden_size=plan.config.hidden_size)
     tokenizer = load_tokenizer_of(options)
     process = join_processes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from flexlora_ds.checkpoint import set_ranks
 from flexlora_ds.errors import UserError
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from flexlora_ds.schedule import resolve_calendar
+from launch.attention import attention_of, require_separable
 from launch.bar import Bar
 from launch.batch_layout import BatchLayout
 from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
@@ -27,12 +27,10 @@ from launch.kernels import apply_liger
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
 from launch.options import TrainOptions
-from launch.packed_attention import register_packed_sdpa
 from launch.processes import Process
 from launch.token_cache import Tokenised, cached, content_key
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ATTENTION_NAMES = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
 
 
 @dataclass(frozen=True)
@@ -118,28 +116,6 @@ def cut_batches(
     return Data(data, train, validation, steps)
 
 
-def attention_of(options: TrainOptions) -> str:
-    """transformers' name of the attention kernels; `auto` takes flash where it is installed and can run.
-
-    Raises:
-        UserError: flash was asked for where it cannot run.
-    """
-    can_flash = (
-        torch.cuda.is_available()
-        and options.compute_dtype() != "fp32"
-        and importlib.util.find_spec("flash_attn") is not None
-    )
-    if options.attention == "flash" and not can_flash:
-        raise UserError(
-            f"attention flash needs a GPU, bf16 or fp16, and the package flash-attn ({options.place('attention')}); "
-            "install flash-attn or choose sdpa"
-        )
-    chosen = ("flash" if can_flash else "sdpa") if options.attention == "auto" else options.attention
-    if chosen == "sdpa" and options.padding_free is True:
-        return register_packed_sdpa()
-    return ATTENTION_NAMES[chosen]
-
-
 def build_engine(
     options: TrainOptions,
     ds_config: dict[str, Any],
@@ -165,11 +141,7 @@ def build_engine(
         device=None if stage == 3 else process.device,
         zero3=ds_config if stage == 3 else None,
     )
-    if options.padding_free is True and not getattr(model, "_supports_attention_backend", False):
-        raise UserError(
-            f"{type(model).__name__} cannot tell examples apart that lie end to end "
-            f"({options.place('padding_free')}); leave padding_free at auto"
-        )
+    require_separable(model, options)
     if options.kernels == "liger":
         apply_liger(model)
     if options.compile:

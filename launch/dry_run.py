@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from launch.attention import choose_padding_free
 from launch.build import load_tokenizer_of, prepare_data, settle_prompt, steps_of
 from launch.ds_config import resolve_ds_config
 from launch.examples import IGNORED, TokenisedData
@@ -27,6 +28,8 @@ def dry_run(options: TrainOptions) -> None:
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     layout = plan.layout()
+    free = choose_padding_free(plan.options, plan.config)
+    laid = f"examples {'lie end to end' if free else 'are padded to a multiple of 8 tokens'}"
     dropped = data.dropped_line()
     page = RunPlan(
         options=options,
@@ -38,7 +41,7 @@ def dry_run(options: TrainOptions) -> None:
         memory=plan.at(layout.micro_batch_size),
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
-        notes=[dropped] if dropped else [],
+        notes=[dropped, laid] if dropped else [laid],
     )
     text = render_plan(page)
     if os.environ.get("RANK", "0") == "0":

@@ -171,7 +171,7 @@ class TrainOptions:
     gradient_checkpointing: bool | Auto = "auto"
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: bool | Auto = "auto"
-    """Whether a micro-batch's examples lie end to end; false and auto pad them to a multiple of 8 tokens."""
+    """Whether a micro-batch's examples lie end to end, or are padded; auto: end to end with flash or on a CPU."""
     group_by_length: bool = False
     """Whether batches are made of records of like length: less padding, but other records share a batch."""
     kernels: Kernels | Auto = "auto"

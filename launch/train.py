@@ -36,6 +36,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
         UserError, DataError: what the user must change. RunError: what failed.
     """
     from launch.agreement import alike
+    from launch.attention import choose_padding_free
     from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
     from launch.compiled import require_compiler
     from launch.ds_config import resolve_ds_config
@@ -52,7 +53,8 @@ def train(options: TrainOptions, watch: Watch) -> None:
     repeatable, layout = plan.options, plan.layout()
     kernels = choose_kernels(repeatable, plan.config)
     require_compiler(repeatable, plan.config)
-    options = repeatable.replace(micro_batch_size=layout.micro_batch_size, kernels=kernels)
+    free = choose_padding_free(repeatable, plan.config)
+    options = repeatable.replace(micro_batch_size=layout.micro_batch_size, kernels=kernels, padding_free=free)
     ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
     tokenizer = load_tokenizer_of(options)
     process = join_processes()

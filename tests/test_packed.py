@@ -10,8 +10,11 @@ import torch
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter import forward_context
+from flexlora_ds.errors import UserError
+from launch.attention import require_separable, settle_padding_free
 from launch.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
 from launch.examples import IGNORED
+from launch.options import TrainOptions
 from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
 from launch.token_loss import token_loss
 from tests.test_batches import make_examples
@@ -103,3 +106,37 @@ def test_validation_is_laid_the_same_way() -> None:
     assert lengths == [(9,), (5,), (4,), (8,)], "the last one is a dummy"
     assert passes[1][1].target_tokens == passes[1][1].tokens == 0
     assert sum(b.target_tokens for p in passes for b in p) == int(np.sum(examples.target_counts))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "gpu", "end_to_end"),
+    [
+        ("llama", "sdpa", False, True),
+        ("llama", "flash", True, True),
+        ("llama", "sdpa", True, False),
+        ("llama", "eager", False, False),
+        ("mamba", "sdpa", False, False),
+    ],
+)
+def test_auto_lays_end_to_end_where_that_is_right_and_faster(
+    kind: str, attention: str, gpu: bool, end_to_end: bool
+) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind)
+    assert settle_padding_free(TrainOptions(), config, attention=attention, gpu=gpu) == end_to_end
+    for asked in (True, False):
+        options = TrainOptions(padding_free=asked)
+        assert settle_padding_free(options, config, attention=attention, gpu=gpu) == asked
+
+
+def test_a_model_that_cannot_tell_examples_apart_is_refused() -> None:
+    class Recurrent:
+        _supports_attention_backend = True
+        _is_stateful = True
+
+    require_separable(Recurrent(), TrainOptions(padding_free=False))
+    with pytest.raises(
+        UserError, match=r"^Recurrent cannot tell examples apart .*leave padding_free at auto$"
+    ):
+        require_separable(Recurrent(), TrainOptions(padding_free=True))
