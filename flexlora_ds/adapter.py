@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter_function import Drop, adapted_linear, autocast_dtype, plain_adapted_linear
+from flexlora_ds.adapter_function import adapted_linear, autocast_dtype, plain_adapted_linear
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.dropout import name_key
 from flexlora_ds.errors import UserError
+from flexlora_ds.masking import Drop
 from flexlora_ds.penalty import PenaltyGradient
 from flexlora_ds.seeds import generator
 
@@ -30,11 +31,13 @@ class ForwardContext:
     `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout`), or None for keys drawn from
     torch's own generator at every layer.
     `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
+    `fused_masks`: compute dropout inside one compiled kernel; None does so on a GPU (`flexlora_ds.masking`).
     `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
     """
 
     row_keys: Tensor | None = None
     penalty: PenaltyGradient | None = None
+    fused_masks: bool | None = None
     plain: bool = False
 
 
@@ -115,7 +118,7 @@ class AdaptedLinear(nn.Module):
             keys = torch.randint(limit.min, limit.max, (rows,), device=x.device)
         elif keys.numel() != rows:
             raise ValueError(f"{self.name}: {rows} input rows, but {keys.numel()} row keys")
-        return Drop(keys.reshape(-1), self._key, self.dropout)
+        return Drop(keys.reshape(-1), self._key, self.dropout, self.context.fused_masks)
 
     def extra_repr(self) -> str:
         return (

@@ -12,7 +12,6 @@ activation checkpointing sees them too, and hands back those of the recomputatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,21 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexlora_ds.dropout import keep_mask
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Which elements of x the update does not see: those that `keep_mask` of these values drops."""
-
-    row_keys: Tensor
-    """int64, one key per row of x."""
-    matrix_key: int
-    p: float
-
-    def mask(self, features: int, dtype: torch.dtype) -> Tensor:
-        """Ones where an element is kept, zeros where it is dropped: [rows, features]."""
-        return keep_mask(self.row_keys, self.matrix_key, features, self.p, dtype)
+from flexlora_ds.masking import Drop, FusedMasking, Masking
 
 
 def plain_adapted_linear(
@@ -68,8 +53,8 @@ def adapted_linear(
     autocast = autocast_dtype(x)
     if autocast is not None:
         x = x.to(autocast)
-    keys, key, p = (None, 0, 0.0) if drop is None else (drop.row_keys, drop.matrix_key, drop.p)
-    y: Tensor = _AdaptedLinear.apply(x, weight, bias, P, lam, Q, scale, keys, key, p)  # type: ignore[no-untyped-call]
+    keys, how = (None, None) if drop is None else (drop.row_keys, (drop.matrix_key, drop.p, drop.fused))
+    y: Tensor = _AdaptedLinear.apply(x, weight, bias, P, lam, Q, scale, keys, how)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -93,24 +78,30 @@ class _AdaptedLinear(torch.autograd.Function):
         Q: Tensor,
         scale: float,
         row_keys: Tensor | None,
-        matrix_key: int,
-        p: float,
+        how: tuple[int, float, bool | None] | None,
     ) -> Tensor:
         dtype = x.dtype
-        drop = None if row_keys is None else Drop(row_keys, matrix_key, p)
+        drop = _drop(row_keys, how)
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        rows = _dropped(x.reshape(-1, x.shape[-1]), drop)
+        rows = x.reshape(-1, x.shape[-1])
+        if drop is not None:
+            rows = drop.masking(rows.shape[1], dtype).kept(rows)
         z = F.linear(rows, Q.to(dtype))
         y.view(-1, y.shape[-1]).addmm_((z * (lam * scale)).to(dtype), P.to(dtype).t())
         ctx.save_for_backward(x, weight, P, lam, Q, z, row_keys)
-        ctx.scale, ctx.matrix_key, ctx.p = scale, matrix_key, p
+        ctx.scale, ctx.how = scale, how
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
-            return (*_gradients(ctx, grad), None, None, None, None)
+            return (*_gradients(ctx, grad), None, None, None)
+
+
+def _drop(row_keys: Tensor | None, how: tuple[int, float, bool | None] | None) -> Drop | None:
+    """`Drop` again: its tensor went through the node's saved tensors, the rest beside them."""
+    return None if row_keys is None or how is None else Drop(row_keys, *how)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,8 +109,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, P, lam, Q, z, row_keys = ctx.saved_tensors
     for_x, _, _, for_p, for_lam, for_q, *_ = ctx.needs_input_grad
     dtype = x.dtype
-    drop = None if row_keys is None else Drop(row_keys, ctx.matrix_key, ctx.p)
-    mask = None if drop is None or not (for_x or for_q) else drop.mask(x.shape[-1], dtype)
+    drop = _drop(row_keys, ctx.how)
+    masking = None if drop is None or not (for_x or for_q) else drop.masking(x.shape[-1], dtype)
     strength = lam * ctx.scale
     g = grad.reshape(-1, grad.shape[-1])
     through_p = g @ P.to(dtype)
@@ -131,19 +122,17 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide = torch.promote_types(dtype, torch.float32)
         grad_lam = ((through_p.to(wide) * z).sum(0) * ctx.scale).to(lam.dtype)
     if for_x:
-        grad_x = _input_gradient(g, weight.to(dtype), through_lam, Q.to(dtype), mask).view(x.shape)
+        grad_x = _input_gradient(g, weight.to(dtype), through_lam, Q.to(dtype), masking).view(x.shape)
     if for_q:
         rows = x.reshape(-1, x.shape[-1])
-        grad_q = (through_lam.t() @ (rows if mask is None else mask.mul_(rows))).to(Q.dtype)
+        grad_q = (through_lam.t() @ (rows if masking is None else masking.kept_last(rows))).to(Q.dtype)
     return grad_x, None, None, grad_p, grad_lam, grad_q
 
 
-def _input_gradient(g: Tensor, weight: Tensor, through_lam: Tensor, Q: Tensor, mask: Tensor | None) -> Tensor:
+def _input_gradient(
+    g: Tensor, weight: Tensor, through_lam: Tensor, Q: Tensor, masking: Masking | FusedMasking | None
+) -> Tensor:
     """g W + (through_lam Q) ⊙ mask, [rows, in]."""
-    if mask is None:
+    if masking is None:
         return (g @ weight).addmm_(through_lam, Q)
-    return (through_lam @ Q).mul_(mask).addmm_(g, weight)
-
-
-def _dropped(rows: Tensor, drop: Drop | None) -> Tensor:
-    return rows if drop is None else rows * drop.mask(rows.shape[1], rows.dtype)
+    return masking.keep_(through_lam @ Q).addmm_(g, weight)

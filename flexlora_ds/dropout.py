@@ -47,18 +47,48 @@ def keep_mask(
     is one of the two neighbours of 256 p, drawn so that p holds to 1/65536. Multiply by a mask of the values' own
     dtype: on a CPU a boolean one is several times slower.
     """
-    rows = (row_keys ^ matrix_key) * _GOLDEN
-    seeds = _fold((rows >> 32).to(torch.int32)).unsqueeze(1)
+    seeds, draws = _of_rows(row_keys, matrix_key)
     columns = torch.arange(1, (features + 3) // 4 + 1, device=row_keys.device, dtype=torch.int32)
-    bits = _scramble(seeds ^ _fold(_scramble(_fold(columns)))).view(torch.int8)[:, :features]
+    bits = _scramble(seeds.unsqueeze(1) ^ _fold(_scramble(_fold(columns)))).view(torch.int8)[:, :features]
     # In place: torch vectorises a comparison on a CPU only where its result has its operands' dtype.
-    return _compare(bits, (rows >> 16) & 0xFFFF, p).to(dtype)
+    return _compare(bits, _limits(draws, *split_rate(p)), p).to(dtype)
 
 
-def _compare(bits: Tensor, draws: Tensor, p: float) -> Tensor:
-    """1 where a byte counted from −128 is at least its row's limit, in place; `draws` [rows] of 65,536 choose it."""
-    whole, part = divmod(round(p * 65536), 256)
-    limits = whole - 128 + (draws < part * 256).to(torch.int16)
+def dropped(values: Tensor, row_keys: Tensor, matrix_key: Tensor, whole: int, part: int) -> Tensor:
+    """`values` [rows, features] where `keep_mask` keeps them, else 0: the same bits, in operations of single elements.
+
+    Compiled it is one kernel that writes no mask; every feature computes all of its hash anew. As it stands it is
+    slower than `keep_mask`. The numbers that a run's layers differ in are tensors and integers that a compiler leaves
+    open: `matrix_key` is int64 [1], and 256 p = `whole` + `part` / 256 (`split_rate`).
+    """
+    seeds, draws = _of_rows(row_keys, matrix_key)
+    column = torch.arange(values.shape[1], device=values.device, dtype=torch.int32)
+    hashes = _scramble(seeds.unsqueeze(1) ^ _fold(_scramble(_fold((column >> 2) + 1))))
+    # Signed, the lowest first: as a view of the hashes as int8 has them.
+    byte = (hashes << (24 - 8 * (column & 3))) >> 24
+    return torch.where(byte >= _limits(draws, whole, part).unsqueeze(1), values, 0)
+
+
+def split_rate(p: float) -> tuple[int, int]:
+    """256 p as its whole part and, in 256ths, the rest."""
+    return divmod(round(p * 65536), 256)
+
+
+def _of_rows(row_keys: Tensor, matrix_key: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The seed of each row's hashes, int32, and its draw of 65,536."""
+    rows = (row_keys ^ matrix_key) * _GOLDEN
+    return _fold((rows >> 32).to(torch.int32)), (rows >> 16) & 0xFFFF
+
+
+def _limits(draws: Tensor, whole: int, part: int) -> Tensor:
+    """What a row's bytes, counted from −128, must reach to be kept; int16, for 128 is no int8."""
+    return whole - 128 + (draws < part * 256).to(torch.int16)
+
+
+def _compare(bits: Tensor, limits: Tensor, p: float) -> Tensor:
+    """1 where a byte is at least its row's limit, in place."""
     if p < 0.5:
         return bits.ge_(limits.to(torch.int8).unsqueeze(1))
-    return bits.gt_((limits - 1).to(torch.int8).unsqueeze(1))  # a limit of 128 is no int8
+    return bits.gt_(
+        (limits - 1).to(torch.int8).unsqueeze(1)
+    )  # a limit of 128 is no int8, one of −128 stays below

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexlora_ds.dropout import keep_mask, name_key
+from flexlora_ds.dropout import dropped, keep_mask, name_key, split_rate
 
 ROWS, FEATURES = 4000, 500
 
@@ -50,6 +50,15 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     all_rows = keep_mask(keys(), name_key("v_proj"), 33, 0.3)
     some = torch.tensor([5, 999, 3])
     assert torch.equal(keep_mask(keys()[some], name_key("v_proj"), 33, 0.3), all_rows[some])
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.4999, 0.5, 0.999])
+@pytest.mark.parametrize("features", [1, 6, 33])
+def test_the_form_of_single_elements_drops_the_same(p: float, features: int) -> None:
+    values = torch.randn(300, features, generator=torch.Generator().manual_seed(1))
+    expected = values * keep_mask(keys(300), name_key("up_proj"), features, p, values.dtype)
+    key = torch.tensor([name_key("up_proj")])
+    assert torch.equal(dropped(values, keys(300), key, *split_rate(p)), expected)
 
 
 def test_the_mask_is_pinned() -> None:

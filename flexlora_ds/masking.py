@@ -1,0 +1,98 @@
+"""How a dropout mask meets the values: written once and multiplied, or computed in one fused kernel, never written.
+
+A CPU does the first. On a GPU a written mask would take a dozen passes over memory for every linear layer, more than
+the adapter itself; there torch compiles the whole into one pass, tried once against the written mask before it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexlora_ds.dropout import dropped, keep_mask, split_rate
+
+Kernel = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+"""`flexlora_ds.dropout.dropped`, compiled."""
+
+
+class Masking:
+    """A mask [rows, features] for one pass over one layer, written when first needed."""
+
+    def __init__(self, drop: Drop, features: int, dtype: torch.dtype) -> None:
+        self.mask = drop.mask(features, dtype)
+
+    def kept(self, values: Tensor) -> Tensor:
+        """values ⊙ mask, a new tensor."""
+        return values * self.mask
+
+    def keep_(self, values: Tensor) -> Tensor:
+        """values ⊙ mask; `values` may be overwritten."""
+        return values.mul_(self.mask)
+
+    def kept_last(self, values: Tensor) -> Tensor:
+        """As `kept`, where the mask is not needed again: it becomes the result."""
+        return self.mask.mul_(values)
+
+
+class FusedMasking:
+    """The same without a mask: every call computes its bits anew."""
+
+    def __init__(self, drop: Drop, kernel: Kernel) -> None:
+        keys = drop.row_keys
+        key = torch.full((1,), drop.matrix_key, device=keys.device)  # a tensor: a number would be compiled in
+        self.kernel, self.of_rows = kernel, (keys, key, *split_rate(drop.p))
+
+    def kept(self, values: Tensor) -> Tensor:
+        """values ⊙ mask, a new tensor."""
+        return self.kernel(values, *self.of_rows)
+
+    keep_ = kept_last = kept
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Which elements of x the update does not see: those that `keep_mask` of these values drops."""
+
+    row_keys: Tensor
+    """int64, one key per row of x."""
+    matrix_key: int
+    p: float
+    fused: bool | None = None
+    """Whether the mask is computed inside one kernel; None: on a GPU."""
+
+    def mask(self, features: int, dtype: torch.dtype) -> Tensor:
+        """Ones where an element is kept, zeros where it is dropped: [rows, features]."""
+        return keep_mask(self.row_keys, self.matrix_key, features, self.p, dtype)
+
+    def masking(self, features: int, dtype: torch.dtype) -> Masking | FusedMasking:
+        """The mask for one pass."""
+        fused = self.fused
+        if fused is None:
+            fused = self.row_keys.is_cuda and not torch.compiler.is_compiling()
+        kernel = fused_kernel(self.row_keys.device) if fused else None
+        return Masking(self, features, dtype) if kernel is None else FusedMasking(self, kernel)
+
+
+@functools.cache
+def fused_kernel(device: torch.device) -> Kernel | None:
+    """`dropped`, compiled for a device; None, with a warning, where that fails or gives other bits."""
+    kernel: Kernel = torch.compile(dropped, dynamic=True, fullgraph=True)
+    drop = Drop(torch.arange(7, device=device) - 3, 11, 0.25)
+    values = torch.ones(7, 30, device=device)
+    try:
+        found = FusedMasking(drop, kernel).kept(values)
+    except Exception as error:  # the compiler's own, of many kinds; what it was is said
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no text'}"
+    else:
+        if torch.equal(found, drop.mask(30, values.dtype)):
+            return kernel
+        reason = "its bits are others"
+    warnings.warn(
+        f"dropout without a fused kernel, which is slower: torch.compile on {device}: {reason}", stacklevel=2
+    )
+    return None
