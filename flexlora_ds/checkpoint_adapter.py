@@ -34,10 +34,11 @@ def read_checkpoint_adapter(folder: Path) -> LoraAdapter:
             f"the checkpoint holds no FlexLoRA adapter ({folder}); finish its run and export that with --run"
         )
     config = FlexLoRAConfig.from_dict(notes["config"])
-    return lora_of(_triples(checkpoint), config, notes["base_model"], prompt=notes["prompt"])
+    return lora_of(masters_of(checkpoint), config, notes["base_model"], prompt=notes["prompt"])
 
 
-def _triples(checkpoint: Checkpoint) -> dict[str, Triple]:
+def masters_of(checkpoint: Checkpoint) -> dict[str, Triple]:
+    """P, λ and Q of every matrix, fp32, by the matrices' names."""
     masters: dict[str, Tensor] = {}
     for label, value in checkpoint.tensors():
         parameter, _, key = label.rpartition(":")
