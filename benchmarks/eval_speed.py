@@ -33,6 +33,8 @@ from eval.options import Options, parse_options
 from eval.predictions import Prediction
 from eval.results import markdown, versions
 from eval.run import quiet_libraries
+from flexlora_ds.errors import RunError
+from launch.edge import guarded
 
 GAP = 1e-4
 
@@ -193,8 +195,12 @@ def arguments() -> tuple[argparse.Namespace, Options]:
     return known, parse_options(rest)
 
 
-def main() -> int:
-    """Print and write the figures; 1 where a prediction differs from the greedy loop's and may not."""
+def compare() -> None:
+    """Print and write the figures.
+
+    Raises:
+        UserError: what the evaluation would refuse too. RunError: `generate` parts from the greedy loop.
+    """
     known, options = arguments()
     quiet_libraries()
     lm = load(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -213,7 +219,16 @@ def main() -> int:
     summary = summary_of(options, lm, contenders, answers)
     write_json(known.json, summary)
     print(f"{show(summary)}\n{known.json}")
-    return int(any(not d["allowed"] for d in summary["generate_against_greedy"]["differences"]))
+    wrong = [d for d in summary["generate_against_greedy"]["differences"] if not d["allowed"]]
+    if wrong:
+        raise RunError(
+            f"{len(wrong)} predictions of generate are not the greedy loop's ({known.json} lists them)"
+        )
+
+
+def main() -> int:
+    """Compare; the exit code."""
+    return guarded(compare, debug=lambda: False)
 
 
 if __name__ == "__main__":

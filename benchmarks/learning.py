@@ -93,7 +93,8 @@ def train(setting: str, seed: int, out: Path, words: Sequence[str], threads: int
         text=True,
     )
     if done.returncode:
-        raise RunError(f"{folder} ended with {done.returncode}: {done.stdout[-400:]}")
+        last = (done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise RunError(f"{folder} ended with {done.returncode}: {last}")
     print(f"{folder}: done", flush=True)
     return folder
 
