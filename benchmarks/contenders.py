@@ -16,10 +16,11 @@ from launch.batches import MicroBatch, collate, end_to_end
 from launch.build import TORCH_DTYPES
 from launch.ds_config import adam_settings, resolve_ds_config
 from launch.examples import Example
+from launch.head_loss import install_head_loss
 from launch.methods import FlexLoRA, PeftLoRA
 from launch.options import TrainOptions
 from launch.processes import world_size_of_environment
-from launch.token_loss import takes_positions, token_loss
+from launch.token_loss import Head, head_of, token_loss
 
 STEPS = 10**6  # of the schedules: nothing ends during a measurement
 
@@ -35,7 +36,7 @@ class Kind:
     packed: bool = False
     """Examples lie end to end; all others pad to a multiple of 8."""
     full_logits: bool = False
-    """Logits at every position, as transformers' own loss computes them; all others only where there are targets."""
+    """Logits at every position, as transformers' own loss computes them; all others where there are targets."""
 
 
 LORA = "PEFT LoRA"
@@ -86,13 +87,15 @@ class Contender:
         }
         options = options.replace(**(calendar if kind.changes else {"adjust_size": 0}))
         self.method = kind.method(options)
-        model = self.method.adapt(copy_sharing_weights(base)).train()
+        copy = copy_sharing_weights(base)
+        install_head_loss(copy)
+        model = self.method.adapt(copy).train()
         world_size = world_size_of_environment()
         config = resolve_ds_config(options.ds, options, world_size, hidden_size=base.config.hidden_size)
         optimizer = self.method.optimizer(model, adam_settings(options.ds, options))
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.method.attach(self.engine, STEPS, None)
-        self.at_positions = takes_positions(self.engine.module) and not kind.full_logits
+        self.head = Head() if kind.full_logits else head_of(self.engine.module)
 
     @property
     def trainable(self) -> int:
@@ -107,9 +110,7 @@ class Contender:
         batch = self._lay(rows, number)
         laid = time.perf_counter()
         self.method.before_forward(batch, self.device)
-        loss = (
-            token_loss(self.engine, batch, self.device, at_positions=self.at_positions) / batch.target_tokens
-        )
+        loss = token_loss(self.engine, batch, self.device, self.head) / batch.target_tokens
         self.engine.backward(self._regularised(loss))
         self.engine.step()
         updated = self._now()

@@ -55,13 +55,13 @@ def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[
 
 def one_step(engine: Any, method: Any, batches: Any, step: int, device: Any) -> float:
     """One update; the mean loss over the targets of the global batch."""
-    from launch.token_loss import takes_positions, token_loss
+    from launch.token_loss import head_of, token_loss
 
-    at_positions = takes_positions(engine.module)
+    head = head_of(engine.module)
     targets, total = batches.target_tokens(step), 0.0
     for batch in batches.micro_batches(step):
         method.before_forward(batch, device)
-        loss = token_loss(engine, batch, device, at_positions=at_positions)
+        loss = token_loss(engine, batch, device, head)
         engine.backward(loss * (engine.gradient_accumulation_steps() / targets))
         engine.step()
         total += float(loss.detach())

@@ -23,6 +23,7 @@ from launch.compiled import compile_pieces
 from launch.ds_config import adam_settings
 from launch.encoding import Encoding, all_cores, tokenise
 from launch.examples import TokenisedData, arrange
+from launch.head_loss import install_head_loss
 from launch.kernels import apply_liger
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
@@ -142,6 +143,7 @@ def build_engine(
         zero3=ds_config if stage == 3 else None,
     )
     require_separable(model, options)
+    install_head_loss(model)
     if options.kernels == "liger":
         apply_liger(model)
     if options.compile:

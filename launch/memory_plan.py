@@ -12,6 +12,8 @@ from flexlora_ds.adapter import check_rank, linear_names, linear_shapes, match_m
 from flexlora_ds.pretrained import load_skeleton
 from launch.batch_layout import BatchLayout, batch_layout
 from launch.ds_config import load_ds_config
+from launch.head_loss import chunk_rows
+from launch.kernels import PLAIN_DECODERS
 from launch.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
 from launch.options import TrainOptions
 from launch.planner import trainable_parameters
@@ -41,6 +43,7 @@ class MemoryPlan:
             options.compute_dtype(),
             self.processes,
             gradient_checkpointing=options.gradient_checkpointing is True,
+            loss_chunk=self._loss_chunk(),
             optimizer_states=5 if options.importance == "sensitivity" else 3,
         )
         copies = options.dropout > 0 and options.method == "lora"  # FlexLoRA's node keeps no dropped copy
@@ -52,6 +55,11 @@ class MemoryPlan:
             micro_batch * options.cutoff_len,
             dropped_inputs=inputs,
         )
+
+    def _loss_chunk(self) -> int | None:
+        """Tokens whose logits exist at once; None if those of the whole micro-batch do."""
+        computes_losses = self.config.model_type in PLAIN_DECODERS and self.options.compute_dtype() != "fp16"
+        return chunk_rows(self.config.vocab_size) if computes_losses else None
 
     @property
     def limit(self) -> float | None:

@@ -110,16 +110,16 @@ def train_step(session: Session, step: int, micro_batches: Iterable[MicroBatch])
     """
     import torch
 
-    from launch.token_loss import takes_positions, token_loss
+    from launch.token_loss import head_of, token_loss
 
     engine, device = session.engine, session.process.device
-    at_positions = takes_positions(engine.module)
+    head = head_of(engine.module)
     targets = session.batches.train.target_tokens(step)
     weight = engine.gradient_accumulation_steps() * engine.world_size / targets
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in micro_batches:
         session.method.before_forward(batch, device)
-        loss = session.guard.checked(token_loss(engine, batch, device, at_positions=at_positions), batch)
+        loss = session.guard.checked(token_loss(engine, batch, device, head), batch)
         engine.backward(loss * weight)
         session.journal.before_update(engine)
         engine.step()

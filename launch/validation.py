@@ -13,7 +13,7 @@ from launch.batches import ValidationBatches
 from launch.methods import Method
 from launch.processes import Process
 from launch.run_folder import RunFolder
-from launch.token_loss import takes_positions, token_loss
+from launch.token_loss import head_of, token_loss
 
 
 class Validator:
@@ -33,7 +33,7 @@ class Validator:
         self._process = process
         self._device = process.device
         self._interrupted = interrupted
-        self._at_positions = takes_positions(engine.module)
+        self._head = head_of(engine.module)
 
     def __bool__(self) -> bool:
         """Whether there is anything to validate on."""
@@ -50,7 +50,7 @@ class Validator:
                 total += float("nan")
                 break
             self._method.before_forward(batch, self._device)
-            total += token_loss(self._engine, batch, self._device, at_positions=self._at_positions).double()
+            total += token_loss(self._engine, batch, self._device, self._head).double()
         self._engine.train()
         comm.all_reduce(total)
         return float(total) / self._batches.target_tokens

@@ -16,7 +16,7 @@ from launch.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
 from launch.examples import IGNORED
 from launch.options import TrainOptions
 from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
-from launch.token_loss import token_loss
+from launch.token_loss import Head, token_loss
 from tests.test_batches import make_examples
 
 LENGTHS = [9, 3, 17, 1, 8, 12, 5, 16]
@@ -67,7 +67,7 @@ def loss_and_gradients(model: Any, run: TrainingBatches) -> dict[str, torch.Tens
     total = torch.zeros(())
     for batch in run.micro_batches(3):
         forward_context(model).row_keys = batch.row_keys
-        loss = token_loss(model, batch, DEVICE, at_positions=True)
+        loss = token_loss(model, batch, DEVICE, Head(at_positions=True))
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return {"loss": total, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
