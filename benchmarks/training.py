@@ -9,7 +9,8 @@ weights (shared), DeepSpeed configuration, precision, dropout, loss tokens and t
 matrix: λ). A step is everything from the records to the end of what follows the update. Ratios are medians over the
 rounds of contender / PEFT LoRA in the same round, with 95 % intervals by the bootstrap. `--memory true` adds each
 contender's peak memory, measured in a process of its own: on a GPU what torch allocated at most, on a CPU how far the
-resident memory rose above what it was before the model was built.
+resident memory rose above what it was before the model was built. `kernels` counts those of one more step: what a GPU
+starts, on a CPU torch's operations that compute.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 
 from benchmarks.contenders import KINDS, LORA, Contender, options_of
 from benchmarks.intervals import paired_ratio
+from benchmarks.kernels import count_kernels
 from benchmarks.shapes import SHAPES, random_model, records
 from launch.build import TORCH_DTYPES
 from launch.packed_attention import register_packed_sdpa
@@ -127,6 +130,9 @@ def measure(
             contender.step(number, rows, counted=number > WARM_UP)
     lora = next(c for c in contenders if c.kind.name == LORA)
     summaries = [summary(contender, lora) for contender in contenders]
+    for contender, row in zip(contenders, summaries, strict=True):
+        step = partial(contender.step, WARM_UP + args.rounds + 1, rows, counted=False)
+        row["kernels"] = count_kernels(step, device)
     for contender in contenders:
         contender.engine.destroy()
     return summaries
@@ -199,9 +205,9 @@ def table(setting: dict[str, Any], args: argparse.Namespace, device: torch.devic
         f"{torch.get_num_threads()} threads, {args.rounds} rounds, dropout {setting['dropout']:g}, "
         f"train_on_inputs {str(setting['train_on_inputs']).lower()}",
         "",
-        "| | s per step | tokens/s | time : LoRA (95 %) | CPU time : LoRA (95 %) | peak memory | after update | "
-        "input share |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | s per step | tokens/s | time : LoRA (95 %) | CPU time : LoRA (95 %) | peak memory | kernels | "
+        "after update | input share |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in setting["contenders"]:
         memory = (
@@ -211,7 +217,7 @@ def table(setting: dict[str, Any], args: argparse.Namespace, device: torch.devic
         cells = " | ".join(f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in ratios)
         lines.append(
             f"| {row['name']} | {row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {cells} | {memory} | "
-            f"{row['after_update_share']:.1%} | {row['input_share']:.3%} |"
+            f"{row['kernels']:,} | {row['after_update_share']:.1%} | {row['input_share']:.3%} |"
         )
     return "\n".join(lines + changes_line(setting["contenders"]))
 
