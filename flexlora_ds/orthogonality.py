@@ -45,7 +45,21 @@ def decoupled_change(P: Tensor, Q: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     Args:
         eta: `orth_weight` times the learning-rate schedule's factor; at most 0.5.
     """
-    return _wide(P) - eta * _columns_times_excess(P), _wide(Q) - eta * _columns_times_excess(Q.T).T
+    return decoupled_step(_wide(P), eta, tall=True), decoupled_step(_wide(Q), eta, tall=False)
+
+
+def decoupled_step(matrix: Tensor, eta: float, *, tall: bool) -> Tensor:
+    """`decoupled_change` of one P [..., n, r] (`tall`) or Q [..., r, n]; of several at once where they are stacked."""
+    excess = gram(matrix, tall=tall)
+    excess.diagonal(dim1=-2, dim2=-1).sub_(1)
+    left, right = (matrix, excess) if tall else (excess, matrix)
+    add_product = torch.addmm if matrix.dim() == 2 else torch.baddbmm
+    return add_product(matrix, left, right, alpha=-eta)
+
+
+def gram(matrix: Tensor, *, tall: bool) -> Tensor:
+    """PᵀP of P [..., n, r] (`tall`), QQᵀ of Q [..., r, n]: [..., r, r]."""
+    return matrix.mT @ matrix if tall else matrix @ matrix.mT
 
 
 def gram_excess(columns: Tensor) -> Tensor:
@@ -61,10 +75,6 @@ def _column_gradient(columns: Tensor, form: str) -> Tensor:
         return 4 * product
     norm = torch.linalg.matrix_norm(excess)
     return torch.where(norm > 0, 2 * product / norm, torch.zeros_like(product))
-
-
-def _columns_times_excess(columns: Tensor) -> Tensor:
-    return _wide(columns) @ gram_excess(columns)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from flexlora_ds.adapter import AdaptedLinear
 from flexlora_ds.importance import direction_sensitivity
-from flexlora_ds.orthogonality import gram_excess
-from flexlora_ds.partitions import MASTER, Shards
+from flexlora_ds.orthogonality import decoupled_step, gram
+from flexlora_ds.partitions import BUCKET_ELEMENTS, MASTER, Shards
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def read_lambdas(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[st
 
 def read_grams(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Grams]:
     """The Gram matrices of every matrix; P and Q pass by in buckets and are never all whole at once."""
-    return _grams(layers, {p: _gram(columns) for p, columns in _read_columns(shards, layers)})
+    masters = _read_masters(shards, layers)
+    return _grams(layers, {p: gram(whole, tall=tall).double() for tall, p, whole in masters})
 
 
 def read_sensitivities(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
@@ -56,34 +57,64 @@ def read_sensitivities(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> d
 
 @torch.no_grad()
 def orthogonalise(
-    shards: Shards, layers: Mapping[str, AdaptedLinear], eta: float, *, with_grams: bool = False
+    shards: Shards,
+    layers: Mapping[str, AdaptedLinear],
+    eta: float,
+    *,
+    with_grams: bool = False,
+    stacked: bool | None = None,
 ) -> dict[str, Grams] | None:
     """The decoupled regulariser on the masters: P ← P − η P(PᵀP − I), Q ← Q − η (QQᵀ − I)Q, after the step.
 
     Every process computes the same from the whole masters and writes its own part, so it is exact at every stage.
-    `with_grams` returns the Gram matrices of what was written, which `read_grams` would read all masters again for.
+
+    Args:
+        with_grams: return the Gram matrices of what was written, which `read_grams` would read all masters again for.
+        stacked: compute matrices of one shape together, a handful of kernels for all; None does so on a GPU. On a CPU
+            the copies cost more than the calls.
     """
-    tall = {layer.P for layer in layers.values()}
+    together = shards.device.type == "cuda" if stacked is None else stacked
     found: dict[nn.Parameter, Tensor] = {}
-    for p, columns in _read_columns(shards, layers):
-        changed = columns - eta * (columns @ gram_excess(columns))
-        shards.write(p, MASTER, changed if p in tall else changed.T.contiguous())
+    for tall, group in _alike(_read_masters(shards, layers), together=together):
+        wholes = [whole for _, _, whole in group]
+        changed: Sequence[Tensor] = (
+            [decoupled_step(wholes[0], eta, tall=tall)]
+            if len(wholes) == 1
+            else decoupled_step(torch.stack(wholes), eta, tall=tall).unbind()
+        )
+        written = {p: matrix for (_, p, _), matrix in zip(group, changed, strict=True)}
+        shards.write_all(MASTER, written)
         if with_grams:
-            found[p] = _gram(changed)
+            found |= {p: gram(matrix, tall=tall).double() for p, matrix in written.items()}
     return _grams(layers, found) if with_grams else None
 
 
-def _read_columns(
-    shards: Shards, layers: Mapping[str, AdaptedLinear]
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """The masters of all P and Q, directions in columns: P, and Q transposed."""
+Master = tuple[bool, nn.Parameter, Tensor]
+"""Whether it is a P, which is tall; the parameter; its master."""
+
+
+def _read_masters(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> Iterator[Master]:
+    """All P and Q, whole, bucket by bucket."""
     tall = {layer.P for layer in layers.values()}
     for p, whole in shards.read([q for layer in layers.values() for q in (layer.P, layer.Q)], MASTER):
-        yield p, whole if p in tall else whole.T
+        yield p in tall, p, whole
 
 
-def _gram(columns: Tensor) -> Tensor:
-    return (columns.T @ columns).double()
+def _alike(masters: Iterator[Master], *, together: bool) -> Iterator[tuple[bool, list[Master]]]:
+    """Groups of one kind and shape, of a bucket's size in all at a time; every one by itself unless `together`."""
+    waiting: dict[tuple[bool, torch.Size], list[Master]] = {}
+    elements = 0
+    for master in masters:
+        tall, _, whole = master
+        if not together:
+            yield tall, [master]
+            continue
+        waiting.setdefault((tall, whole.shape), []).append(master)
+        elements += whole.numel()
+        if elements >= BUCKET_ELEMENTS:
+            yield from ((kind, group) for (kind, _), group in waiting.items())
+            waiting, elements = {}, 0
+    yield from ((kind, group) for (kind, _), group in waiting.items())
 
 
 def _grams(layers: Mapping[str, AdaptedLinear], found: Mapping[nn.Parameter, Tensor]) -> dict[str, Grams]:

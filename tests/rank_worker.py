@@ -12,7 +12,7 @@ from benchmarks.traffic import Traffic
 from flexlora_ds import FlexLoRAConfig, RankController, adapters
 from flexlora_ds.importance import score_matrices
 from flexlora_ds.partitions import MASTER, live_shards, resize
-from flexlora_ds.spectra import read_lambdas
+from flexlora_ds.spectra import orthogonalise, read_lambdas
 from tests import tiny
 
 CALENDAR = {"adjust_start": 5, "adjust_freeze": 8, "adjust_interval": 10}  # due at 15, 25, 35, 45 of 60
@@ -141,6 +141,45 @@ def whole_reads(case: dict[str, Any]) -> dict[str, float]:
             name: max(float((p.data - whole).abs().max()) for p, whole in zip(params, found, strict=True))
             for name, found in reads.items()
         }
+
+
+def regularised(case: dict[str, Any]) -> dict[str, float]:
+    """The largest errors of one decoupled step of matrices of different ranks: masters, parameters, Gram matrices."""
+    import deepspeed
+
+    engine, controller = setup(case, configuration(orth_weight=0))
+    for step, rows in enumerate(batches(16), 1):
+        tiny.train_step(engine, rows)
+        controller.after_step(step)
+    layers, shards = controller.layers, live_shards(engine)
+    assert len(set(controller.ranks.values())) > 1
+    params = [p for layer in layers.values() for p in (layer.P, layer.Q)]
+
+    def masters() -> list[torch.Tensor]:
+        return [whole.cpu().double() for _, whole in shards.read(params, MASTER)]
+
+    before = masters()
+    grams = orthogonalise(shards, layers, 0.3, with_grams=True, stacked=case["stacked"])
+    assert grams is not None
+    after = masters()
+    expected = []
+    for p, q in zip(before[::2], before[1::2], strict=True):
+        eye = torch.eye(len(q), dtype=q.dtype)
+        expected += [p - 0.3 * p @ (p.T @ p - eye), q - 0.3 * (q @ q.T - eye) @ q]
+    of_after = [g for p, q in zip(after[::2], after[1::2], strict=True) for g in (p.T @ p, q @ q.T)]
+    with deepspeed.zero.GatheredParameters(params, enabled=case["stage"] == 3):
+        computed_with = [p.data.cpu().double() for p in params]
+    rounded = [m.to(params[0].dtype).double() for m in after]
+    return {
+        "masters": _largest(after, expected),
+        "parameters": _largest(computed_with, rounded),
+        "grams": _largest([g for gram in grams.values() for g in (gram.p, gram.q)], of_after),
+        "moved": 1 / _largest(after, before),
+    }
+
+
+def _largest(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
 
 
 def carried_state(case: dict[str, Any]) -> dict[str, float]:

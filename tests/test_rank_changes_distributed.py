@@ -81,6 +81,17 @@ def test_every_state_of_every_survivor_is_carried_exactly(processes: Processes, 
             assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_the_decoupled_step_is_exact_on_the_masters(two_processes: Processes, stage: int) -> None:
+    """One by one as on a CPU, and matrices of one shape together as on a GPU."""
+    for stacked in (False, True):
+        case = {"stage": stage, "dtype": "bf16", "stacked": stacked}
+        for worst in two_processes.run(worker.regularised, case):
+            assert worst.pop("moved") < 100
+            assert worst.pop("parameters") == 0
+            assert all(error < 1e-6 for error in worst.values()), worst
+
+
 def test_four_processes_read_and_carry_every_state() -> None:
     """Read together, parameters are gathered; one alone lies in one process or two, and is summed."""
     with Processes(4, timeout=240) as four:

@@ -10,9 +10,10 @@ from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
 from flexlora_ds.partitions.fresh import forget_construction
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
 from flexlora_ds.partitions.rebuild import resize
-from flexlora_ds.partitions.shards import MASTER, Shards
+from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards
 
 __all__ = [
+    "BUCKET_ELEMENTS",
     "MASTER",
     "Edit",
     "GradientProbe",

@@ -132,27 +132,31 @@ class Shards:
         for p, view in zip(bucket, views, strict=True):
             yield p, view.view(self.shapes[p])
 
-    @torch.no_grad()
     def write(self, p: nn.Parameter, key: str, whole: Tensor) -> None:
         """Write a whole tensor into this process's piece; no communication.
 
         A master also goes, rounded, into the parameter that the model computes with.
         """
-        piece = self.pieces[p]
-        self.local(p, key).copy_(whole.reshape(-1).narrow(0, piece.start, piece.length))
-        if key == MASTER:
-            self._write_parameter(p, whole, piece)
+        self.write_all(key, {p: whole})
 
-    def _write_parameter(self, p: nn.Parameter, whole: Tensor, piece: Piece) -> None:
-        if self.masters_are_parameters:
+    @torch.no_grad()
+    def write_all(self, key: str, wholes: Mapping[nn.Parameter, Tensor]) -> None:
+        """`write` of many, which a GPU copies in a few kernels."""
+        copies = [copy for p, whole in wholes.items() for copy in self._copies(p, key, whole)]
+        torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
+
+    def _copies(self, p: nn.Parameter, key: str, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is written where, for one whole tensor."""
+        piece = self.pieces[p]
+        own = whole.reshape(-1).narrow(0, piece.start, piece.length)
+        yield self.local(p, key), own
+        if key != MASTER or self.masters_are_parameters:
             return
         if p in self.low_precision:  # stage 3: the partition, and the gathered copy of a persistent parameter
-            self.low_precision[p].narrow(0, 0, piece.length).copy_(
-                whole.reshape(-1).narrow(0, piece.start, piece.length)
-            )
+            yield self.low_precision[p].narrow(0, 0, piece.length), own
             if p.numel() != whole.numel():
                 return
-        p.data.copy_(whole.view(p.shape))
+        yield p.data, whole.view(p.shape)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
