@@ -87,8 +87,6 @@ def _limits(draws: Tensor, whole: int, part: int) -> Tensor:
 
 def _compare(bits: Tensor, limits: Tensor, p: float) -> Tensor:
     """1 where a byte is at least its row's limit, in place."""
-    if p < 0.5:
+    if p < 0.5:  # a limit of 128 is no int8, nor is one below −128
         return bits.ge_(limits.to(torch.int8).unsqueeze(1))
-    return bits.gt_(
-        (limits - 1).to(torch.int8).unsqueeze(1)
-    )  # a limit of 128 is no int8, one of −128 stays below
+    return bits.gt_((limits - 1).to(torch.int8).unsqueeze(1))

@@ -21,7 +21,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 class Masking:
-    """A mask [rows, features] for one pass over one layer, written when first needed."""
+    """A mask [rows, features] for one pass over one layer, written once."""
 
     def __init__(self, drop: Drop, features: int, dtype: torch.dtype) -> None:
         self.mask = drop.mask(features, dtype)

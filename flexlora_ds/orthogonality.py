@@ -65,7 +65,7 @@ def gram(matrix: Tensor, *, tall: bool) -> Tensor:
 def gram_excess(columns: Tensor) -> Tensor:
     """PᵀP − I of P [n, r]: [r, r]. (For Q give its transpose.)"""
     columns = _wide(columns)
-    return columns.T @ columns - torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    return gram(columns, tall=True) - torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
 
 
 def _column_gradient(columns: Tensor, form: str) -> Tensor:

@@ -22,8 +22,13 @@ from launch.kernels import PLAIN_DECODERS
 CHUNK_BYTES = 2**27
 """Of the fp32 logits that exist at once."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-"""Not fp16: the gradient is rounded before the loss scale reaches it."""
+
+def computes_losses(config: Any, *, fp16: bool) -> bool:
+    """Whether a model's head can: where nothing follows it but the loss.
+
+    Not in fp16: the gradient would be rounded before the loss scale reaches it.
+    """
+    return config.model_type in PLAIN_DECODERS and not fp16
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -96,10 +101,11 @@ class HeadLoss:
 
 
 def install_head_loss(model: Any) -> HeadLoss | None:
-    """Let a model's frozen head compute losses, where that is known to be all that follows it; None where it is not."""
+    """Let a model's frozen head compute losses; None where it cannot (`computes_losses`)."""
     head = model.get_output_embeddings()
-    known = model.config.model_type in PLAIN_DECODERS
-    if not known or type(head) is not nn.Linear or head.weight.dtype not in DTYPES:
+    if type(head) is not nn.Linear or not computes_losses(
+        model.config, fp16=head.weight.dtype == torch.float16
+    ):
         return None
     loss = HeadLoss(head)
     head.forward = loss  # type: ignore[method-assign, assignment]

@@ -12,8 +12,7 @@ from flexlora_ds.adapter import check_rank, linear_names, linear_shapes, match_m
 from flexlora_ds.pretrained import load_skeleton
 from launch.batch_layout import BatchLayout, batch_layout
 from launch.ds_config import load_ds_config
-from launch.head_loss import chunk_rows
-from launch.kernels import PLAIN_DECODERS
+from launch.head_loss import chunk_rows, computes_losses
 from launch.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
 from launch.options import TrainOptions
 from launch.planner import trainable_parameters
@@ -58,8 +57,9 @@ class MemoryPlan:
 
     def _loss_chunk(self) -> int | None:
         """Tokens whose logits exist at once; None if those of the whole micro-batch do."""
-        computes_losses = self.config.model_type in PLAIN_DECODERS and self.options.compute_dtype() != "fp16"
-        return chunk_rows(self.config.vocab_size) if computes_losses else None
+        if not computes_losses(self.config, fp16=self.options.compute_dtype() == "fp16"):
+            return None
+        return chunk_rows(self.config.vocab_size)
 
     @property
     def limit(self) -> float | None:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.commands import run_module
 from tests.training import SMALL, make_place
 
 
 def learning(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.learning", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return run_module("benchmarks.learning", *words)
 
 
 @pytest.mark.full

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import ROOT
+from tests.commands import run_module
 from tests.training import SMALL, make_place
 
 pytestmark = pytest.mark.full
 
 
 def same_loss(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.same_loss", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return run_module("benchmarks.same_loss", *words)
 
 
 def test_both_forms_train_alike(tmp_path: Path) -> None:
