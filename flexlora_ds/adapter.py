@@ -31,7 +31,7 @@ class ForwardContext:
     `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout`), or None for keys drawn from
     torch's own generator at every layer.
     `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
-    `fused_masks`: compute dropout inside one compiled kernel; None does so on a GPU (`flexlora_ds.masking`).
+    `fused_masks`: compute dropout inside one compiled kernel; None does so where there is one (`flexlora_ds.masking`).
     `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
     """
 

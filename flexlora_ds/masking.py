@@ -1,7 +1,8 @@
-"""How a dropout mask meets the values: written once and multiplied, or computed in one fused kernel, never written.
+"""How a dropout mask meets the values: computed in one fused kernel, never written, or written once and multiplied.
 
-A CPU does the first. On a GPU a written mask would take a dozen passes over memory for every linear layer, more than
-the adapter itself; there torch compiles the whole into one pass, tried once against the written mask before it is used.
+A written mask takes a dozen passes over memory for every linear layer: a tenth of a step on a CPU, on a GPU more than
+the adapter itself. So a CPU has a pass in C (`flexlora_ds.host_kernel`), and a GPU one that torch compiles. Each is
+tried once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from flexlora_ds.dropout import dropped, keep_mask, split_rate
+from flexlora_ds.host_kernel import HostKernel
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 """`flexlora_ds.dropout.dropped`, compiled."""
+FUSED_ON = ("cpu", "cuda")
+"""The kinds of device that have one."""
 
 
 class Masking:
@@ -63,7 +67,7 @@ class Drop:
     matrix_key: int
     p: float
     fused: bool | None = None
-    """Whether the mask is computed inside one kernel; None: on a GPU."""
+    """Whether the mask is computed inside one kernel; None: where there is one."""
 
     def mask(self, features: int, dtype: torch.dtype) -> Tensor:
         """Ones where an element is kept, zeros where it is dropped: [rows, features]."""
@@ -73,26 +77,35 @@ class Drop:
         """The mask for one pass."""
         fused = self.fused
         if fused is None:
-            fused = self.row_keys.is_cuda and not torch.compiler.is_compiling()
+            fused = self.row_keys.device.type in FUSED_ON and not torch.compiler.is_compiling()
         kernel = fused_kernel(self.row_keys.device) if fused else None
         return Masking(self, features, dtype) if kernel is None else FusedMasking(self, kernel)
 
 
 @functools.cache
 def fused_kernel(device: torch.device) -> Kernel | None:
-    """`dropped`, compiled for a device; None, with a warning, where that fails or gives other bits."""
+    """The kernel of a device, made and tried at the first call; None, with a warning, where it cannot be used."""
+    return tried(HostKernel if device.type == "cpu" else torch_kernel, device)
+
+
+def torch_kernel() -> Kernel:
+    """What torch's compiler makes of `dropped`, on any device."""
     kernel: Kernel = torch.compile(dropped, dynamic=True, fullgraph=True)
+    return kernel
+
+
+def tried(make: Callable[[], Kernel], device: torch.device) -> Kernel | None:
+    """The kernel that `make` gives; None, with a warning, where that fails or drops other elements than the mask."""
     drop = Drop(torch.arange(7, device=device) - 3, 11, 0.25)
     values = torch.ones(7, 30, device=device)
     try:
+        kernel = make()
         found = FusedMasking(drop, kernel).kept(values)
-    except Exception as error:  # the compiler's own, of many kinds; what it was is said
+    except Exception as error:  # a compiler's own, of many kinds; what it was is said
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no text'}"
     else:
         if torch.equal(found, drop.mask(30, values.dtype)):
             return kernel
         reason = "its bits are others"
-    warnings.warn(
-        f"dropout without a fused kernel, which is slower: torch.compile on {device}: {reason}", stacklevel=2
-    )
+    warnings.warn(f"dropout without a fused kernel, which is slower: {device}: {reason}", stacklevel=2)
     return None

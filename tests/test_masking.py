@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from flexlora_ds.masking import Drop, FusedMasking, Masking, fused_kernel
+from flexlora_ds import masking
+from flexlora_ds.host_kernel import ELEMENTS_PER_THREAD, HostKernel
+from flexlora_ds.masking import Drop, FusedMasking, Kernel, Masking, fused_kernel, torch_kernel, tried
 from tests.test_adapter_function import drawn, layer_of, results
 
 CPU = torch.device("cpu")
 
 
-def test_a_layer_computes_the_same_either_way() -> None:
+@pytest.mark.parametrize("make", [HostKernel, torch_kernel])
+def test_a_layer_computes_the_same_either_way(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Kernel]
+) -> None:
     """Output and gradients, in two precisions, under autocast, for other numbers of rows."""
-    assert fused_kernel(CPU) is not None
+    kernel = tried(make, CPU)
+    assert kernel is not None
+    monkeypatch.setattr(masking, "fused_kernel", lambda device: kernel)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     for dtype, rows, around in (
         (torch.float32, 16, {}),
@@ -32,6 +40,34 @@ def test_a_layer_computes_the_same_either_way() -> None:
         assert float((fused["y"] != results_without_dropout(layer, x)).float().mean()) > 0.5
 
 
+@pytest.fixture(scope="module")
+def kernel() -> HostKernel:
+    return HostKernel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.999])
+def test_the_pass_in_c_drops_what_the_mask_drops(kernel: HostKernel, dtype: torch.dtype, p: float) -> None:
+    keys = torch.randint(-(2**62), 2**62, (331,), generator=torch.Generator().manual_seed(0))
+    for rows, features in ((331, 997), (3, 1), (1, 4096), (0, 8), (100, 30)):
+        drop, values = Drop(keys[:rows], -(2**63), p), drawn(rows, features, dtype=dtype)
+        kept = FusedMasking(drop, kernel).kept(values)
+        assert kept.dtype == dtype
+        assert torch.equal(kept, values * drop.mask(features, dtype))
+
+
+def test_threads_and_strides_change_no_bit(kernel: HostKernel) -> None:
+    keys = torch.arange(4 * ELEMENTS_PER_THREAD // 64)
+    drop, values = Drop(keys.repeat_interleave(2)[::2], 5, 0.3), drawn(64, len(keys)).t()
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(FusedMasking(drop, kernel).kept(values), values * drop.mask(64, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def with_masks(layer: Any, x: torch.Tensor, fused: bool, **around: Any) -> dict[str, torch.Tensor]:
     layer.context.fused_masks = fused
     return results(layer, x, plain=False, **around)
@@ -45,32 +81,48 @@ def results_without_dropout(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def test_a_cpu_writes_the_mask_and_is_not_asked_for_a_compiler() -> None:
-    drop = Drop(torch.arange(4), 3, 0.5)
-    assert isinstance(drop.masking(8, torch.float32), Masking)
+def test_a_cpu_has_a_kernel_and_another_device_writes_the_mask() -> None:
+    assert isinstance(fused_kernel(CPU), HostKernel)
+    assert isinstance(Drop(torch.arange(4), 3, 0.5).masking(8, torch.float32), FusedMasking)
+    assert isinstance(Drop(torch.arange(4, device="meta"), 3, 0.5).masking(8, torch.float32), Masking)
 
 
-def no_compiler(*args: Any, **options: Any) -> Any:
-    def run(*values: Any) -> Any:
-        raise RuntimeError("no C compiler found\nand much more")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler -x", r"FileNotFoundError: .*no-such-compiler.*"),
+        ("false", "RunError: false: exit code 1"),
+        ("cc --no-such-option", "RunError: cc: .*no-such-option.*"),
+        ("true", "OSError: .*dropped.so.*"),
+    ],
+)
+def test_without_a_c_compiler_the_mask_is_written(
+    monkeypatch: pytest.MonkeyPatch, compiler: str, reason: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.warns(UserWarning, match=f"^dropout without a fused kernel, which is slower: cpu: {reason}$"):
+        assert fused_kernel.__wrapped__(CPU) is None
+    monkeypatch.setattr(masking, "fused_kernel", lambda device: None)
+    assert isinstance(Drop(torch.arange(4), 3, 0.5).masking(8, torch.float32), Masking)
 
-    return run
+
+def no_compiler() -> Kernel:
+    raise RuntimeError("no C compiler found\nand much more")
 
 
-def other_bits(function: Any, **options: Any) -> Any:
+def other_bits() -> Kernel:
     return lambda values, *of_rows: values.clone()
 
 
 @pytest.mark.parametrize(
-    ("compile", "reason"),
+    ("make", "reason"),
     [(no_compiler, "RuntimeError: no C compiler found"), (other_bits, "its bits are others")],
 )
 def test_a_kernel_that_fails_or_drops_other_elements_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, compile: Any, reason: str
+    make: Callable[[], Kernel], reason: str
 ) -> None:
-    monkeypatch.setattr(torch, "compile", compile)
-    with pytest.warns(UserWarning, match=f"slower: torch.compile on cpu: {reason}$"):
-        assert fused_kernel.__wrapped__(CPU) is None
+    with pytest.warns(UserWarning, match=f"slower: cpu: {reason}$"):
+        assert tried(make, CPU) is None
 
 
 @pytest.mark.gpu
