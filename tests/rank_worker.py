@@ -293,17 +293,22 @@ def _counts(engine: Any) -> dict[str, int]:
 
 
 def communication(case: dict[str, Any]) -> dict[str, Any]:
-    """Elements that collectives move in one rank change at stage 3, and whether the base stayed partitioned."""
+    """What collectives move in one rank change at stage 3 and in the steps around it, and the base's state."""
     engine, controller = setup(case, configuration(orth_form="squared"))
     for step, rows in enumerate(batches(14), 1):
         tiny.train_step(engine, rows)
         controller.after_step(step)
-    tiny.train_step(engine, batches(15)[14])
+    with Traffic() as ordinary:
+        tiny.train_step(engine, batches(15)[14])
     base = [p for p in engine.module.parameters() if not p.requires_grad and not p.ds_persist]
     with Traffic() as traffic:
         change = controller.after_step(15)
     assert change is not None and change.pruned
+    with Traffic() as following:
+        tiny.train_step(engine, batches(15)[14])
     return {
+        "collectives of a step, before and after": (ordinary.count, following.count),
+        "fetches ahead": engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace(),
         "moved": traffic.elements,
         "collectives": traffic.count,
         "touched": sum(whole_elements(controller, n) for n in {*change.pruned, *change.expanded}),

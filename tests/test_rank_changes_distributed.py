@@ -238,7 +238,10 @@ def test_memory_stays_from_change_100_to_1000_at_stage_3(world: int) -> None:
 
 
 def test_a_change_at_stage_3_never_gathers_the_base() -> None:
-    """Only the touched matrices move, by one collective a key; then λ and the Gram matrices' read."""
+    """Only the touched matrices move, by one collective a key; then λ and the Gram matrices' read.
+
+    The next step is as any other: ZeRO-3 goes on fetching ahead.
+    """
     with Processes(2, timeout=240) as two:
         for result in two.run(
             worker.communication, {"stage": 3, "zero": {"stage3_param_persistence_threshold": 0}}
@@ -253,3 +256,6 @@ def test_a_change_at_stage_3_never_gathers_the_base() -> None:
             assert result["adapters"] / 2 < result["moved"] <= bound
             assert result["collectives"] <= states + reads
             assert result["moved"] < result["base"]
+            before, after = result["collectives of a step, before and after"]
+            assert before == after
+            assert result["fetches ahead"]
