@@ -13,10 +13,10 @@ static inline uint32_t scramble(uint32_t h) {
   return fold(h);
 }
 
-/* A function for each width of an element: values of [rows, features], compared in lanes of that width. Returns 0, or
- * 1 without memory. */
+/* A function for each width of an element: values of [rows, features], compared in lanes of that width; `out` may be
+ * `values`. Returns 0, or 1 without memory. */
 #define DROPPED(NAME, UNSIGNED, SIGNED)                                                                                \
-  int NAME(const UNSIGNED *restrict values, UNSIGNED *restrict out, const int64_t *restrict row_keys,                  \
+  int NAME(const UNSIGNED *values, UNSIGNED *out, const int64_t *restrict row_keys,                                    \
            int64_t matrix_key, int64_t rows, int64_t features, int32_t whole, int32_t part, int threads) {             \
     const int64_t quads = (features + 3) / 4;                                                                          \
     uint32_t *scratch = malloc(sizeof(uint32_t) * quads * (1 + threads));                                              \
@@ -34,6 +34,7 @@ static inline uint32_t scramble(uint32_t h) {
         const UNSIGNED *from = values + r * features;                                                                  \
         UNSIGNED *to = out + r * features;                                                                             \
         for (int64_t q = 0; q < quads; q++) hashes[q] = scramble(seed ^ columns[q]);                                   \
+        _Pragma("omp simd")                                                                                            \
         for (int64_t f = 0; f < features; f++)                                                                         \
           to[f] = from[f] & (UNSIGNED) - (SIGNED)((SIGNED)bytes[f] >= limit);                                          \
       }                                                                                                                \

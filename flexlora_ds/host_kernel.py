@@ -40,10 +40,22 @@ class HostKernel:
         for function in self._functions.values():
             function.argtypes = [pointer, pointer, pointer, long, long, long, integer, integer, integer]
 
-    def __call__(self, values: Tensor, row_keys: Tensor, matrix_key: Tensor, whole: int, part: int) -> Tensor:
-        """`values` [rows, features] where they are kept, else 0, as a new tensor; see `dropped`."""
+    def __call__(
+        self,
+        values: Tensor,
+        row_keys: Tensor,
+        matrix_key: Tensor,
+        whole: int,
+        part: int,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`values` [rows, features] where they are kept, else 0: in `out`, which may be `values`, or a new tensor.
+
+        The other arguments are those of `dropped`.
+        """
+        if out is None or not out.is_contiguous():
+            out = torch.empty_like(values, memory_format=torch.contiguous_format)
         values, row_keys = values.contiguous(), row_keys.contiguous()
-        out = torch.empty_like(values)
         rows, features = values.shape
         threads = max(1, min(torch.get_num_threads(), values.numel() // ELEMENTS_PER_THREAD))
         places = (tensor.data_ptr() for tensor in (values, out, row_keys))

@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +19,23 @@ from torch import Tensor
 from flexlora_ds.dropout import dropped, keep_mask, split_rate
 from flexlora_ds.host_kernel import HostKernel
 
-Kernel = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
-"""`flexlora_ds.dropout.dropped`, compiled."""
+
+class Kernel(Protocol):
+    """`flexlora_ds.dropout.dropped`, compiled. It may write into `out`, which may be `values`."""
+
+    def __call__(
+        self,
+        values: Tensor,
+        row_keys: Tensor,
+        matrix_key: Tensor,
+        whole: int,
+        part: int,
+        /,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 FUSED_ON = ("cpu", "cuda")
 """The kinds of device that have one."""
 
@@ -55,7 +71,11 @@ class FusedMasking:
         """values ⊙ mask, a new tensor."""
         return self.kernel(values, *self.of_rows)
 
-    keep_ = kept_last = kept
+    kept_last = kept
+
+    def keep_(self, values: Tensor) -> Tensor:
+        """values ⊙ mask; `values` may be overwritten."""
+        return self.kernel(values, *self.of_rows, out=values)
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,11 @@ def fused_kernel(device: torch.device) -> Kernel | None:
 
 def torch_kernel() -> Kernel:
     """What torch's compiler makes of `dropped`, on any device."""
-    kernel: Kernel = torch.compile(dropped, dynamic=True, fullgraph=True)
+    compiled = torch.compile(dropped, dynamic=True, fullgraph=True)
+
+    def kernel(*values_and_rows: Any, out: Tensor | None = None) -> Tensor:
+        return compiled(*values_and_rows)
+
     return kernel
 
 

@@ -54,6 +54,10 @@ def test_the_pass_in_c_drops_what_the_mask_drops(kernel: HostKernel, dtype: torc
         kept = FusedMasking(drop, kernel).kept(values)
         assert kept.dtype == dtype
         assert torch.equal(kept, values * drop.mask(features, dtype))
+        place = values.data_ptr()
+        there = FusedMasking(drop, kernel).keep_(values)
+        assert there.data_ptr() == place
+        assert torch.equal(there, kept)
 
 
 def test_threads_and_strides_change_no_bit(kernel: HostKernel) -> None:
@@ -111,7 +115,7 @@ def no_compiler() -> Kernel:
 
 
 def other_bits() -> Kernel:
-    return lambda values, *of_rows: values.clone()
+    return lambda values, *of_rows, out=None: values.clone()
 
 
 @pytest.mark.parametrize(
