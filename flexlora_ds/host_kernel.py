@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -68,6 +69,8 @@ class HostKernel:
 def _compiled(folder: Path) -> Path:
     library = folder / "dropped.so"
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"{compiler[0]} is not on PATH; install a C compiler or set CC")
     done = subprocess.run(
         [*compiler, *FLAGS, "-o", str(library), str(SOURCE)], capture_output=True, text=True, check=False
     )

@@ -68,6 +68,8 @@ def test_threads_and_strides_change_no_bit(kernel: HostKernel) -> None:
         for number in (1, 3):
             torch.set_num_threads(number)
             assert torch.equal(FusedMasking(drop, kernel).kept(values), values * drop.mask(64, torch.float32))
+            kept = FusedMasking(drop, kernel).keep_(values.clone(memory_format=torch.preserve_format))
+            assert torch.equal(kept, values * drop.mask(64, torch.float32))
     finally:
         torch.set_num_threads(threads)
 
