@@ -1,6 +1,6 @@
 """What dropping one layer's input costs on a CPU: the pass in C, the written mask, torch's own dropout, in turn.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.dropout [--rows 1200] [--features 576,1536] [--p 0.05] [--dtype fp32]
+    OMP_NUM_THREADS=2 python -m benchmarks.dropout [--rows 1200] [--features 576 1536] [--p 0.05] [--dtype fp32]
                                                    [--rounds 40]
 
 Medians over the rounds, in milliseconds, after one uncounted round. The first two give the same bits, which is checked.
@@ -52,12 +52,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=1200)
-    parser.add_argument("--features", default="576,1536")
+    parser.add_argument("--features", type=int, nargs="+", default=[576, 1536])
     parser.add_argument("--p", type=float, default=0.05)
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
-    for features in map(int, args.features.split(",")):
+    for features in args.features:
         ways = contenders(args.rows, features, args.p, TORCH_DTYPES[args.dtype])
         assert torch.equal(ways["pass in C"](), ways["written mask"]()), "other bits"
         found = medians(ways, args.rounds)
