@@ -18,7 +18,7 @@ COMPILED := $(VENV)/.compiled
 SMOLLM2 := $(VENV)/.smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-full lint clean
+.PHONY: help setup demo demo-smollm2 test test-full golden lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +36,9 @@ test: $(COMPILED)  ## the checks, one case per mechanism
 
 test-full: $(COMPILED)  ## the long version of the checks
 	FLEXLORA_FULL=1 $(PYTEST) $(ARGS)
+
+golden: $(COMPILED)  ## renew the kept losses (tests/golden) and say which changed; only for a change that is meant
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
 
 lint: $(INSTALLED)  ## style, format, types
 	$(BIN)/ruff check .
