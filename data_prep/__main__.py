@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .build import Options, build
-from .edge import command
-from .errors import DataError
-from .options import Parser, positive
-from .sources import HubSource, LocalSource, Source
-from .tasks import TASKS
+from data_prep.build import Options, build
+from data_prep.edge import command
+from data_prep.errors import DataError
+from data_prep.options import Parser, positive
+from data_prep.sources import HubSource, LocalSource, Source
+from data_prep.tasks import TASKS
 
 _DESCRIPTION = """\
 Build Commonsense170K (170,420 training records) and the eight test sets from the original benchmarks,
@@ -86,7 +86,7 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
         return
     if args.source is not None:
         raise DataError("--demo and --source exclude each other", mend="leave one out")
-    from .demo import write_raw
+    from data_prep.demo import write_raw
 
     with tempfile.TemporaryDirectory(prefix="data_prep_demo_") as folder:
         write_raw(Path(folder), 42 if args.seed is None else args.seed)

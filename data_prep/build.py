@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .compare import first_differences, judge
-from .convert import Limits, Section, read_sections
-from .errors import DataError
-from .order import HEAD, SEPARATOR, TAIL, find_order, framed
-from .published import CORPUS, PUBLISHED, Published
-from .sources import Source
-from .staging import MANIFEST, commit, locked, read_manifest, staging
-from .tasks import TASKS, Task
+from data_prep.compare import first_differences, judge
+from data_prep.convert import Limits, Section, read_sections
+from data_prep.errors import DataError
+from data_prep.order import HEAD, SEPARATOR, TAIL, find_order, framed
+from data_prep.published import CORPUS, PUBLISHED, Published
+from data_prep.sources import Source
+from data_prep.staging import MANIFEST, commit, locked, read_manifest, staging
+from data_prep.tasks import TASKS, Task
 
 FORMAT = 1
 _PARTS_SECONDS, _CORPUS_SECONDS = 60.0, 15.0

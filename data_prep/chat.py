@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from .errors import DataError
-from .records import ChatRecord, Entry, Message, Record
+from data_prep.errors import DataError
+from data_prep.records import ChatRecord, Entry, Message, Record
 
 _NO_TEMPLATE = "use an instruct model's tokenizer, or records of instruction and output"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from .errors import DataError
-from .order import SEPARATOR
-from .records import Record
-from .sources import MissingSplitError, Source
-from .tasks import Split, Task
+from data_prep.errors import DataError
+from data_prep.order import SEPARATOR
+from data_prep.records import Record
+from data_prep.sources import MissingSplitError, Source
+from data_prep.tasks import Split, Task
 
 
 @dataclass(frozen=True)

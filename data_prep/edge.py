@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from .errors import DataError
+from data_prep.errors import DataError
 
 _STOPPED = 128  # plus the signal's number, as shells have it
 

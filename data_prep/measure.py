@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
-from .prompt import training_text
-from .records import Record, iter_records
-from .sources import quiet_retries
+from data_prep.errors import DataError
+from data_prep.prompt import training_text
+from data_prep.records import Record, iter_records
+from data_prep.sources import quiet_retries
 
 CountTokens = Callable[[list[str]], list[int]]
 

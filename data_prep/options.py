@@ -6,7 +6,7 @@ import argparse
 import difflib
 from typing import NoReturn
 
-from .errors import DataError
+from data_prep.errors import DataError
 
 
 class Parser(argparse.ArgumentParser):

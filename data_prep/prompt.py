@@ -7,8 +7,8 @@ there, training and evaluation differ in the white space of the first line and b
 
 from __future__ import annotations
 
-from .errors import DataError
-from .records import Record
+from data_prep.errors import DataError
+from data_prep.records import Record
 
 TEXT_PROMPTS = ("alpaca", "llm_adapters")
 """The styles that are strings around a record."""

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypedDict, cast
 
-from .errors import DataError
+from data_prep.errors import DataError
 
 _CHUNK = 1 << 20  # characters
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .edge import command
-from .errors import DataError
-from .measure import CountTokens, Measures, Seen, count_words, measure, token_counter
-from .options import Parser, positive
-from .plots import plot_all
-from .prompt import TEXT_PROMPTS
-from .published import CORPUS
-from .records import iter_records
+from data_prep.edge import command
+from data_prep.errors import DataError
+from data_prep.measure import CountTokens, Measures, Seen, count_words, measure, token_counter
+from data_prep.options import Parser, positive
+from data_prep.plots import plot_all
+from data_prep.prompt import TEXT_PROMPTS
+from data_prep.published import CORPUS
+from data_prep.records import iter_records
 
 _DESCRIPTION = """\
 Report on a data folder: for every train.json and test.json (and the corpus) duplicates, lengths and

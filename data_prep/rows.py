@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import DataError
+from data_prep.errors import DataError
 
 Row = Mapping[str, Any]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import DataError
-from .records import iter_objects
-from .rows import Row
-from .tasks import HubPlace, Split, Task
+from data_prep.errors import DataError
+from data_prep.records import iter_objects
+from data_prep.rows import Row
+from data_prep.tasks import HubPlace, Split, Task
 
 Loader = Callable[..., Iterable[Row]]  # the signature of datasets.load_dataset
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from data_prep.errors import DataError
 
 MANIFEST = "manifest.json"
 _BUILDING, _READY = ".building", ".ready"

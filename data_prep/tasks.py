@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .errors import DataError
-from .records import Record
-from .rows import Row, keyed_choices, number, text, texts, truth
+from data_prep.errors import DataError
+from data_prep.records import Record
+from data_prep.rows import Row, keyed_choices, number, text, texts, truth
 
 _ANSWER_FORMAT = "Answer format: "
 
