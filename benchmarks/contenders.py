@@ -18,7 +18,7 @@ from launch.ds_config import adam_settings, resolve_ds_config
 from launch.examples import Example
 from launch.head_loss import install_head_loss
 from launch.methods import FlexLoRA, PeftLoRA
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.processes import world_size_of_environment
 from launch.token_loss import Head, head_of, token_loss
 

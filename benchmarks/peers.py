@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flexlora_ds.adapter import linear_names, match_modules
 from flexlora_ds.partitions import forget_construction
 from launch.ds_config import AdamSettings
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 
 REGULARISER = 0.1  # the weight of the published code, and of PEFT's examples
 

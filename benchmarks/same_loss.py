@@ -15,7 +15,7 @@ from typing import Any
 
 from flexlora_ds.errors import RunError
 from launch.edge import guarded, quiet_libraries
-from launch.options import TrainOptions, parse_options
+from launch.options.train_options import TrainOptions, parse_options
 
 BOUND = 1e-4
 SHOWN = 20  # steps between printed lines

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.edge import guarded, quiet_libraries
-from launch.options import TrainOptions, parse_options
+from launch.options.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
     from launch.interrupt import Watch

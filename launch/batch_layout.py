@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexlora_ds.errors import UserError
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 
 MemoryEstimate = Callable[[int], float]
 """Micro-batch (records) -> bytes that one process needs."""

@@ -27,7 +27,7 @@ from launch.head_loss import install_head_loss
 from launch.kernels import apply_liger
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.processes import Process
 from launch.token_cache import Tokenised, cached, content_key
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
 from launch.kernels import foreign_base
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 
 
 def require_compiler(options: TrainOptions, config: Any) -> None:

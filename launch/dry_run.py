@@ -10,7 +10,7 @@ from launch.build import load_tokenizer_of, prepare_data, settle_prompt, steps_o
 from launch.ds_config import resolve_ds_config
 from launch.examples import IGNORED, TokenisedData
 from launch.memory_plan import plan_memory
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.planner import RunPlan, render_plan
 from launch.processes import world_size_of_environment
 

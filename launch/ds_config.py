@@ -15,7 +15,7 @@ from typing import Any
 from flexlora_ds.errors import UserError
 from launch.batch_layout import batch_layout
 from launch.ds_refusals import check_refusals, lookup
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 
 AUTO = "auto"
 QUIET = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say more

@@ -13,7 +13,7 @@ import yaml
 
 from data_prep.errors import DataError
 from flexlora_ds.errors import RunError, UserError
-from launch.option_sources import find_recipe
+from launch.options.sources import find_recipe
 
 _SMALLEST_SCALE = (
     "loss scale already at minimum"  # DeepSpeed raises a bare Exception (loss_scaler.py, 0.19.8)

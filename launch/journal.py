@@ -14,7 +14,7 @@ from deepspeed import comm
 from flexlora_ds.record import RankChange
 from launch.batches import TrainingBatches
 from launch.methods import Method
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.progress import Progress
 from launch.run_folder import RunFolder, StepMetrics
 

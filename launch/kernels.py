@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flexlora_ds.errors import UserError
-from launch.options import Kernels, TrainOptions
+from launch.options.train_options import Kernels, TrainOptions
 
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """transformers' model types whose layers are RMSNorm, rotary embedding and down(act(gate(x)) · up(x)), and no more."""

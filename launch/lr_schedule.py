@@ -6,7 +6,7 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
-from launch.options import LrSchedule, TrainOptions
+from launch.options.train_options import LrSchedule, TrainOptions
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -14,7 +14,7 @@ from launch.batch_layout import BatchLayout, batch_layout
 from launch.ds_config import load_ds_config
 from launch.head_loss import chunk_rows, computes_losses
 from launch.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.planner import trainable_parameters
 
 USABLE = 0.9

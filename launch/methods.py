@@ -21,7 +21,7 @@ from flexlora_ds.tensor_file import save_tensors
 from launch.batches import MicroBatch
 from launch.ds_config import AdamSettings
 from launch.json_files import write_text_atomically
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 
 
 class Method(Protocol):

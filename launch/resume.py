@@ -12,7 +12,7 @@ from flexlora_ds.checkpoint import Checkpoint, open_checkpoint
 from flexlora_ds.errors import RunError, UserError
 from launch.agreement import on_first
 from launch.identity import Identity
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.processes import Process
 from launch.run_folder import RunFolder
 

@@ -19,7 +19,7 @@ from launch.interrupt import Watch
 from launch.journal import Journal
 from launch.lock import locked
 from launch.methods import Method
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.processes import Process
 from launch.progress import Progress
 from launch.resume import Start

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launch.session import Session
 
 from launch.edge import debug_wanted, guarded, quiet_libraries
-from launch.options import DEFAULT_RECIPE, TrainOptions, parse_options
+from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
 
 
 def train(options: TrainOptions, watch: Watch) -> None:
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_help() -> None:
     """Print every key with its default and what it means, from process 0."""
-    from launch.option_help import help_text
+    from launch.options.help import help_text
 
     if os.environ.get("RANK", "0") == "0":
         print(help_text(), end="")

@@ -9,7 +9,7 @@ import pytest
 from flexlora_ds.errors import UserError
 from launch.compiled import require_compiler
 from launch.kernels import settle_kernels
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 
 
 def config(kind: str = "llama", **options: Any) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.lr_schedule import build_lr_scheduler, factor
-from launch.options import LrSchedule, TrainOptions
+from launch.options.train_options import LrSchedule, TrainOptions
 
 SCHEDULES: tuple[LrSchedule, ...] = ("linear", "cosine", "constant")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from launch.batch_layout import batch_layout
-from launch.option_help import field_lines, help_text, options_markdown
-from launch.options import GROUPS, SPECS, TrainOptions, parse_options
+from launch.options.help import field_lines, help_text, options_markdown
+from launch.options.train_options import GROUPS, SPECS, TrainOptions, parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -221,7 +221,7 @@ def test_every_option_has_a_help_line_and_a_group() -> None:
 
 def test_docs_page_is_in_step() -> None:
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-    assert page == options_markdown(), "run: python -m launch.option_help > docs/options.md"
+    assert page == options_markdown(), "run: python -m launch.options.help > docs/options.md"
 
 
 def test_help_exits_0_and_needs_no_torch() -> None:

@@ -14,7 +14,7 @@ from flexlora_ds.errors import UserError
 from launch.attention import require_separable, settle_padding_free
 from launch.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
 from launch.examples import IGNORED
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
 from launch.token_loss import Head, token_loss
 from tests.test_batches import make_examples

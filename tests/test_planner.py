@@ -18,7 +18,7 @@ from launch.memory_estimate import (
     estimate_memory,
     layer_bytes_per_token,
 )
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from launch.planner import RunPlan, group_modules, mark_loss, render_plan, trainable_parameters
 
 LLAMA3_8B = ModelShape(8_030_261_248, 32, 4096, 14336, 1024, 128_256)

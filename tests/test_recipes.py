@@ -10,7 +10,7 @@ import yaml
 from flexlora_ds.schedule import due_steps
 from launch.batch_layout import batch_layout
 from launch.batches import total_steps
-from launch.options import TrainOptions, parse_options
+from launch.options.train_options import TrainOptions, parse_options
 
 RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -27,7 +27,7 @@ from data_prep.records import load_records
 from flexlora_ds import export
 from launch.encoding import Encoding, tokenise
 from launch.examples import IGNORED, Example, arrange
-from launch.options import TrainOptions
+from launch.options.train_options import TrainOptions
 from tests import training
 from tests.distributed import Processes
 from tests.training import CHANGES, STEPS, Place, read_lines

@@ -1,6 +1,6 @@
 """Help texts made from the options themselves: `--help`, and the page `docs/options.md`.
 
-`python -m launch.option_help` prints the page.
+`python -m launch.options.help` prints the page.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launch.option_fields import describe_kind, show
-from launch.options import GROUPS, SPECS, TrainOptions
+from launch.options.fields import describe_kind, show
+from launch.options.train_options import GROUPS, SPECS, TrainOptions
 
 WIDTH = 100
 
@@ -98,7 +98,7 @@ def options_markdown() -> str:
     lines = [
         "# Options of a training run",
         "",
-        "Made by `python -m launch.option_help`; a test keeps it in step.",
+        "Made by `python -m launch.options.help`; a test keeps it in step.",
     ]
     lines += ["", "```", USAGE, "```", "", INTRODUCTION]
     for heading, group in entries():

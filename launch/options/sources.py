@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from flexlora_ds.errors import UserError
-from launch.option_fields import nearest
+from launch.options.fields import nearest
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
 """What DeepSpeed's and torch's launchers append for every process; the environment says the same."""
 

@@ -1,4 +1,4 @@
-"""How an option is converted and described: the machinery under `launch.options`, free of its keys."""
+"""How an option is converted and described: the machinery under `launch.options.train_options`, free of its keys."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ from flexlora_ds.config import (
     Spectrum,
 )
 from flexlora_ds.errors import UserError
-from launch.option_fields import Bounds, OptionSpec, convert, mend, option_specs, show
-from launch.option_sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
+from launch.options.fields import Bounds, OptionSpec, convert, mend, option_specs, show
+from launch.options.sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
 
 Auto = Literal["auto"]
 Dtype = Literal["fp32", "bf16", "fp16"]
