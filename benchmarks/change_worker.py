@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launch.edge import guarded, quiet_libraries
+from launch.command import guarded, quiet_libraries
 
 
 @dataclass(frozen=True)

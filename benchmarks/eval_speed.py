@@ -34,7 +34,7 @@ from eval.predictions import Prediction
 from eval.results import markdown, versions
 from eval.run import quiet_libraries
 from flexlora_ds.errors import RunError
-from launch.edge import guarded
+from launch.command import guarded
 
 GAP = 1e-4
 

@@ -33,7 +33,7 @@ from flexlora_ds.checkpoint_files import checkpoints_in
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
 from flexlora_ds.importance import exact_spectrum, score_matrices, spectrum_error
-from launch.edge import guarded
+from launch.command import guarded
 
 LORA = "LoRA"
 SETTINGS: dict[str, dict[str, object]] = {

@@ -36,7 +36,7 @@ from benchmarks.change_worker import Setting, measure
 from benchmarks.intervals import paired_ratio
 from benchmarks.shapes import SHAPES
 from flexlora_ds.errors import UserError
-from launch.edge import guarded, quiet_libraries
+from launch.command import guarded, quiet_libraries
 from launch.json_files import write_text_atomically
 
 MIB = 2**20

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from flexlora_ds.errors import RunError
-from launch.edge import guarded, quiet_libraries
+from launch.command import guarded, quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 
 BOUND = 1e-4

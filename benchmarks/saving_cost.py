@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.edge import guarded, quiet_libraries
+from launch.command import guarded, quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.build import Options, build
-from data_prep.edge import command
+from data_prep.command import command
 from data_prep.errors import DataError
 from data_prep.options import Parser, positive
 from data_prep.sources import HubSource, LocalSource, Source

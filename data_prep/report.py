@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.edge import command
+from data_prep.command import command
 from data_prep.errors import DataError
 from data_prep.measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from data_prep.options import Parser, positive

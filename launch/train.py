@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from launch.resume import Start
     from launch.session import Session
 
-from launch.edge import debug_wanted, guarded, quiet_libraries
+from launch.command import debug_wanted, guarded, quiet_libraries
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
 
 

@@ -129,7 +129,7 @@ def _become(request: Mapping[str, Any]) -> None:
 def main() -> None:
     """Import, serve, and in a child run."""
     _die_with_parent()
-    from launch.edge import quiet_libraries
+    from launch.command import quiet_libraries
 
     quiet_libraries()
     import deepspeed
