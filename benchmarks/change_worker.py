@@ -33,7 +33,7 @@ class Setting:
 
 def run(setting: Setting) -> dict[str, Any]:
     """Join the other processes, build the engine, measure."""
-    from launch.processes import join_processes
+    from launch.distributed.process import join_processes
 
     process = join_processes()
     trainer = Trainer(setting, process)

@@ -14,12 +14,12 @@ from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
 from launch.batches import MicroBatch, collate, end_to_end
 from launch.build import TORCH_DTYPES
+from launch.distributed.process import world_size_of_environment
 from launch.ds_config import adam_settings, resolve_ds_config
 from launch.examples import Example
 from launch.head_loss import install_head_loss
 from launch.methods import FlexLoRA, PeftLoRA
 from launch.options.train_options import TrainOptions
-from launch.processes import world_size_of_environment
 from launch.token_loss import Head, head_of, token_loss
 
 STEPS = 10**6  # of the schedules: nothing ends during a measurement

@@ -26,9 +26,9 @@ def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[
     from flexlora_ds.adapter import forward_context
     from launch.attention import choose_padding_free
     from launch.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
+    from launch.distributed.process import join_processes
     from launch.ds_config import resolve_ds_config
     from launch.memory_plan import plan_memory
-    from launch.processes import join_processes
 
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), 1)
     layout = plan.layout()

@@ -26,7 +26,7 @@ from launch.command import guarded, quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
-    from launch.interrupt import Watch
+    from launch.distributed.signals import Watch
     from launch.session import Session
 
 WARM_UP = 3  # steps
@@ -45,7 +45,7 @@ def run_block(session: Session, first: int, steps: int, *, save: bool) -> Block:
     """Train `steps` steps, with one whole save among them or none."""
     from deepspeed import comm
 
-    from launch.agreement import largest
+    from launch.distributed.agreement import largest
     from launch.train import train_step
 
     saver = session.saver
@@ -105,9 +105,9 @@ def report(found: list[tuple[Block, Block]], steps: int, checkpoint: Path) -> st
 def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     """Open a run as the training command does, and measure in it."""
     from launch.build import cut_batches, load_tokenizer_of, prepare_data
+    from launch.distributed.process import join_processes, world_size_of_environment
     from launch.ds_config import resolve_ds_config
     from launch.memory_plan import plan_memory
-    from launch.processes import join_processes, world_size_of_environment
     from launch.resume import Start
     from launch.session import begin, identify, run_folder
 
@@ -159,7 +159,7 @@ def main() -> int:
     fixed = ["--adjust_size=0", f"--max_steps={steps}", "--save_every=0", "--resume=auto"]
 
     def run() -> None:
-        from launch.interrupt import Watch
+        from launch.distributed.signals import Watch
 
         with tempfile.TemporaryDirectory() as scratch, Watch() as watch:
             words = list(rest)

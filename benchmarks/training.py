@@ -34,8 +34,8 @@ from benchmarks.intervals import paired_ratio
 from benchmarks.kernels import count_kernels
 from benchmarks.shapes import SHAPES, random_model, records
 from launch.build import TORCH_DTYPES
+from launch.distributed.process import join_processes
 from launch.packed_attention import register_packed_sdpa
-from launch.processes import join_processes
 
 WARM_UP = 2  # uncounted rounds
 MEMORY_STEPS = 3

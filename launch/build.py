@@ -20,6 +20,7 @@ from launch.bar import Bar
 from launch.batch_layout import BatchLayout
 from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
 from launch.compiled import compile_pieces
+from launch.distributed.process import Process
 from launch.ds_config import adam_settings
 from launch.encoding import Encoding, all_cores, tokenise
 from launch.examples import TokenisedData, arrange
@@ -28,7 +29,6 @@ from launch.kernels import apply_liger
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
 from launch.options.train_options import TrainOptions
-from launch.processes import Process
 from launch.token_cache import Tokenised, cached, content_key
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

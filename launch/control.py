@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.agreement import largest, on_first
-from launch.interrupt import Watch
-from launch.processes import Process
+from launch.distributed.agreement import largest, on_first
+from launch.distributed.process import Process
+from launch.distributed.signals import Watch
 from launch.run_folder import RunFolder
 from launch.saving import Saver
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launch.agreement import alike, on_first
-from launch.interrupt import stop_line
+from launch.distributed.agreement import alike, on_first
+from launch.distributed.signals import stop_line
 from launch.journal import peak_memory_gb
 from launch.report import build_report
 from launch.run_folder import Summary, trainable_params_mean

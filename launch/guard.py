@@ -14,9 +14,9 @@ from torch import Tensor
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.partitions import GradientProbe, loss_scale, skip_non_finite
-from launch.agreement import gather
 from launch.batches import MicroBatch
-from launch.processes import Process
+from launch.distributed.agreement import gather
+from launch.distributed.process import Process
 
 LIMIT = 3
 """This many skipped updates in a row end the run."""

@@ -10,10 +10,10 @@ from typing import Any
 from flexlora_ds import checkpoint_files as files
 from flexlora_ds.checkpoint import Checkpoint, open_checkpoint
 from flexlora_ds.errors import RunError, UserError
-from launch.agreement import on_first
+from launch.distributed.agreement import on_first
+from launch.distributed.process import Process
 from launch.identity import Identity
 from launch.options.train_options import TrainOptions
-from launch.processes import Process
 from launch.run_folder import RunFolder
 
 NOTES = ("identity", "journal", "guard")

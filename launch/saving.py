@@ -10,8 +10,8 @@ from typing import Any
 
 from flexlora_ds import checkpoint_files as files
 from flexlora_ds.checkpoint import Snapshot, take_snapshot
-from launch.agreement import on_first, together
-from launch.processes import Process
+from launch.distributed.agreement import on_first, together
+from launch.distributed.process import Process
 from launch.run_folder import RunFolder
 
 

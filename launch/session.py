@@ -9,18 +9,18 @@ from typing import Any
 
 from flexlora_ds.checkpoint_adapter import NOTES, adapter_notes
 from flexlora_ds.fingerprint import base_fingerprint, base_revision
-from launch.agreement import on_first
 from launch.build import Data, build_engine, steps_of
 from launch.control import Control
+from launch.distributed.agreement import on_first
+from launch.distributed.process import Process
+from launch.distributed.signals import Watch
 from launch.examples import TokenisedData
 from launch.guard import Guard
 from launch.identity import Base, Identity
-from launch.interrupt import Watch
 from launch.journal import Journal
 from launch.lock import locked
 from launch.methods import Method
 from launch.options.train_options import TrainOptions
-from launch.processes import Process
 from launch.progress import Progress
 from launch.resume import Start
 from launch.run_folder import RunFolder, library_versions

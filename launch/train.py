@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from launch.batches import MicroBatch
-    from launch.interrupt import Watch
+    from launch.distributed.signals import Watch
     from launch.resume import Start
     from launch.session import Session
 
@@ -35,15 +35,15 @@ def train(options: TrainOptions, watch: Watch) -> None:
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
-    from launch.agreement import alike
     from launch.attention import choose_padding_free
     from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
     from launch.compiled import require_compiler
+    from launch.distributed.agreement import alike
+    from launch.distributed.process import join_processes, world_size_of_environment
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
     from launch.kernels import choose_kernels
     from launch.memory_plan import plan_memory
-    from launch.processes import join_processes, world_size_of_environment
     from launch.resume import continue_files, find_start
     from launch.session import begin, identify, run_folder
 
@@ -175,7 +175,7 @@ def run(options: TrainOptions) -> None:
 
         dry_run(options)
         return
-    from launch.interrupt import Watch
+    from launch.distributed.signals import Watch
 
     with Watch() as watch:
         train(options, watch)
@@ -185,7 +185,7 @@ def program() -> int:
     """`main` in a process of its own, which leaves the others when the run is done."""
     code = main()
     if "torch" in sys.modules:
-        from launch.processes import leave_processes
+        from launch.distributed.process import leave_processes
 
         leave_processes(done=code == 0)
     return code

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from deepspeed import comm
 
-from launch.agreement import on_first
 from launch.batches import ValidationBatches
+from launch.distributed.agreement import on_first
+from launch.distributed.process import Process
 from launch.methods import Method
-from launch.processes import Process
 from launch.run_folder import RunFolder
 from launch.token_loss import head_of, token_loss
 

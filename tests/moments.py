@@ -100,16 +100,17 @@ def main() -> int:
     """Train, held where the command line says."""
     moment, rank, place, *arguments = sys.argv[1:]
     folder, mine = Path(place), os.environ["RANK"]
-    from launch import interrupt, train
+    from launch import train
+    from launch.distributed import signals
 
-    original = interrupt.Watch._signalled
+    original = signals.Watch._signalled
 
     def noting(self: Any, number: Any) -> None:
         original(self, number)
         (folder / f"noted-{mine}").touch()
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(interrupt.Watch, "_signalled", noting))
+        stack.enter_context(patch.object(signals.Watch, "_signalled", noting))
         if mine == rank and moment.startswith("operation "):
             watch_files(int(moment.split()[1]), Hold(folder))
         elif mine == rank:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from flexlora_ds.errors import UserError
-from launch.extensions import EXTENSION, limit_threads, prepare_extensions, release_abandoned_lock
+from launch.distributed.extensions import EXTENSION, limit_threads, prepare_extensions, release_abandoned_lock
 from tests.distributed import run_script
 
 HOLD = (
@@ -160,7 +160,7 @@ def test_the_environments_own_ninja_is_used_whatever_is_on_path(
 
 def test_the_command_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
-    (result,) = run_script(["-m", "launch.extensions"], 1, env=variables)
+    (result,) = run_script(["-m", "launch.distributed.extensions"], 1, env=variables)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: no C++ compiler")
     assert "Traceback" not in result.stderr

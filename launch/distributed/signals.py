@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 
 from flexlora_ds.errors import RunError
-from launch.agreement import gather
-from launch.process_table import Entry, launchers_above
-from launch.processes import Process
+from launch.distributed.agreement import gather
+from launch.distributed.process import Process
+from launch.distributed.process_table import Entry, launchers_above
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.extensions import limit_threads, prepare_extensions
+from launch.distributed.extensions import limit_threads, prepare_extensions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ On the CPU `deepspeed.init_distributed` compiles `deepspeed_shm_comm` at run tim
 deepspeed/comm/torch.py): about a minute, and torch marks the folder with a file `lock` while it compiles
 (torch/utils/file_baton.py). A compiling process that is killed leaves that file behind, and every later start
 waits for it without end. `prepare_extensions` compiles into the virtual environment beforehand and removes
-such a file; `python -m launch.extensions` does so from the command line.
+such a file; `python -m launch.distributed.extensions` does so from the command line.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def prepare_extensions() -> Path | None:
         except (RuntimeError, ImportError) as fault:
             raise RunError(
                 f"DeepSpeed's {EXTENSION} does not compile or load ({folder}: {_first_line(fault)}); "
-                f"remove that folder and run `python -m launch.extensions`"
+                f"remove that folder and run `python -m launch.distributed.extensions`"
             ) from fault
     return folder
 

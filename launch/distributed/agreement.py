@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_prep.errors import DataError
 from flexlora_ds.errors import RunError, UserError
-from launch.processes import Process
+from launch.distributed.process import Process
 
 T = TypeVar("T")
 
