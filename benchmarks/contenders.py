@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
-from launch.batches import MicroBatch, collate, end_to_end
 from launch.build import TORCH_DTYPES
+from launch.data.batches import MicroBatch, collate, end_to_end
+from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
 from launch.ds_config import adam_settings, resolve_ds_config
-from launch.examples import Example
 from launch.head_loss import install_head_loss
 from launch.methods import FlexLoRA, PeftLoRA
 from launch.options.train_options import TrainOptions
@@ -61,7 +61,7 @@ class Took:
     cpu_seconds: list[float] = field(default_factory=list)
     """Of all threads of the process: what a busy machine leaves as it is."""
     input: list[float] = field(default_factory=list)
-    """Seconds in which the records become a batch; a training run does it beside the step (`launch.prefetch`)."""
+    """Seconds in which the records become a batch; a training run does it beside the step (`launch.data.prefetch`)."""
     after_update: list[float] = field(default_factory=list)
     """Seconds in `after_step`: the regulariser, and a rank change where there is one."""
     changes: list[float] = field(default_factory=list)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from launch.examples import IGNORED, Example
+from launch.data.examples import IGNORED, Example
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {

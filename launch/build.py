@@ -16,20 +16,20 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from flexlora_ds.schedule import resolve_calendar
 from launch.attention import attention_of, require_separable
-from launch.bar import Bar
-from launch.batch_layout import BatchLayout
-from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
 from launch.compiled import compile_pieces
+from launch.data.bar import Bar
+from launch.data.batch_layout import BatchLayout
+from launch.data.batches import Cut, TrainingBatches, ValidationBatches, total_steps
+from launch.data.encoding import Encoding, all_cores, tokenise
+from launch.data.examples import TokenisedData, arrange
+from launch.data.token_cache import Tokenised, cached, content_key
 from launch.distributed.process import Process
 from launch.ds_config import adam_settings
-from launch.encoding import Encoding, all_cores, tokenise
-from launch.examples import TokenisedData, arrange
 from launch.head_loss import install_head_loss
 from launch.kernels import apply_liger
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
 from launch.options.train_options import TrainOptions
-from launch.token_cache import Tokenised, cached, content_key
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.errors import UserError
-from launch.batch_layout import batch_layout
+from launch.data.batch_layout import batch_layout
 from launch.ds_refusals import check_refusals, lookup
 from launch.options.train_options import TrainOptions
 

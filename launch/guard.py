@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.partitions import GradientProbe, loss_scale, skip_non_finite
-from launch.batches import MicroBatch
+from launch.data.batches import MicroBatch
 from launch.distributed.agreement import gather
 from launch.distributed.process import Process
 

@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm
 
 from flexlora_ds.record import RankChange
-from launch.batches import TrainingBatches
+from launch.data.batches import TrainingBatches
 from launch.methods import Method
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress

@@ -10,7 +10,7 @@ import torch
 
 from flexlora_ds.adapter import check_rank, linear_names, linear_shapes, match_modules
 from flexlora_ds.pretrained import load_skeleton
-from launch.batch_layout import BatchLayout, batch_layout
+from launch.data.batch_layout import BatchLayout, batch_layout
 from launch.ds_config import load_ds_config
 from launch.head_loss import chunk_rows, computes_losses
 from launch.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory

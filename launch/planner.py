@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexlora_ds.schedule import adjustment_size, describe, due_steps
-from launch.batch_layout import BatchLayout
+from launch.data.batch_layout import BatchLayout
 from launch.memory_estimate import GIB, MemoryEstimate
 from launch.options.train_options import TrainOptions
 

@@ -11,10 +11,10 @@ from flexlora_ds.checkpoint_adapter import NOTES, adapter_notes
 from flexlora_ds.fingerprint import base_fingerprint, base_revision
 from launch.build import Data, build_engine, steps_of
 from launch.control import Control
+from launch.data.examples import TokenisedData
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
 from launch.distributed.signals import Watch
-from launch.examples import TokenisedData
 from launch.guard import Guard
 from launch.identity import Base, Identity
 from launch.journal import Journal

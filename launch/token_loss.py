@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.batches import MicroBatch
-from launch.examples import IGNORED
+from launch.data.batches import MicroBatch
+from launch.data.examples import IGNORED
 from launch.head_loss import HeadLoss, head_loss_of
 
 

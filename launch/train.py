@@ -20,7 +20,7 @@ if __name__ == "__main__":  # a launcher puts this folder on the path; the packa
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from launch.batches import MicroBatch
+    from launch.data.batches import MicroBatch
     from launch.distributed.signals import Watch
     from launch.resume import Start
     from launch.session import Session
@@ -80,7 +80,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
 
 def run_steps(session: Session, done: int) -> None:
     """The steps after `done`, to the last one or until the processes agree to stop; then the last validation."""
-    from launch.prefetch import training_feed
+    from launch.data.prefetch import training_feed
 
     options, method, journal = session.options, session.method, session.journal
     last, train = session.batches.steps, session.batches.train

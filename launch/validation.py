@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed import comm
 
-from launch.batches import ValidationBatches
+from launch.data.batches import ValidationBatches
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
 from launch.methods import Method

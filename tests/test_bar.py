@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from launch.bar import Bar
+from launch.data.bar import Bar
 
 
 class Clock:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora_ds.errors import UserError
-from launch.batches import (
+from launch.data.batches import (
     PAD_MULTIPLE,
     Cut,
     DataOrder,
@@ -17,8 +17,8 @@ from launch.batches import (
     ValidationBatches,
     total_steps,
 )
-from launch.examples import IGNORED, Examples
-from launch.hashing import hash64, seeded_order
+from launch.data.examples import IGNORED, Examples
+from launch.data.hashing import hash64, seeded_order
 
 PAD = 7
 

@@ -9,8 +9,8 @@ import pytest
 from data_prep.chat import as_chat, as_record, chat_pieces, chat_prompts
 from data_prep.errors import DataError
 from data_prep.records import ChatRecord, Entry, Record
-from launch.encoding import Encoding, tokenise
-from launch.examples import IGNORED, Example
+from launch.data.encoding import Encoding, tokenise
+from launch.data.examples import IGNORED, Example
 from tests.chat_templates import BARE, CHATML, MOVING, STRICT, TRIMMING, make_tokenizer
 
 CHAT: ChatRecord = {

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.prompt import evaluation_prompt
 from data_prep.records import load_records
 from launch import train
-from launch.encoding import Encoding, tokenise
-from launch.examples import split
+from launch.data.encoding import Encoding, tokenise
+from launch.data.examples import split
 from tests import training
 from tests.distributed import ROOT, run_script
 from tests.training import Place

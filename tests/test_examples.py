@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.prompt import evaluation_prompt, training_text
 from data_prep.records import Record
 from flexlora_ds.errors import UserError
-from launch.encoding import Encoding, tokenise
-from launch.examples import IGNORED, Examples, TokenisedData, arrange, split
+from launch.data.encoding import Encoding, tokenise
+from launch.data.examples import IGNORED, Examples, TokenisedData, arrange, split
 
 BOS, EOS = 1, 2
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flexlora_ds.dropout import keep_mask, name_key
-from launch.batches import Cut, TrainingBatches
-from launch.prefetch import training_feed
+from launch.data.batches import Cut, TrainingBatches
+from launch.data.prefetch import training_feed
 from tests import rank_worker as worker
 from tests import tiny, twin
 from tests.distributed import Processes

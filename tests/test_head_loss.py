@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlora_ds.adapter import forward_context
-from launch.batches import MicroBatch
-from launch.examples import IGNORED
+from launch.data.batches import MicroBatch
+from launch.data.examples import IGNORED
 from launch.head_loss import HeadLoss, chunk_rows, chunked_losses, head_loss_of, install_head_loss
 from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
 from launch.token_loss import Head, head_of, token_loss

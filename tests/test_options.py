@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
-from launch.batch_layout import batch_layout
+from launch.data.batch_layout import batch_layout
 from launch.options.help import field_lines, help_text, options_markdown
 from launch.options.train_options import GROUPS, SPECS, TrainOptions, parse_options
 

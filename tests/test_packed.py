@@ -12,8 +12,8 @@ from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter import forward_context
 from flexlora_ds.errors import UserError
 from launch.attention import require_separable, settle_padding_free
-from launch.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
-from launch.examples import IGNORED
+from launch.data.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
+from launch.data.examples import IGNORED
 from launch.options.train_options import TrainOptions
 from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
 from launch.token_loss import Head, token_loss

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
-from launch.batch_layout import batch_layout
+from launch.data.batch_layout import batch_layout
 from launch.memory_estimate import (
     GIB,
     MemoryEstimate,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from launch.batches import Cut, MicroBatch, TrainingBatches
-from launch.prefetch import AHEAD, prefetched, training_feed
+from launch.data.batches import Cut, MicroBatch, TrainingBatches
+from launch.data.prefetch import AHEAD, prefetched, training_feed
 from tests.test_batches import PAD, contents, make_examples
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from flexlora_ds.schedule import due_steps
-from launch.batch_layout import batch_layout
-from launch.batches import total_steps
+from launch.data.batch_layout import batch_layout
+from launch.data.batches import total_steps
 from launch.options.train_options import TrainOptions, parse_options
 
 RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"

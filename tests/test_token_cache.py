@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from flexlora_ds.errors import RunError, UserError
-from launch import token_cache
-from launch.examples import Examples
-from launch.token_cache import Tokenised, cached, content_key
+from launch.data import token_cache
+from launch.data.examples import Examples
+from launch.data.token_cache import Tokenised, cached, content_key
 from tests.chat_templates import BARE, make_tokenizer
 
 KEY = "0123"

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.records import load_records
 from flexlora_ds import export
-from launch.encoding import Encoding, tokenise
-from launch.examples import IGNORED, Example, arrange
+from launch.data.encoding import Encoding, tokenise
+from launch.data.examples import IGNORED, Example, arrange
 from launch.options.train_options import TrainOptions
 from tests import training
 from tests.distributed import Processes
@@ -299,7 +299,7 @@ def test_the_losses_are_the_models(place: Place, alone: Path, base: Any) -> None
 
 def test_the_first_steps_loss_is_the_bases_on_eight_records(place: Place, alone: Path, base: Any) -> None:
     """λ is 0, so dropout has nothing to drop yet."""
-    from launch.batches import DataOrder
+    from launch.data.batches import DataOrder
 
     rows = examples(place, "train")
     batch = [rows[i] for i in DataOrder(len(rows), 8, 42).indices(1)]

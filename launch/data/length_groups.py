@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from launch.hashing import seeded_order
+from launch.data.hashing import seeded_order
 
 Ints = npt.NDArray[np.int64]
 POOL = 50

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from flexlora_ds.errors import UserError
-from launch.examples import IGNORED, Example, Examples
-from launch.hashing import hash64, seeded_order
-from launch.length_groups import grouped_by_length
+from launch.data.examples import IGNORED, Example, Examples
+from launch.data.hashing import hash64, seeded_order
+from launch.data.length_groups import grouped_by_length
 
 PAD_MULTIPLE = 8  # lengths are rounded up to it: tensor cores prefer it, and fewer distinct shapes occur
 
@@ -77,7 +77,7 @@ class DataOrder:
     def __init__(
         self, count: int, batch_size: int, seed: int, lengths: npt.NDArray[np.int64] | None = None
     ) -> None:
-        """With `lengths`, one an example, batches are of like length (`launch.length_groups`)."""
+        """With `lengths`, one an example, batches are of like length (`launch.data.length_groups`)."""
         self.count = count
         self.batch_size = batch_size
         self._seed = seed

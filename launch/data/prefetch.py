@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from launch.batches import MicroBatch, TrainingBatches
+from launch.data.batches import MicroBatch, TrainingBatches
 
 T = TypeVar("T")
 AHEAD = 2

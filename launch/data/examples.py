@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexlora_ds.errors import UserError
-from launch.hashing import seeded_order
+from launch.data.hashing import seeded_order
 
 IGNORED = -100
 """The label of a token that is no target (PyTorch's `ignore_index`)."""

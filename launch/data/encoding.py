@@ -15,7 +15,7 @@ from data_prep.chat import as_chat, encode_chats
 from data_prep.prompt import CHAT, evaluation_prompt, training_text
 from data_prep.records import Entry, Record
 from flexlora_ds.errors import UserError
-from launch.examples import Examples
+from launch.data.examples import Examples
 
 _CHUNK = 4096  # records per call of the tokenizer: bounds the memory held as Python lists
 

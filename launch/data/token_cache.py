@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from flexlora_ds.errors import RunError
-from launch.examples import Examples
+from launch.data.examples import Examples
 
 FOLDER = "FLEXLORA_CACHE"
 """The environment variable that names the folder of the cache."""
