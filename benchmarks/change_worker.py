@@ -49,7 +49,7 @@ class Trainer:
         from benchmarks.contenders import KINDS, Contender, options_of
         from benchmarks.shapes import SHAPES, random_model
         from launch.build import TORCH_DTYPES
-        from launch.packed_attention import register_packed_sdpa
+        from launch.model.packed_attention import register_packed_sdpa
 
         self.setting, self.process, self.steps = setting, process, 0
         self.vocabulary = SHAPES[setting.shape]["vocab_size"]

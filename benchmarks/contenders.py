@@ -17,10 +17,10 @@ from launch.data.batches import MicroBatch, collate, end_to_end
 from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
 from launch.ds_config import adam_settings, resolve_ds_config
-from launch.head_loss import install_head_loss
 from launch.methods import FlexLoRA, PeftLoRA
+from launch.model.head_loss import install_head_loss
+from launch.model.token_loss import Head, head_of, token_loss
 from launch.options.train_options import TrainOptions
-from launch.token_loss import Head, head_of, token_loss
 
 STEPS = 10**6  # of the schedules: nothing ends during a measurement
 

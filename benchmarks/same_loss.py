@@ -24,11 +24,11 @@ SHOWN = 20  # steps between printed lines
 def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[str, int]]:
     """The mean token loss of every step, and the ranks at the end."""
     from flexlora_ds.adapter import forward_context
-    from launch.attention import choose_padding_free
     from launch.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
     from launch.distributed.process import join_processes
     from launch.ds_config import resolve_ds_config
     from launch.memory_plan import plan_memory
+    from launch.model.attention import choose_padding_free
 
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), 1)
     layout = plan.layout()
@@ -55,7 +55,7 @@ def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[
 
 def one_step(engine: Any, method: Any, batches: Any, step: int, device: Any) -> float:
     """One update; the mean loss over the targets of the global batch."""
-    from launch.token_loss import head_of, token_loss
+    from launch.model.token_loss import head_of, token_loss
 
     head = head_of(engine.module)
     targets, total = batches.target_tokens(step), 0.0

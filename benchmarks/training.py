@@ -35,7 +35,7 @@ from benchmarks.kernels import count_kernels
 from benchmarks.shapes import SHAPES, random_model, records
 from launch.build import TORCH_DTYPES
 from launch.distributed.process import join_processes
-from launch.packed_attention import register_packed_sdpa
+from launch.model.packed_attention import register_packed_sdpa
 
 WARM_UP = 2  # uncounted rounds
 MEMORY_STEPS = 3

@@ -15,8 +15,6 @@ from flexlora_ds.checkpoint import set_ranks
 from flexlora_ds.errors import UserError
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from flexlora_ds.schedule import resolve_calendar
-from launch.attention import attention_of, require_separable
-from launch.compiled import compile_pieces
 from launch.data.bar import Bar
 from launch.data.batch_layout import BatchLayout
 from launch.data.batches import Cut, TrainingBatches, ValidationBatches, total_steps
@@ -25,10 +23,12 @@ from launch.data.examples import TokenisedData, arrange
 from launch.data.token_cache import Tokenised, cached, content_key
 from launch.distributed.process import Process
 from launch.ds_config import adam_settings
-from launch.head_loss import install_head_loss
-from launch.kernels import apply_liger
 from launch.lr_schedule import build_lr_scheduler
 from launch.methods import Method, build_method
+from launch.model.attention import attention_of, require_separable
+from launch.model.head_loss import install_head_loss
+from launch.model.liger import apply_liger
+from launch.model.torch_compile import compile_pieces
 from launch.options.train_options import TrainOptions
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,8 +12,8 @@ from flexlora_ds.adapter import check_rank, linear_names, linear_shapes, match_m
 from flexlora_ds.pretrained import load_skeleton
 from launch.data.batch_layout import BatchLayout, batch_layout
 from launch.ds_config import load_ds_config
-from launch.head_loss import chunk_rows, computes_losses
 from launch.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
+from launch.model.head_loss import chunk_rows, computes_losses
 from launch.options.train_options import TrainOptions
 from launch.planner import trainable_parameters
 

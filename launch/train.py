@@ -35,15 +35,15 @@ def train(options: TrainOptions, watch: Watch) -> None:
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
-    from launch.attention import choose_padding_free
     from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
-    from launch.compiled import require_compiler
     from launch.distributed.agreement import alike
     from launch.distributed.process import join_processes, world_size_of_environment
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
-    from launch.kernels import choose_kernels
     from launch.memory_plan import plan_memory
+    from launch.model.attention import choose_padding_free
+    from launch.model.liger import choose_kernels
+    from launch.model.torch_compile import require_compiler
     from launch.resume import continue_files, find_start
     from launch.session import begin, identify, run_folder
 
@@ -110,7 +110,7 @@ def train_step(session: Session, step: int, micro_batches: Iterable[MicroBatch])
     """
     import torch
 
-    from launch.token_loss import head_of, token_loss
+    from launch.model.token_loss import head_of, token_loss
 
     engine, device = session.engine, session.process.device
     head = head_of(engine.module)

@@ -12,8 +12,8 @@ from launch.data.batches import ValidationBatches
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
 from launch.methods import Method
+from launch.model.token_loss import head_of, token_loss
 from launch.run_folder import RunFolder
-from launch.token_loss import head_of, token_loss
 
 
 class Validator:

@@ -31,7 +31,7 @@ def _run(case: dict[str, Any], backend: str | None) -> tuple[list[float], list[i
     from torch._dynamo.utils import counters
 
     from flexlora_ds import RankController
-    from launch.compiled import compile_pieces
+    from launch.model.torch_compile import compile_pieces
 
     _, world = tiny.start()
     config = worker.configuration(dropout=0.2, **CALENDAR)

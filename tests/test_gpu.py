@@ -51,7 +51,7 @@ def test_survivors_and_empty_plans(stage: int) -> None:
 
 def losses_with_and_without_liger() -> list[list[float]]:
     """Three steps each, on one GPU."""
-    from launch.kernels import apply_liger
+    from launch.model.liger import apply_liger
 
     tiny.start()
     config = worker.configuration()

@@ -12,9 +12,9 @@ from torch import Tensor
 from flexlora_ds.adapter import forward_context
 from launch.data.batches import MicroBatch
 from launch.data.examples import IGNORED
-from launch.head_loss import HeadLoss, chunk_rows, chunked_losses, head_loss_of, install_head_loss
-from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
-from launch.token_loss import Head, head_of, token_loss
+from launch.model.head_loss import HeadLoss, chunk_rows, chunked_losses, head_loss_of, install_head_loss
+from launch.model.packed_attention import PACKED_SDPA, register_packed_sdpa
+from launch.model.token_loss import Head, head_of, token_loss
 from tests.test_packed import DEVICE, batches, llama
 
 N, WIDTH, VOCABULARY = 11, 6, 40

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from flexlora_ds.errors import UserError
-from launch.compiled import require_compiler
-from launch.kernels import settle_kernels
+from launch.model.liger import settle_kernels
+from launch.model.torch_compile import require_compiler
 from launch.options.train_options import TrainOptions
 
 

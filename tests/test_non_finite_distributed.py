@@ -24,7 +24,7 @@ def poisoned(arguments: list[str], steps: list[int], process: int, kind: str) ->
     """The training command with a loss or a gradient of NaN on one process in some steps."""
     import os
 
-    from launch import token_loss
+    from launch.model import token_loss
 
     sound = token_loss.token_loss
 

@@ -11,12 +11,12 @@ import torch
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter import forward_context
 from flexlora_ds.errors import UserError
-from launch.attention import require_separable, settle_padding_free
 from launch.data.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
 from launch.data.examples import IGNORED
+from launch.model.attention import require_separable, settle_padding_free
+from launch.model.packed_attention import PACKED_SDPA, register_packed_sdpa
+from launch.model.token_loss import Head, token_loss
 from launch.options.train_options import TrainOptions
-from launch.packed_attention import PACKED_SDPA, register_packed_sdpa
-from launch.token_loss import Head, token_loss
 from tests.test_batches import make_examples
 
 LENGTHS = [9, 3, 17, 1, 8, 12, 5, 16]

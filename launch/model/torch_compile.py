@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
-from launch.kernels import foreign_base
+from launch.model.liger import foreign_base
 from launch.options.train_options import TrainOptions
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from flexlora_ds.errors import UserError
-from launch.kernels import PLAIN_DECODERS
+from launch.model.liger import PLAIN_DECODERS
+from launch.model.packed_attention import register_packed_sdpa
 from launch.options.train_options import TrainOptions
-from launch.packed_attention import register_packed_sdpa
 
 ATTENTION_NAMES = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
 

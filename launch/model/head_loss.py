@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from launch.kernels import PLAIN_DECODERS
+from launch.model.liger import PLAIN_DECODERS
 
 CHUNK_BYTES = 2**27
 """Of the fp32 logits that exist at once."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from launch.data.batches import MicroBatch
 from launch.data.examples import IGNORED
-from launch.head_loss import HeadLoss, head_loss_of
+from launch.model.head_loss import HeadLoss, head_loss_of
 
 
 @dataclass(frozen=True)
