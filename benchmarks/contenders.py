@@ -12,12 +12,12 @@ from torch import Tensor
 
 from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
-from launch.build import TORCH_DTYPES
 from launch.data.batches import MicroBatch, collate, end_to_end
 from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
-from launch.ds_config import adam_settings, resolve_ds_config
-from launch.methods import FlexLoRA, PeftLoRA
+from launch.engine.build import TORCH_DTYPES
+from launch.engine.ds_config import adam_settings, resolve_ds_config
+from launch.engine.methods import FlexLoRA, PeftLoRA
 from launch.model.head_loss import install_head_loss
 from launch.model.token_loss import Head, head_of, token_loss
 from launch.options.train_options import TrainOptions

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexlora_ds.host_kernel import HostKernel
 from flexlora_ds.masking import Drop, FusedMasking
-from launch.build import TORCH_DTYPES
+from launch.engine.build import TORCH_DTYPES
 
 
 def contenders(rows: int, features: int, p: float, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

@@ -1,4 +1,4 @@
-"""What FlexLoRA is measured against, with the face of `launch.methods.Method` as far as a step needs it."""
+"""What FlexLoRA is measured against, with the face of `launch.engine.methods.Method` as far as a step needs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flexlora_ds.adapter import linear_names, match_modules
 from flexlora_ds.partitions import forget_construction
-from launch.ds_config import AdamSettings
+from launch.engine.ds_config import AdamSettings
 from launch.options.train_options import TrainOptions
 
 REGULARISER = 0.1  # the weight of the published code, and of PEFT's examples

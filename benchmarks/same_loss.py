@@ -24,9 +24,9 @@ SHOWN = 20  # steps between printed lines
 def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[str, int]]:
     """The mean token loss of every step, and the ranks at the end."""
     from flexlora_ds.adapter import forward_context
-    from launch.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
     from launch.distributed.process import join_processes
-    from launch.ds_config import resolve_ds_config
+    from launch.engine.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
+    from launch.engine.ds_config import resolve_ds_config
     from launch.memory_plan import plan_memory
     from launch.model.attention import choose_padding_free
 

@@ -104,9 +104,9 @@ def report(found: list[tuple[Block, Block]], steps: int, checkpoint: Path) -> st
 
 def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     """Open a run as the training command does, and measure in it."""
-    from launch.build import cut_batches, load_tokenizer_of, prepare_data
     from launch.distributed.process import join_processes, world_size_of_environment
-    from launch.ds_config import resolve_ds_config
+    from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data
+    from launch.engine.ds_config import resolve_ds_config
     from launch.memory_plan import plan_memory
     from launch.resume import Start
     from launch.session import begin, identify, run_folder

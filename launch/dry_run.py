@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from launch.build import load_tokenizer_of, prepare_data, settle_prompt, steps_of
 from launch.data.examples import IGNORED, TokenisedData
 from launch.distributed.process import world_size_of_environment
-from launch.ds_config import resolve_ds_config
+from launch.engine.build import load_tokenizer_of, prepare_data, settle_prompt, steps_of
+from launch.engine.ds_config import resolve_ds_config
 from launch.memory_plan import plan_memory
 from launch.model.attention import choose_padding_free
 from launch.options.train_options import TrainOptions

@@ -13,7 +13,7 @@ from deepspeed import comm
 
 from flexlora_ds.record import RankChange
 from launch.data.batches import TrainingBatches
-from launch.methods import Method
+from launch.engine.methods import Method
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
 from launch.run_folder import RunFolder, StepMetrics

@@ -11,7 +11,7 @@ import torch
 from flexlora_ds.adapter import check_rank, linear_names, linear_shapes, match_modules
 from flexlora_ds.pretrained import load_skeleton
 from launch.data.batch_layout import BatchLayout, batch_layout
-from launch.ds_config import load_ds_config
+from launch.engine.ds_config import load_ds_config
 from launch.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
 from launch.model.head_loss import chunk_rows, computes_losses
 from launch.options.train_options import TrainOptions

@@ -9,17 +9,17 @@ from typing import Any
 
 from flexlora_ds.checkpoint_adapter import NOTES, adapter_notes
 from flexlora_ds.fingerprint import base_fingerprint, base_revision
-from launch.build import Data, build_engine, steps_of
 from launch.control import Control
 from launch.data.examples import TokenisedData
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
 from launch.distributed.signals import Watch
+from launch.engine.build import Data, build_engine, steps_of
+from launch.engine.methods import Method
 from launch.guard import Guard
 from launch.identity import Base, Identity
 from launch.journal import Journal
 from launch.lock import locked
-from launch.methods import Method
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
 from launch.resume import Start
@@ -100,7 +100,7 @@ def begin(
     """Build the engine and all that lives around it, at the place where the run begins; collective.
 
     Raises:
-        UserError: as `launch.build.build_engine`. RunError: the checkpoint does not fit.
+        UserError: as `launch.engine.build.build_engine`. RunError: the checkpoint does not fit.
     """
     engine, method = build_engine(options, ds_config, batches.steps, process, start.ranks)
     progress = Progress(batches.steps, log_every=options.log_every, start=start.step, shows=process.first)

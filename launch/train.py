@@ -35,10 +35,10 @@ def train(options: TrainOptions, watch: Watch) -> None:
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
-    from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
     from launch.distributed.agreement import alike
     from launch.distributed.process import join_processes, world_size_of_environment
-    from launch.ds_config import resolve_ds_config
+    from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
+    from launch.engine.ds_config import resolve_ds_config
     from launch.finish import finish, stop
     from launch.memory_plan import plan_memory
     from launch.model.attention import choose_padding_free

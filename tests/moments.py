@@ -54,7 +54,8 @@ def hook(moment: str, hold: Hold) -> Any:
     """The patch that holds at a moment."""
     from flexlora_ds import checkpoint
     from flexlora_ds.partitions import rebuild
-    from launch import build, journal, session, validation
+    from launch import journal, session, validation
+    from launch.engine import build
 
     kind, _, number = moment.rpartition(" ")
     step = int(number) if number.isdigit() else 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flexlora_ds.errors import UserError
-from launch.ds_config import adam_settings, auto_paths, resolve_ds_config
+from launch.engine.ds_config import adam_settings, auto_paths, resolve_ds_config
 from launch.options.train_options import TrainOptions
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"

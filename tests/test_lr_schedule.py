@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.lr_schedule import build_lr_scheduler, factor
+from launch.engine.lr_schedule import build_lr_scheduler, factor
 from launch.options.train_options import LrSchedule, TrainOptions
 
 SCHEDULES: tuple[LrSchedule, ...] = ("linear", "cosine", "constant")

@@ -57,7 +57,7 @@ def with_logits(arguments: list[str]) -> dict[str, Any]:
     """The command, in a process of the tests; the engine's logits go to the run folder when its adapter is saved."""
     from unittest.mock import patch
 
-    from launch import methods
+    from launch.engine import methods
 
     def saving(original: Any) -> Any:
         def save(self: Any, folder: Path, base_model: str) -> Any:

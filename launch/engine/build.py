@@ -22,9 +22,9 @@ from launch.data.encoding import Encoding, all_cores, tokenise
 from launch.data.examples import TokenisedData, arrange
 from launch.data.token_cache import Tokenised, cached, content_key
 from launch.distributed.process import Process
-from launch.ds_config import adam_settings
-from launch.lr_schedule import build_lr_scheduler
-from launch.methods import Method, build_method
+from launch.engine.ds_config import adam_settings
+from launch.engine.lr_schedule import build_lr_scheduler
+from launch.engine.methods import Method, build_method
 from launch.model.attention import attention_of, require_separable
 from launch.model.head_loss import install_head_loss
 from launch.model.liger import apply_liger

@@ -14,7 +14,7 @@ from typing import Any
 
 from flexlora_ds.errors import UserError
 from launch.data.batch_layout import batch_layout
-from launch.ds_refusals import check_refusals, lookup
+from launch.engine.unsupported import check_refusals, lookup
 from launch.options.train_options import TrainOptions
 
 AUTO = "auto"

@@ -19,7 +19,7 @@ from flexlora_ds.peft_format import PROMPT_FILE, Triple, write_peft_adapter
 from flexlora_ds.record import RankChange
 from flexlora_ds.tensor_file import save_tensors
 from launch.data.batches import MicroBatch
-from launch.ds_config import AdamSettings
+from launch.engine.ds_config import AdamSettings
 from launch.json_files import write_text_atomically
 from launch.options.train_options import TrainOptions
 
