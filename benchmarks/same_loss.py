@@ -27,8 +27,8 @@ def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[
     from launch.distributed.process import join_processes
     from launch.engine.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
     from launch.engine.ds_config import resolve_ds_config
-    from launch.memory_plan import plan_memory
     from launch.model.attention import choose_padding_free
+    from launch.planning.memory_plan import plan_memory
 
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), 1)
     layout = plan.layout()

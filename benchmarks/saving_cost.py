@@ -107,7 +107,7 @@ def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     from launch.distributed.process import join_processes, world_size_of_environment
     from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data
     from launch.engine.ds_config import resolve_ds_config
-    from launch.memory_plan import plan_memory
+    from launch.planning.memory_plan import plan_memory
     from launch.resume import Start
     from launch.session import begin, identify, run_folder
 

@@ -40,10 +40,10 @@ def train(options: TrainOptions, watch: Watch) -> None:
     from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
     from launch.engine.ds_config import resolve_ds_config
     from launch.finish import finish, stop
-    from launch.memory_plan import plan_memory
     from launch.model.attention import choose_padding_free
     from launch.model.liger import choose_kernels
     from launch.model.torch_compile import require_compiler
+    from launch.planning.memory_plan import plan_memory
     from launch.resume import continue_files, find_start
     from launch.session import begin, identify, run_folder
 
@@ -171,7 +171,7 @@ def show_help() -> None:
 def run(options: TrainOptions) -> None:
     """The dry run's page, or the run."""
     if options.dry_run:
-        from launch.dry_run import dry_run
+        from launch.planning.dry_run import dry_run
 
         dry_run(options)
         return

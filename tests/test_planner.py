@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from launch.data.batch_layout import batch_layout
-from launch.memory_estimate import (
+from launch.options.train_options import TrainOptions
+from launch.planning.memory_estimate import (
     GIB,
     MemoryEstimate,
     MemorySetting,
@@ -18,8 +19,7 @@ from launch.memory_estimate import (
     estimate_memory,
     layer_bytes_per_token,
 )
-from launch.options.train_options import TrainOptions
-from launch.planner import RunPlan, group_modules, mark_loss, render_plan, trainable_parameters
+from launch.planning.page import RunPlan, group_modules, mark_loss, render_plan, trainable_parameters
 
 LLAMA3_8B = ModelShape(8_030_261_248, 32, 4096, 14336, 1024, 128_256)
 KINDS = {

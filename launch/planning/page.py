@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from flexlora_ds.schedule import adjustment_size, describe, due_steps
 from launch.data.batch_layout import BatchLayout
-from launch.memory_estimate import GIB, MemoryEstimate
 from launch.options.train_options import TrainOptions
+from launch.planning.memory_estimate import GIB, MemoryEstimate
 
 Shapes = Mapping[str, tuple[int, int]]
 """(out, in) of every adapted linear layer, by module name in the order of the model."""

@@ -9,10 +9,10 @@ from launch.data.examples import IGNORED, TokenisedData
 from launch.distributed.process import world_size_of_environment
 from launch.engine.build import load_tokenizer_of, prepare_data, settle_prompt, steps_of
 from launch.engine.ds_config import resolve_ds_config
-from launch.memory_plan import plan_memory
 from launch.model.attention import choose_padding_free
 from launch.options.train_options import TrainOptions
-from launch.planner import RunPlan, render_plan
+from launch.planning.memory_plan import plan_memory
+from launch.planning.page import RunPlan, render_plan
 
 
 def dry_run(options: TrainOptions) -> None:

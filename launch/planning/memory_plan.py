@@ -12,10 +12,10 @@ from flexlora_ds.adapter import check_rank, linear_names, linear_shapes, match_m
 from flexlora_ds.pretrained import load_skeleton
 from launch.data.batch_layout import BatchLayout, batch_layout
 from launch.engine.ds_config import load_ds_config
-from launch.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
 from launch.model.head_loss import chunk_rows, computes_losses
 from launch.options.train_options import TrainOptions
-from launch.planner import trainable_parameters
+from launch.planning.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
+from launch.planning.page import trainable_parameters
 
 USABLE = 0.9
 """The share of a GPU's memory that a run may plan with; the rest is the context, fragments and kernels' own."""
