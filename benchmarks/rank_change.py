@@ -37,7 +37,7 @@ from benchmarks.intervals import paired_ratio
 from benchmarks.shapes import SHAPES
 from flexlora_ds.errors import UserError
 from launch.command import guarded, quiet_libraries
-from launch.json_files import write_text_atomically
+from launch.run_folder.json_files import write_text_atomically
 
 MIB = 2**20
 MEMORY_STAGE = 3

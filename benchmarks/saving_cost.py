@@ -108,7 +108,7 @@ def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data
     from launch.engine.ds_config import resolve_ds_config
     from launch.planning.memory_plan import plan_memory
-    from launch.resume import Start
+    from launch.run_folder.resume import Start
     from launch.session import begin, identify, run_folder
 
     world_size = world_size_of_environment()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from launch.distributed.agreement import largest, on_first
 from launch.distributed.process import Process
 from launch.distributed.signals import Watch
-from launch.run_folder import RunFolder
-from launch.saving import Saver
+from launch.run_folder.folder import RunFolder
+from launch.run_folder.saver import Saver
 
 
 class Control:

@@ -16,7 +16,7 @@ from launch.data.batches import TrainingBatches
 from launch.engine.methods import Method
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
-from launch.run_folder import RunFolder, StepMetrics
+from launch.run_folder.folder import RunFolder, StepMetrics
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from flexlora_ds.errors import RunError, UserError
-from launch.run_folder import RunFolder
+from launch.run_folder.folder import RunFolder
 
 OTHERS = "others"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")

@@ -17,14 +17,14 @@ from launch.distributed.signals import Watch
 from launch.engine.build import Data, build_engine, steps_of
 from launch.engine.methods import Method
 from launch.guard import Guard
-from launch.identity import Base, Identity
 from launch.journal import Journal
-from launch.lock import locked
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
-from launch.resume import Start
-from launch.run_folder import RunFolder, library_versions
-from launch.saving import Saver
+from launch.run_folder.compatibility import Base, Identity
+from launch.run_folder.folder import RunFolder, library_versions
+from launch.run_folder.lock import locked
+from launch.run_folder.resume import Start
+from launch.run_folder.saver import Saver
 from launch.validation import Validator
 
 

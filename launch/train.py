@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from launch.data.batches import MicroBatch
     from launch.distributed.signals import Watch
-    from launch.resume import Start
+    from launch.run_folder.resume import Start
     from launch.session import Session
 
 from launch.command import debug_wanted, guarded, quiet_libraries
@@ -44,7 +44,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     from launch.model.liger import choose_kernels
     from launch.model.torch_compile import require_compiler
     from launch.planning.memory_plan import plan_memory
-    from launch.resume import continue_files, find_start
+    from launch.run_folder.resume import continue_files, find_start
     from launch.session import begin, identify, run_folder
 
     world_size = world_size_of_environment()

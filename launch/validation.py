@@ -13,7 +13,7 @@ from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
 from launch.engine.methods import Method
 from launch.model.token_loss import head_of, token_loss
-from launch.run_folder import RunFolder
+from launch.run_folder.folder import RunFolder
 
 
 class Validator:

@@ -77,8 +77,8 @@ def every_damage(words: list[str], checkpoints: str) -> list[list[str]]:
     from launch.distributed.process import join_processes
     from launch.engine.build import load_tokenizer_of, prepare_data
     from launch.options.train_options import parse_options
-    from launch.resume import find_start
-    from launch.run_folder import RunFolder
+    from launch.run_folder.folder import RunFolder
+    from launch.run_folder.resume import find_start
     from launch.session import identify
 
     options, process = parse_options(words), join_processes()

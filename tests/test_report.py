@@ -14,7 +14,7 @@ import pytest
 from launch.plots import smooth
 from launch.report import build_report, main
 from launch.run_data import OTHERS, group_by_kind, layer_label, read_run
-from launch.run_folder import RunFolder, StepMetrics, Summary
+from launch.run_folder.folder import RunFolder, StepMetrics, Summary
 
 KINDS = ("self_attn.q_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in KINDS]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from flexlora_ds.errors import RunError, UserError
-from launch import json_files
-from launch.json_files import JsonLines, to_json, write_text_atomically
-from launch.run_folder import RANK_CHANGE_KEYS, RunFolder, StepMetrics, Summary, trainable_params_mean
+from launch.run_folder import json_files
+from launch.run_folder.folder import RANK_CHANGE_KEYS, RunFolder, StepMetrics, Summary, trainable_params_mean
+from launch.run_folder.json_files import JsonLines, to_json, write_text_atomically
 
 
 def step_metrics(step: int, **changes: Any) -> StepMetrics:

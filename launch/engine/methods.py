@@ -20,8 +20,8 @@ from flexlora_ds.record import RankChange
 from flexlora_ds.tensor_file import save_tensors
 from launch.data.batches import MicroBatch
 from launch.engine.ds_config import AdamSettings
-from launch.json_files import write_text_atomically
 from launch.options.train_options import TrainOptions
+from launch.run_folder.json_files import write_text_atomically
 
 
 class Method(Protocol):

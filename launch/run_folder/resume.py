@@ -12,9 +12,9 @@ from flexlora_ds.checkpoint import Checkpoint, open_checkpoint
 from flexlora_ds.errors import RunError, UserError
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
-from launch.identity import Identity
 from launch.options.train_options import TrainOptions
-from launch.run_folder import RunFolder
+from launch.run_folder.compatibility import Identity
+from launch.run_folder.folder import RunFolder
 
 NOTES = ("identity", "journal", "guard")
 """What a run says in its checkpoints beside the engine's state (`launch.session.begin`)."""

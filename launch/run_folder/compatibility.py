@@ -8,8 +8,8 @@ from typing import Any
 
 from flexlora_ds.checkpoint import Checkpoint
 from flexlora_ds.errors import RunError
-from launch.json_files import to_json
 from launch.options.train_options import SPECS, TrainOptions
+from launch.run_folder.json_files import to_json
 
 FREE = (
     "model",

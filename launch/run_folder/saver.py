@@ -12,7 +12,7 @@ from flexlora_ds import checkpoint_files as files
 from flexlora_ds.checkpoint import Snapshot, take_snapshot
 from launch.distributed.agreement import on_first, together
 from launch.distributed.process import Process
-from launch.run_folder import RunFolder
+from launch.run_folder.folder import RunFolder
 
 
 class _Writing:
