@@ -27,7 +27,7 @@ from launch.options.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
     from launch.distributed.signals import Watch
-    from launch.session import Session
+    from launch.loop.session import Session
 
 WARM_UP = 3  # steps
 
@@ -107,9 +107,9 @@ def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     from launch.distributed.process import join_processes, world_size_of_environment
     from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data
     from launch.engine.ds_config import resolve_ds_config
+    from launch.loop.session import begin, identify, run_folder
     from launch.planning.memory_plan import plan_memory
     from launch.run_folder.resume import Start
-    from launch.session import begin, identify, run_folder
 
     world_size = world_size_of_environment()
     plan = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from launch.data.batches import MicroBatch
     from launch.distributed.signals import Watch
+    from launch.loop.session import Session
     from launch.run_folder.resume import Start
-    from launch.session import Session
 
 from launch.command import debug_wanted, guarded, quiet_libraries
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
@@ -39,13 +39,13 @@ def train(options: TrainOptions, watch: Watch) -> None:
     from launch.distributed.process import join_processes, world_size_of_environment
     from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
     from launch.engine.ds_config import resolve_ds_config
-    from launch.finish import finish, stop
+    from launch.loop.finish import finish, stop
+    from launch.loop.session import begin, identify, run_folder
     from launch.model.attention import choose_padding_free
     from launch.model.liger import choose_kernels
     from launch.model.torch_compile import require_compiler
     from launch.planning.memory_plan import plan_memory
     from launch.run_folder.resume import continue_files, find_start
-    from launch.session import begin, identify, run_folder
 
     world_size = world_size_of_environment()
     options = settle_prompt(options)

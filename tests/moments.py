@@ -54,8 +54,8 @@ def hook(moment: str, hold: Hold) -> Any:
     """The patch that holds at a moment."""
     from flexlora_ds import checkpoint
     from flexlora_ds.partitions import rebuild
-    from launch import journal, session, validation
     from launch.engine import build
+    from launch.loop import run_log, session, validation
 
     kind, _, number = moment.rpartition(" ")
     step = int(number) if number.isdigit() else 0
@@ -64,7 +64,7 @@ def hook(moment: str, hold: Hold) -> Any:
         "data": (build, "prepare_data", always),
         "start-up": (session, "build_engine", always),
         "step": (
-            journal.Journal,
+            run_log.Journal,
             "before_update",
             lambda _, engine: engine.global_steps + 1 == step and engine.is_gradient_accumulation_boundary(),
         ),

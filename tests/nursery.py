@@ -136,9 +136,9 @@ def main() -> None:
     import peft
     import transformers
 
-    import launch.session
+    import launch.loop.session
 
-    assert deepspeed and peft and transformers and launch.session
+    assert deepspeed and peft and transformers and launch.loop.session
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not live on in a child"  # noqa: PTH208
     _serve()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -76,10 +76,10 @@ def every_damage(words: list[str], checkpoints: str) -> list[list[str]]:
     """[file, kind, folder chosen, warning] for every damage to every file of the newest checkpoint; and none left."""
     from launch.distributed.process import join_processes
     from launch.engine.build import load_tokenizer_of, prepare_data
+    from launch.loop.session import identify
     from launch.options.train_options import parse_options
     from launch.run_folder.folder import RunFolder
     from launch.run_folder.resume import find_start
-    from launch.session import identify
 
     options, process = parse_options(words), join_processes()
     identity = identify(options, prepare_data(options, load_tokenizer_of(options)), process)

@@ -17,7 +17,7 @@ from launch.run_folder.compatibility import Identity
 from launch.run_folder.folder import RunFolder
 
 NOTES = ("identity", "journal", "guard")
-"""What a run says in its checkpoints beside the engine's state (`launch.session.begin`)."""
+"""What a run says in its checkpoints beside the engine's state (`launch.loop.session.begin`)."""
 
 LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from launch.distributed.agreement import alike, on_first
 from launch.distributed.signals import stop_line
-from launch.journal import peak_memory_gb
+from launch.loop.run_log import peak_memory_gb
+from launch.loop.session import Session
 from launch.report import build_report
 from launch.run_folder.folder import Summary, trainable_params_mean
-from launch.session import Session
 
 
 def finish(session: Session) -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 from flexlora_ds.checkpoint_adapter import NOTES, adapter_notes
 from flexlora_ds.fingerprint import base_fingerprint, base_revision
-from launch.control import Control
 from launch.data.examples import TokenisedData
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
 from launch.distributed.signals import Watch
 from launch.engine.build import Data, build_engine, steps_of
 from launch.engine.methods import Method
-from launch.guard import Guard
-from launch.journal import Journal
+from launch.loop.finite_guard import Guard
+from launch.loop.run_log import Journal
+from launch.loop.stopping import Control
+from launch.loop.validation import Validator
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
 from launch.run_folder.compatibility import Base, Identity
@@ -25,7 +26,6 @@ from launch.run_folder.folder import RunFolder, library_versions
 from launch.run_folder.lock import locked
 from launch.run_folder.resume import Start
 from launch.run_folder.saver import Saver
-from launch.validation import Validator
 
 
 @dataclass(frozen=True)
