@@ -11,9 +11,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from launch.plots import smooth
-from launch.report import build_report, main
-from launch.run_data import OTHERS, group_by_kind, layer_label, read_run
+from launch.report.__main__ import build_report, main
+from launch.report.plots import smooth
+from launch.report.run_data import OTHERS, group_by_kind, layer_label, read_run
 from launch.run_folder.folder import RunFolder, StepMetrics, Summary
 
 KINDS = ("self_attn.q_proj", "mlp.down_proj")

@@ -6,7 +6,7 @@ from launch.distributed.agreement import alike, on_first
 from launch.distributed.signals import stop_line
 from launch.loop.run_log import peak_memory_gb
 from launch.loop.session import Session
-from launch.report import build_report
+from launch.report.__main__ import build_report
 from launch.run_folder.folder import Summary, trainable_params_mean
 
 

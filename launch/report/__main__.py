@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from flexlora_ds.errors import RunError, UserError
-from launch.plots import draw_loss, draw_rank_heatmap, draw_singular_values
-from launch.report_page import page
-from launch.run_data import read_run
+from launch.report.page import page
+from launch.report.plots import draw_loss, draw_rank_heatmap, draw_singular_values
+from launch.report.run_data import read_run
 from launch.run_folder.json_files import write_text_atomically
 
 

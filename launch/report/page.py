@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from launch.progress import duration
-from launch.run_data import RunData
+from launch.report.run_data import RunData
 
 _STYLE = """
 :root { color-scheme: light; }
