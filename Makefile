@@ -29,7 +29,7 @@ demo: $(COMPILED)  ## the whole path on generated data: data, base model, evalua
 	$(BIN)/python -m launch.demo
 
 demo-smollm2: $(COMPILED) $(SMOLLM2)  ## the same path with SmolLM2-135M; ARGS="--source DIR" for your data
-	$(BIN)/python -m launch.smollm2 $(ARGS)
+	$(BIN)/python -m launch.demo.smollm2 $(ARGS)
 
 test: $(COMPILED)  ## the checks, one case per mechanism
 	$(PYTEST) $(ARGS)

@@ -139,7 +139,7 @@ def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
 def demo_place(root: Path) -> dict[str, Any]:
     """A base of the demo's shape and its records; what the base has learnt is no matter here."""
     from data_prep.__main__ import main as prepare
-    from launch.demo_base import BaseRecipe, make_base
+    from launch.demo.base_model import BaseRecipe, make_base
 
     make_base(root / "base", BaseRecipe(steps=1))
     prepare(["--demo", "--out", str(root / "data")])

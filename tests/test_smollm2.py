@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.tasks import TASKS
 from flexlora_ds.errors import RunError, UserError
-from launch.smollm2 import Plan, find_gguf, main, preparation, run_commands, tasks_with_tests
-from launch.steps import run_step
+from launch.demo.commands import run_step
+from launch.demo.smollm2 import Plan, find_gguf, main, preparation, run_commands, tasks_with_tests
 
 
 def plan(source: str | None = None, data: str | None = None, out: Path = Path("runs/x")) -> Plan:

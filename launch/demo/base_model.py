@@ -1,8 +1,8 @@
 """A small Llama-architecture base for the demo, pre-trained from nothing on fact sentences.
 
-`python -m launch.demo_base --out runs/demo/base` trains a sentencepiece tokenizer and a model of about two million
-parameters in a minute or two on two CPU cores. The model sees `data_prep.facts` only; the tokenizer also sees the words
-of the instruction prompts, so that they do not fall apart into bytes.
+`python -m launch.demo.base_model --out runs/demo/base` trains a sentencepiece tokenizer and a model of about two
+million parameters in a minute or two on two CPU cores. The model sees `data_prep.facts` only; the tokenizer also sees
+the words of the instruction prompts, so that they do not fall apart into bytes.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def make_base(folder: Path, recipe: BaseRecipe) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m launch.demo_base", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m launch.demo.base_model", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo/base"), help="folder for model and tokenizer"
     )

