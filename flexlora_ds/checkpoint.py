@@ -30,8 +30,8 @@ from flexlora_ds.checkpoint_files import (
     write_json,
 )
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.safetensors_file import save_tensors
 from flexlora_ds.generators import generator_states, set_generator_states
-from flexlora_ds.tensor_file import save_tensors
 
 State = dict[str, Any]
 """The content of state.json."""

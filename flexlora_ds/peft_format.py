@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flexlora_ds.atomic import replacing_folder
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
-from flexlora_ds.tensor_file import save_tensors
+from flexlora_ds.files.folders import replacing_folder
+from flexlora_ds.files.safetensors_file import save_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
