@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexlora_ds.host_kernel import HostKernel
-from flexlora_ds.masking import Drop, FusedMasking
+from flexlora_ds.dropout.apply import Drop, FusedMasking
+from flexlora_ds.dropout.cpu_kernel import HostKernel
 from launch.engine.build import TORCH_DTYPES
 
 

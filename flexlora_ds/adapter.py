@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from flexlora_ds.adapter_function import adapted_linear, autocast_dtype, plain_adapted_linear
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.dropout import name_key
+from flexlora_ds.dropout.apply import Drop
+from flexlora_ds.dropout.mask import name_key
 from flexlora_ds.errors import UserError
-from flexlora_ds.masking import Drop
 from flexlora_ds.penalty import PenaltyGradient
 from flexlora_ds.seeds import generator
 
@@ -28,10 +28,11 @@ from flexlora_ds.seeds import generator
 class ForwardContext:
     """What one forward pass of the whole model shares between its matrices.
 
-    `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout`), or None for keys drawn from
+    `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout.mask`), or None for keys drawn from
     torch's own generator at every layer.
     `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
-    `fused_masks`: compute dropout inside one compiled kernel; None does so where there is one (`flexlora_ds.masking`).
+    `fused_masks`: compute dropout inside one compiled kernel; None does so where there is one
+    (`flexlora_ds.dropout.apply`).
     `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
     """
 

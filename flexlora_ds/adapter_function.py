@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexlora_ds.masking import Drop, FusedMasking, Masking
+from flexlora_ds.dropout.apply import Drop, FusedMasking, Masking
 
 
 def plain_adapted_linear(

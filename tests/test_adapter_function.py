@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter import AdaptedLinear, forward_context
 from flexlora_ds.adapter_function import adapted_linear
-from flexlora_ds.dropout import keep_mask
-from flexlora_ds.masking import Drop
+from flexlora_ds.dropout.apply import Drop
+from flexlora_ds.dropout.mask import keep_mask
 from tests import tiny
 
 OUT, IN, RANK, ROWS = 5, 7, 3, 6

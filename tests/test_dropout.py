@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexlora_ds.dropout import dropped, keep_mask, name_key, split_rate
+from flexlora_ds.dropout.mask import dropped, keep_mask, name_key, split_rate
 
 ROWS, FEATURES = 4000, 500
 

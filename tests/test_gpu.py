@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from flexlora_ds.dropout import keep_mask, name_key
+from flexlora_ds.dropout.mask import keep_mask, name_key
 from launch.data.batches import Cut, TrainingBatches
 from launch.data.prefetch import training_feed
 from tests import rank_worker as worker

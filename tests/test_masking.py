@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from flexlora_ds import masking
-from flexlora_ds.host_kernel import ELEMENTS_PER_THREAD, HostKernel
-from flexlora_ds.masking import Drop, FusedMasking, Kernel, Masking, fused_kernel, torch_kernel, tried
+from flexlora_ds.dropout import apply
+from flexlora_ds.dropout.apply import Drop, FusedMasking, Kernel, Masking, fused_kernel, torch_kernel, tried
+from flexlora_ds.dropout.cpu_kernel import ELEMENTS_PER_THREAD, HostKernel
 from tests.test_adapter_function import drawn, layer_of, results
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def test_a_layer_computes_the_same_either_way(
     """Output and gradients, in two precisions, under autocast, for other numbers of rows."""
     kernel = tried(make, CPU)
     assert kernel is not None
-    monkeypatch.setattr(masking, "fused_kernel", lambda device: kernel)
+    monkeypatch.setattr(apply, "fused_kernel", lambda device: kernel)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     for dtype, rows, around in (
         (torch.float32, 16, {}),
@@ -108,7 +108,7 @@ def test_without_a_c_compiler_the_mask_is_written(
     monkeypatch.setenv("CC", compiler)
     with pytest.warns(UserWarning, match=f"^dropout without a fused kernel, which is slower: cpu: {reason}$"):
         assert fused_kernel.__wrapped__(CPU) is None
-    monkeypatch.setattr(masking, "fused_kernel", lambda device: None)
+    monkeypatch.setattr(apply, "fused_kernel", lambda device: None)
     assert isinstance(Drop(torch.arange(4), 3, 0.5).masking(8, torch.float32), Masking)
 
 

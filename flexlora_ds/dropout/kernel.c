@@ -1,5 +1,5 @@
-/* flexlora_ds.dropout.dropped for a CPU: one pass over the values, no mask in memory, the same bits as keep_mask.
- * flexlora_ds/host_kernel.py compiles it; the constants and shifts are those of flexlora_ds/dropout.py. */
+/* flexlora_ds.dropout.mask.dropped for a CPU: one pass over the values, no mask in memory, the same bits as keep_mask.
+ * flexlora_ds/dropout/cpu_kernel.py compiles it; the constants and shifts are those of flexlora_ds/dropout/mask.py. */
 
 #include <stdint.h>
 #include <stdlib.h>

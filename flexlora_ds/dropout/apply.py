@@ -1,8 +1,8 @@
 """How a dropout mask meets the values: computed in one fused kernel, never written, or written once and multiplied.
 
 A written mask takes a dozen passes over memory for every linear layer: a tenth of a step on a CPU, on a GPU more than
-the adapter itself. So a CPU has a pass in C (`flexlora_ds.host_kernel`), and a GPU one that torch compiles. Each is
-tried once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
+the adapter itself. So a CPU has a pass in C (`flexlora_ds.dropout.cpu_kernel`), and a GPU one that torch compiles. Each
+is tried once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexlora_ds.dropout import dropped, keep_mask, split_rate
-from flexlora_ds.host_kernel import HostKernel
+from flexlora_ds.dropout.cpu_kernel import HostKernel
+from flexlora_ds.dropout.mask import dropped, keep_mask, split_rate
 
 
 class Kernel(Protocol):
-    """`flexlora_ds.dropout.dropped`, compiled. It may write into `out`, which may be `values`."""
+    """`flexlora_ds.dropout.mask.dropped`, compiled. It may write into `out`, which may be `values`."""
 
     def __call__(
         self,

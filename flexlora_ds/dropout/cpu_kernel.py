@@ -1,4 +1,4 @@
-"""`flexlora_ds.dropout.dropped` on a CPU, from `dropped.c`: compiled at first use, in a quarter of a second.
+"""`flexlora_ds.dropout.mask.dropped` on a CPU, from `kernel.c`: compiled at first use, in a quarter of a second.
 
 Nothing is kept between processes: a stored library could meet another processor in a cluster's shared folder. It is
 plain C behind a pointer call, so torch's headers and version do not matter to it, and its threads are those of the
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flexlora_ds.errors import RunError
 
-SOURCE = Path(__file__).with_name("dropped.c")
+SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 ELEMENTS_PER_THREAD = 32768
 """Fewer are not worth waking a thread for (torch's own limit, at::internal::GRAIN_SIZE)."""
