@@ -23,7 +23,7 @@ SHOWN = 20  # steps between printed lines
 
 def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[str, int]]:
     """The mean token loss of every step, and the ranks at the end."""
-    from flexlora_ds.adapter import forward_context
+    from flexlora_ds.adapter.layer import forward_context
     from launch.distributed.process import join_processes
     from launch.engine.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
     from launch.engine.ds_config import resolve_ds_config

@@ -13,12 +13,12 @@ __all__ = ["FlexLoRAConfig", "RankController", "adapters", "inject_adapters"]
 _HOMES = {
     "FlexLoRAConfig": "flexlora_ds.config",
     "RankController": "flexlora_ds.controller",
-    "adapters": "flexlora_ds.adapter",
-    "inject_adapters": "flexlora_ds.adapter",
+    "adapters": "flexlora_ds.adapter.layer",
+    "inject_adapters": "flexlora_ds.adapter.layer",
 }
 
 if TYPE_CHECKING:
-    from flexlora_ds.adapter import adapters, inject_adapters
+    from flexlora_ds.adapter.layer import adapters, inject_adapters
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController
 

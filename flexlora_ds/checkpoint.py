@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flexlora_ds.adapter import AdaptedLinear, adapters
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters
 from flexlora_ds.checkpoint_files import (
     STATE,
     DamagedError,

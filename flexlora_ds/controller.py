@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter import AdaptedLinear, adapters, forward_context
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context
+from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.allocation import RankPlan, plan_ranks
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.directions import TensorEdit, matrix_edits, weakest
 from flexlora_ds.importance import exact_spectrum, not_expandable, score_matrices, spectrum_error
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
-from flexlora_ds.penalty import PenaltyGradient
 from flexlora_ds.record import RankChange
 from flexlora_ds.schedule import adjustment_size, resolve_calendar
 from flexlora_ds.spectra import Grams, orthogonalise, read_grams, read_lambdas, read_sensitivities

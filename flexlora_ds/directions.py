@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter import AdaptedLinear, gaussian, init_std
+from flexlora_ds.adapter.layer import AdaptedLinear, gaussian, init_std
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.seeds import generator
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter import AdaptedLinear
+from flexlora_ds.adapter.layer import AdaptedLinear
 from flexlora_ds.importance import direction_sensitivity
 from flexlora_ds.orthogonality import decoupled_step, gram
 from flexlora_ds.partitions import BUCKET_ELEMENTS, MASTER, Shards

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
-from flexlora_ds.adapter import AdaptedLinear, forward_context
+from flexlora_ds.adapter.layer import AdaptedLinear, forward_context
 from flexlora_ds.dropout.mask import keep_mask, name_key
 from flexlora_ds.errors import UserError
 from tests.tiny import tiny_llama

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
-from flexlora_ds.adapter import AdaptedLinear, forward_context
-from flexlora_ds.adapter_function import adapted_linear
+from flexlora_ds.adapter.function import adapted_linear
+from flexlora_ds.adapter.layer import AdaptedLinear, forward_context
 from flexlora_ds.dropout.apply import Drop
 from flexlora_ds.dropout.mask import keep_mask
 from tests import tiny

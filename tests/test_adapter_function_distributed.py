@@ -23,7 +23,7 @@ def losses_of_both_forms(case: dict[str, Any]) -> dict[str, list[float]]:
 
 def _losses(case: dict[str, Any], plain: bool) -> list[float]:
     from flexlora_ds import RankController
-    from flexlora_ds.adapter import forward_context
+    from flexlora_ds.adapter.layer import forward_context
 
     rank, world = tiny.start()
     config = worker.configuration(dropout=0.2, **case.get("options", {}))

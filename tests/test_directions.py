@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
-from flexlora_ds.adapter import AdaptedLinear
+from flexlora_ds.adapter.layer import AdaptedLinear
 from flexlora_ds.directions import MASTER, SMALL_LAMBDA, matrix_edits, weakest
 
 OUT, IN, RANK = 40, 24, 5

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexlora_ds.adapter import forward_context
+from flexlora_ds.adapter.layer import forward_context
 from launch.data.batches import MicroBatch
 from launch.data.examples import IGNORED
 from launch.model.head_loss import HeadLoss, chunk_rows, chunked_losses, head_loss_of, install_head_loss

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
-from flexlora_ds.adapter import forward_context
+from flexlora_ds.adapter.layer import forward_context
 from flexlora_ds.errors import UserError
 from launch.data.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
 from launch.data.examples import IGNORED

@@ -179,7 +179,7 @@ def test_the_penalty_is_that_of_autograd(processes: Processes, form: str) -> Non
 def autograd_penalty(form: str) -> list[float]:
     """Plain torch: the same optimizer, the penalty as a term of the loss."""
     from flexlora_ds import adapters
-    from flexlora_ds.groups import parameter_groups
+    from flexlora_ds.adapter.parameter_groups import parameter_groups
     from flexlora_ds.optimizer import FlexLoRAAdamW
 
     torch.set_num_threads(1)

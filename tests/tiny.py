@@ -134,7 +134,7 @@ def make_engine(
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
 
-    from flexlora_ds.groups import parameter_groups
+    from flexlora_ds.adapter.parameter_groups import parameter_groups
     from flexlora_ds.optimizer import FlexLoRAAdamW
 
     optimizer = FlexLoRAAdamW(

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from flexlora_ds.adapter import adapters, forward_context, inject_adapters, linear_names, match_modules
+from flexlora_ds.adapter.layer import adapters, forward_context, inject_adapters, linear_names, match_modules
+from flexlora_ds.adapter.parameter_groups import parameter_groups
 from flexlora_ds.controller import RankController
 from flexlora_ds.files.safetensors_file import save_tensors
-from flexlora_ds.groups import parameter_groups
 from flexlora_ds.optimizer import FlexLoRAAdamW
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
 from flexlora_ds.peft_format import PROMPT_FILE, Triple, write_peft_adapter

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from flexlora_ds.adapter import AdaptedLinear, adapters
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters
 from flexlora_ds.config import FlexLoRAConfig
 
 

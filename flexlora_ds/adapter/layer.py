@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter_function import adapted_linear, autocast_dtype, plain_adapted_linear
+from flexlora_ds.adapter.function import adapted_linear, autocast_dtype, plain_adapted_linear
+from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.dropout.apply import Drop
 from flexlora_ds.dropout.mask import name_key
 from flexlora_ds.errors import UserError
-from flexlora_ds.penalty import PenaltyGradient
 from flexlora_ds.seeds import generator
 
 
