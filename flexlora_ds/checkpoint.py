@@ -75,22 +75,22 @@ def take_snapshot(engine: Any, step: int, *, controller: Any = None, run: Mappin
 
     `controller`: the RankController, where ranks can change. `run`: what the caller wants back, JSON.
     """
-    from flexlora_ds.partitions import whole
+    from flexlora_ds.partitions import state_by_name
 
     state = {
         "step": step,
         "ranks": {} if controller is None else dict(controller.ranks),
-        "shapes": whole.parameter_shapes(engine),
-        "keys": whole.state_keys(engine),
-        "scalars": whole.optimizer_scalars(engine),
-        "counters": whole.counters(engine),
+        "shapes": state_by_name.parameter_shapes(engine),
+        "keys": state_by_name.state_keys(engine),
+        "scalars": state_by_name.optimizer_scalars(engine),
+        "counters": state_by_name.counters(engine),
         "updates": _updates(engine),
-        "scaler": whole.scaler_state(engine),
+        "scaler": state_by_name.scaler_state(engine),
         "controller": None if controller is None else controller.state_dict(),
         "run": dict(run),
     }
     index, count = int(engine.global_rank), int(engine.world_size)
-    tensors = whole.copy_share(engine, index, count) | generator_states(index, engine.device)
+    tensors = state_by_name.copy_share(engine, index, count) | generator_states(index, engine.device)
     return Snapshot(index, count, tensors, state)
 
 
@@ -123,9 +123,9 @@ class Checkpoint:
         Raises:
             RunError: other parameters, shapes or optimizer states.
         """
-        from flexlora_ds.partitions import whole
+        from flexlora_ds.partitions import state_by_name
 
-        mine, saved = whole.parameter_shapes(engine), self.state["shapes"]
+        mine, saved = state_by_name.parameter_shapes(engine), self.state["shapes"]
         for name in sorted({*mine, *saved}):
             here, there = mine.get(name), saved.get(name)
             if here != there:
@@ -147,14 +147,14 @@ class Checkpoint:
         Raises:
             RunError: as `require_fit`; nothing has been written then.
         """
-        from flexlora_ds.partitions import whole
+        from flexlora_ds.partitions import state_by_name
 
         self.require_fit(engine)
-        whole.write_whole(engine, self.state["keys"], self.tensors(), self.state["scalars"])
+        state_by_name.write_whole(engine, self.state["keys"], self.tensors(), self.state["scalars"])
         counters = self.state["counters"]
         micro_steps = int(counters["global_steps"]) * int(engine.gradient_accumulation_steps())
-        whole.set_counters(engine, counters, micro_steps)
-        whole.set_scaler_state(engine, self.state["scaler"])
+        state_by_name.set_counters(engine, counters, micro_steps)
+        state_by_name.set_scaler_state(engine, self.state["scaler"])
         _continue_schedule(engine, self.state["updates"])
         if controller is not None:
             controller.load_state_dict(self.state["controller"])

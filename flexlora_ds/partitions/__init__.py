@@ -5,12 +5,12 @@ master weight, every per-element optimizer state and its step, whole, by name, w
 the number of processes; nothing outside this package knows how ZeRO lays memory out.
 """
 
-from flexlora_ds.partitions.carry import Edit
 from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
 from flexlora_ds.partitions.fresh import forget_construction
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
 from flexlora_ds.partitions.rebuild import resize
 from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards
+from flexlora_ds.partitions.transfer import Edit
 
 __all__ = [
     "BUCKET_ELEMENTS",

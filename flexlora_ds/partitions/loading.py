@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
-from flexlora_ds.host_memory import returning_large_blocks
+from flexlora_ds.partitions.host_memory import returning_large_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

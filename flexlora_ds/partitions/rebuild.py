@@ -15,11 +15,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from flexlora_ds.errors import RunError
-from flexlora_ds.host_memory import returning_large_blocks
-from flexlora_ds.partitions.carry import Edit, write_back
-from flexlora_ds.partitions.construct import constructing_in_place
+from flexlora_ds.partitions.host_memory import returning_large_blocks
 from flexlora_ds.partitions.layout import live_shards, stage_of, trainable_groups
+from flexlora_ds.partitions.rebuild_wrapper import constructing_in_place
 from flexlora_ds.partitions.shards import Shards
+from flexlora_ds.partitions.transfer import Edit, write_back
 
 CARRIED = (
     "loss_scaler",
