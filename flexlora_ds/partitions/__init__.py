@@ -6,9 +6,9 @@ the number of processes; nothing outside this package knows how ZeRO lays memory
 """
 
 from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
-from flexlora_ds.partitions.fresh import forget_construction
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
 from flexlora_ds.partitions.rebuild import resize
+from flexlora_ds.partitions.rebuild_wrapper import forget_construction
 from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards
 from flexlora_ds.partitions.transfer import Edit
 

@@ -1,4 +1,7 @@
-"""Where the training state lies inside each of DeepSpeed's optimizer wrappers (attribute names of 0.19.8)."""
+"""Where the training state lies inside each of DeepSpeed's optimizer wrappers (attribute names of 0.19.8).
+
+`flat_masters` are the tensors that torch's optimizer updates; `allocate` makes optimizer states of their shape.
+"""
 
 from __future__ import annotations
 
@@ -126,3 +129,23 @@ def _partitioned(wrapper: Any, device: torch.device) -> Shards:
             shapes[p] = tuple(p.ds_shape)
             low_precision[p] = p.ds_tensor.data.view(-1)
     return Shards(flats, scalars, pieces, shapes, device, group, world, rank, low_precision=low_precision)
+
+
+def flat_masters(engine: Any) -> list[Tensor]:
+    """The tensors that the torch optimizer updates, in the order of `Shards.flats`."""
+    wrapper, stage = engine.optimizer, stage_of(engine)
+    if stage == 0:
+        return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    return list(
+        wrapper.fp32_partitioned_groups_flat if stage == 3 else wrapper.single_partition_of_fp32_groups
+    )
+
+
+def allocate(engine: Any, key: str) -> None:
+    """Make zeros for one per-element state where there is none, or none of the master's shape."""
+    if key == MASTER:
+        return
+    for master in flat_masters(engine):
+        state = engine.basic_optimizer.state[master]
+        if key not in state or state[key].shape != master.shape:
+            state[key] = torch.zeros_like(master.data)

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.partitions.layout import live_shards, stage_of, trainable_groups
+from flexlora_ds.partitions.layout import allocate, flat_masters, live_shards, stage_of, trainable_groups
 from flexlora_ds.partitions.shards import MASTER, Shards
-from flexlora_ds.partitions.states import allocate, flat_masters
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """The engine's own counts."""

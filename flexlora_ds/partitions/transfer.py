@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.partitions.layout import live_shards, stage_of
+from flexlora_ds.partitions.layout import allocate, flat_masters, live_shards, stage_of
 from flexlora_ds.partitions.shards import Piece, Shards
-from flexlora_ds.partitions.states import allocate, flat_masters
 
 
 class Edit(Protocol):
