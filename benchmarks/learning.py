@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from flexlora_ds.checkpoint import open_checkpoint
-from flexlora_ds.checkpoint_adapter import masters_of
-from flexlora_ds.checkpoint_files import checkpoints_in
+from flexlora_ds.checkpoint.adapter import masters_of
+from flexlora_ds.checkpoint.files import checkpoints_in
+from flexlora_ds.checkpoint.state import open_checkpoint
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
 from flexlora_ds.importance import exact_spectrum, score_matrices, spectrum_error

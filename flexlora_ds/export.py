@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from flexlora_ds.checkpoint_adapter import read_checkpoint_adapter
+from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import replacing_folder
 from flexlora_ds.peft_format import (

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flexlora_ds import checkpoint_files as files
+from flexlora_ds.checkpoint import files
 from tests.test_checkpoint import save
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")

@@ -52,7 +52,7 @@ class Hold:
 
 def hook(moment: str, hold: Hold) -> Any:
     """The patch that holds at a moment."""
-    from flexlora_ds import checkpoint
+    from flexlora_ds.checkpoint import state
     from flexlora_ds.partitions import rebuild
     from launch.engine import build
     from launch.loop import run_log, session, validation
@@ -71,7 +71,7 @@ def hook(moment: str, hold: Hold) -> Any:
         "validation": (validation, "token_loss", lambda engine, *_: engine.global_steps == step),
         "rank change": (rebuild, "write_back", lambda engine, *_: engine.global_steps == step),
         "save": (
-            checkpoint,
+            state,
             "seal",
             lambda path: path.suffix == ".safetensors" and f"{step:08d}" in path.parent.name,
         ),

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from flexlora_ds import checkpoint_files as files
-from flexlora_ds.checkpoint import Snapshot, open_checkpoint, set_ranks
-from flexlora_ds.checkpoint_files import DamagedError
+from flexlora_ds.checkpoint import files
+from flexlora_ds.checkpoint.files import DamagedError
+from flexlora_ds.checkpoint.state import Snapshot, open_checkpoint, set_ranks
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
 from flexlora_ds.fingerprint import base_fingerprint

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from flexlora_ds import checkpoint_files
+from flexlora_ds.checkpoint import files
 from tests import eval_tiny, training
 from tests.distributed import Processes
 from tests.test_checkpoint import DAMAGE, Payload, reseal
@@ -66,7 +66,7 @@ def test_falls_back_from_damage_and_never_starts_anew_silently(
     said = run(two_processes, arguments(place, out, "zero2"))
     assert "damaged checkpoint" in said and shard.name in said and "continuing after step 14 " in said
     assert_same(out, whole)
-    for folder in checkpoint_files.checkpoints_in(out / "checkpoints"):
+    for folder in files.checkpoints_in(out / "checkpoints"):
         (folder / "state.json").write_bytes(b"")
     line = refused(two_processes, arguments(place, out, "zero2"))
     assert "no valid checkpoint is left" in line and "state.json" in line
@@ -106,7 +106,7 @@ def test_every_damage_falls_back_to_the_checkpoint_before(
     for name, kind, chosen, said in found:
         assert chosen == BEFORE and name in said and "damaged checkpoint" in said, (name, kind, said)
     for name in ("manifest.json", "state.json", "state-00001-of-00002.safetensors"):
-        for folder in checkpoint_files.checkpoints_in(out / "checkpoints"):
+        for folder in files.checkpoints_in(out / "checkpoints"):
             (folder / name).unlink(missing_ok=True)
         (result,) = one_process.run(training.command, words)
         assert result["code"] == 1 and "no valid checkpoint is left" in result["stderr"]
@@ -169,11 +169,9 @@ def test_a_checkpoint_of_another_model_or_format_is_refused_with_the_difference(
     other = another_model(place, tmp_path / "other")
     line = refused(two_processes, arguments(place, out, "zero2", **other))
     assert f"base model is {place.model} in it and {other['model']} (its files differ) here" in line
-    reseal(out / "checkpoints" / LAST, format=checkpoint_files.FORMAT + 1)
+    reseal(out / "checkpoints" / LAST, format=files.FORMAT + 1)
     line = refused(two_processes, arguments(place, out, "zero2"))
-    assert (
-        f"format version {checkpoint_files.FORMAT + 1}, this program reads {checkpoint_files.FORMAT}" in line
-    )
+    assert f"format version {files.FORMAT + 1}, this program reads {files.FORMAT}" in line
 
 
 def test_rewinding_keeps_what_it_leaves(
@@ -204,7 +202,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(
 ) -> None:
     """Nor do the times of files: the newest checkpoint is the one of the most steps."""
     shutil.rmtree(out / "checkpoints" / LAST)
-    for age, folder in enumerate(checkpoint_files.checkpoints_in(out / "checkpoints")):
+    for age, folder in enumerate(files.checkpoints_in(out / "checkpoints")):
         for path in (folder, *folder.iterdir()):
             os.utime(path, (10_000_000 * age, 10_000_000 * age))
     results = two_processes.run(with_a_clock_that_runs_backwards, arguments(place, out, "zero2"))

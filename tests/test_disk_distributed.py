@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flexlora_ds import checkpoint_files
+from flexlora_ds.checkpoint import files
 from tests import training
 from tests.distributed import Processes
 from tests.test_resume_distributed import arguments, assert_same, run, uninterrupted
@@ -35,7 +35,7 @@ def whole(place: Place, tmp_path_factory: pytest.TempPathFactory, two_processes:
 def up_to_step_7(whole: Path, out: Path) -> Path:
     """A copy of the run as it was after 7 steps."""
     shutil.copytree(whole, out)
-    for folder in checkpoint_files.checkpoints_in(out / "checkpoints")[:-1]:
+    for folder in files.checkpoints_in(out / "checkpoints")[:-1]:
         shutil.rmtree(folder)
     return out
 
@@ -55,8 +55,8 @@ def assert_refused(results: list[dict[str, Any]], out: Path) -> str:
     assert [r["code"] for r in results] == [1, 1], results[0]["stderr"]
     lines = [line for r in results for line in r["stderr"].splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "cannot write" in lines[0] and "free some space" in lines[0]
-    assert [p.name for p in checkpoint_files.checkpoints_in(out / "checkpoints")] == ["step_00000007"]
-    checkpoint_files.verify(out / "checkpoints" / "step_00000007")
+    assert [p.name for p in files.checkpoints_in(out / "checkpoints")] == ["step_00000007"]
+    files.verify(out / "checkpoints" / "step_00000007")
     return lines[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flexlora_ds import checkpoint_files
+from flexlora_ds.checkpoint import files
 from tests import training
 from tests.distributed import Processes
 from tests.launched import Launched, held, launched, lines
@@ -43,11 +43,11 @@ def assert_stopped(out: Path, done: int | None = None) -> int:
     assert summary["state"] == "stopped"
     steps = int(summary["steps"])
     assert done is None or steps == done
-    found = checkpoint_files.checkpoints_in(out / "checkpoints")
-    assert [checkpoint_files.step_of(p) for p in found[:1]] == ([steps] if steps else [])
+    found = files.checkpoints_in(out / "checkpoints")
+    assert [files.step_of(p) for p in found[:1]] == ([steps] if steps else [])
     assert not list((out / "checkpoints").glob(".step_*"))
     for folder in found:
-        checkpoint_files.verify(folder)
+        files.verify(folder)
     return steps
 
 

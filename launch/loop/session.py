@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from flexlora_ds.checkpoint_adapter import NOTES, adapter_notes
+from flexlora_ds.checkpoint.adapter import NOTES, adapter_notes
 from flexlora_ds.fingerprint import base_fingerprint, base_revision
 from launch.data.examples import TokenisedData
 from launch.distributed.agreement import on_first

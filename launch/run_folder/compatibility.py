@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flexlora_ds.checkpoint import Checkpoint
+from flexlora_ds.checkpoint.state import Checkpoint
 from flexlora_ds.errors import RunError
 from launch.options.train_options import SPECS, TrainOptions
 from launch.run_folder.json_files import to_json

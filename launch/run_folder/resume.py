@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexlora_ds import checkpoint_files as files
-from flexlora_ds.checkpoint import Checkpoint, open_checkpoint
+from flexlora_ds.checkpoint import files
+from flexlora_ds.checkpoint.state import Checkpoint, open_checkpoint
 from flexlora_ds.errors import RunError, UserError
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flexlora_ds import checkpoint_files as files
-from flexlora_ds.checkpoint import Snapshot, take_snapshot
+from flexlora_ds.checkpoint import files
+from flexlora_ds.checkpoint.state import Snapshot, take_snapshot
 from launch.distributed.agreement import on_first, together
 from launch.distributed.process import Process
 from launch.run_folder.folder import RunFolder

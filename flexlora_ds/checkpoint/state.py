@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters
-from flexlora_ds.checkpoint_files import (
+from flexlora_ds.checkpoint.files import (
     STATE,
     DamagedError,
     FileEntry,
@@ -29,9 +29,9 @@ from flexlora_ds.checkpoint_files import (
     verify,
     write_json,
 )
+from flexlora_ds.checkpoint.generators import generator_states, set_generator_states
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.safetensors_file import save_tensors
-from flexlora_ds.generators import generator_states, set_generator_states
 
 State = dict[str, Any]
 """The content of state.json."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexlora_ds.checkpoint import Checkpoint, open_checkpoint
+from flexlora_ds.checkpoint.state import Checkpoint, open_checkpoint
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
 from flexlora_ds.peft_format import LoraAdapter, Triple, lora_of
