@@ -16,7 +16,7 @@ from eval.options import Options
 from eval.predictions import Prediction
 from eval.protocols import Protocol as AskingProtocol
 from eval.vllm_backend import VllmAsker, start_vllm
-from flexlora_ds.pretrained import load_tokenizer
+from flexlora_ds.base_model.loading import load_tokenizer
 
 
 class Answering(Protocol):

@@ -13,8 +13,8 @@ import torch
 from data_prep.prompt import PROMPTS
 from eval.language_model import LanguageModel
 from eval.options import Options
+from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.errors import UserError
-from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer, native_dtype
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import replacing_folder
@@ -32,7 +33,6 @@ from flexlora_ds.peft_format import (
     write_adapter,
     write_peft_adapter,
 )
-from flexlora_ds.pretrained import load_causal_lm, load_tokenizer, native_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from flexlora_ds.base_model.fingerprint import base_fingerprint
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.files import DamagedError
 from flexlora_ds.checkpoint.state import Snapshot, open_checkpoint, set_ranks
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
-from flexlora_ds.fingerprint import base_fingerprint
 from tests import tiny
 from tests.distributed import run_script
 

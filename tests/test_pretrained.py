@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.errors import UserError
-from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 
 IDS = torch.tensor([[1, 5, 9, 2, 30, 4]])
 
@@ -87,7 +87,7 @@ def test_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch) -> 
         raise GatedRepoError("403 Client Error", response=httpx2.Response(403, request=request))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    monkeypatch.setattr("flexlora_ds.model_source._hub_reachable", lambda: True)
+    monkeypatch.setattr("flexlora_ds.base_model.source._hub_reachable", lambda: True)
     with pytest.raises(UserError, match=r"gated.*licence.*HF_TOKEN.*hf auth login"):
         load_causal_lm("meta-llama/Meta-Llama-3-8B", dtype=torch.float32)
 
@@ -100,7 +100,7 @@ def test_folder_without_config_names_the_gguf_inside(tmp_path: Path) -> None:
 
 def test_gguf_without_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("flexlora_ds.model_source._GGUF_PACKAGES", ("no_such_gguf_reader",))
+    monkeypatch.setattr("flexlora_ds.base_model.source._GGUF_PACKAGES", ("no_such_gguf_reader",))
     with pytest.raises(UserError, match="pip install no_such_gguf_reader"):
         load_causal_lm(tmp_path / "tiny.gguf", dtype=torch.float32)
 
@@ -168,7 +168,7 @@ def test_tokenizer_without_any_special_token_is_refused(tmp_path: Path) -> None:
 
 def test_import_brings_neither_transformers_nor_deepspeed() -> None:
     code = (
-        "import sys, flexlora_ds.pretrained, flexlora_ds.model_source\n"
+        "import sys, flexlora_ds.base_model.loading, flexlora_ds.base_model.source\n"
         "assert not {'transformers', 'deepspeed', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

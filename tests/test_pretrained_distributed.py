@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexlora_ds.base_model.loading import load_causal_lm
 from flexlora_ds.errors import UserError
-from flexlora_ds.pretrained import load_causal_lm
 from tests.distributed import Processes
 from tests.tiny import DTYPES, ds_config, global_batch, make_engine, records, start, tiny_llama, train_step
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
+from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.export import Triple, export_merged, read_peft_adapter, write_peft_adapter
-from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from tests.tiny import tiny_llama
 from tests.tiny_gguf import write_gguf
 

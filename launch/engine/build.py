@@ -11,9 +11,9 @@ import torch
 
 from data_prep.prompt import CHAT
 from data_prep.records import is_chat, load_entries
+from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.checkpoint.state import set_ranks
 from flexlora_ds.errors import UserError
-from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from flexlora_ds.schedule import resolve_calendar
 from launch.data.bar import Bar
 from launch.data.batch_layout import BatchLayout

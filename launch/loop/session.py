@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from flexlora_ds.base_model.fingerprint import base_fingerprint, base_revision
 from flexlora_ds.checkpoint.adapter import NOTES, adapter_notes
-from flexlora_ds.fingerprint import base_fingerprint, base_revision
 from launch.data.examples import TokenisedData
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flexlora_ds.adapter.layer import check_rank, linear_names, linear_shapes, match_modules
-from flexlora_ds.pretrained import load_skeleton
+from flexlora_ds.base_model.loading import load_skeleton
 from launch.data.batch_layout import BatchLayout, batch_layout
 from launch.engine.ds_config import load_ds_config
 from launch.model.head_loss import chunk_rows, computes_losses

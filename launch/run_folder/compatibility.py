@@ -61,7 +61,7 @@ class Base:
     revision: str | None
     """The hub's commit; None for a model on disk."""
     fingerprint: str
-    """Of its files (`flexlora_ds.fingerprint`)."""
+    """Of its files (`flexlora_ds.base_model.fingerprint`)."""
 
     def __str__(self) -> str:
         return f"{self.name} at {self.revision}" if self.revision else self.name

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from flexlora_ds.model_source import fetch, locate, one_line_errors
+from flexlora_ds.base_model.source import fetch, locate, one_line_errors
 
 _SAMPLE = 4096  # bytes, at each of the places sampled
 _PLACES = 16
@@ -20,7 +20,7 @@ def base_fingerprint(model: str | Path, revision: str | None = None) -> str:
     or another shape. Not a proof against somebody who changes single weights on purpose.
 
     Raises:
-        UserError: as `flexlora_ds.pretrained.load_causal_lm`.
+        UserError: as `flexlora_ds.base_model.loading.load_causal_lm`.
     """
     source = locate(model, revision)
     with one_line_errors(source, "model"):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexlora_ds.base_model.source import ModelSource, fetch, locate, one_line_errors
 from flexlora_ds.errors import UserError
-from flexlora_ds.model_source import ModelSource, fetch, locate, one_line_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
