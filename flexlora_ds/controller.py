@@ -17,10 +17,10 @@ from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.directions import TensorEdit, matrix_edits, weakest
 from flexlora_ds.importance import exact_spectrum, not_expandable, score_matrices, spectrum_error
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
-from flexlora_ds.record import RankChange
+from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_warnings import PruneWatch, warnings_of
 from flexlora_ds.schedule import adjustment_size, resolve_calendar
 from flexlora_ds.spectra import Grams, orthogonalise, read_grams, read_lambdas, read_sensitivities
-from flexlora_ds.watch import PruneWatch, warnings_of
 
 Validate = Callable[[], float]
 

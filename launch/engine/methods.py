@@ -17,7 +17,7 @@ from flexlora_ds.files.safetensors_file import save_tensors
 from flexlora_ds.optimizer import FlexLoRAAdamW
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
 from flexlora_ds.peft_format import PROMPT_FILE, Triple, write_peft_adapter
-from flexlora_ds.record import RankChange
+from flexlora_ds.rank_change import RankChange
 from launch.data.batches import MicroBatch
 from launch.engine.ds_config import AdamSettings
 from launch.options.train_options import TrainOptions

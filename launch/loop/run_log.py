@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed import comm
 
-from flexlora_ds.record import RankChange
+from flexlora_ds.rank_change import RankChange
 from launch.data.batches import TrainingBatches
 from launch.engine.methods import Method
 from launch.options.train_options import TrainOptions
