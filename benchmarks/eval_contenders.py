@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eval.asking import Asker
-from eval.batching import Batch, order_batches, plan_batches
+from eval.answering.answerer import Asker
+from eval.answering.batching import Batch, order_batches, plan_batches
+from eval.answering.library_generate import generate_with_library
 from eval.items import Item, TaskItems
 from eval.language_model import LanguageModel
-from eval.library_generate import generate_with_library
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS

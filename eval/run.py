@@ -10,8 +10,8 @@ from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.prompt import CHAT
-from eval.backends import Answering, Backend, open_backend
-from eval.batching import Batch, order_batches, plan_batches
+from eval.answering.backends import Answering, Backend, open_backend
+from eval.answering.batching import Batch, order_batches, plan_batches
 from eval.files import write_json, write_text
 from eval.fingerprint import fingerprint_files, fingerprint_task
 from eval.items import Question, TaskItems, load_questions, tokenise

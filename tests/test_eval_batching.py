@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from eval.batching import order_batches, plan_batches
+from eval.answering.batching import order_batches, plan_batches
 from eval.items import Item, Question
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from eval.asking import Asker
-from eval.batching import order_batches, plan_batches
-from eval.beginning import Beginning
-from eval.generate import Drafter, generate_greedy
+from eval.answering.answerer import Asker
+from eval.answering.batching import order_batches, plan_batches
+from eval.answering.generate import Drafter, generate_greedy
+from eval.answering.shared_prefix import Beginning
 from eval.items import TaskItems
 from eval.language_model import LanguageModel
 from eval.predictions import Prediction

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.asking import Asker
-from eval.batching import Batch
-from eval.beginning import Beginning
+from eval.answering.answerer import Asker
+from eval.answering.batching import Batch
+from eval.answering.score import Scores, score_last_token, score_summed
+from eval.answering.shared_prefix import Beginning
 from eval.items import Item, TaskItems, common_prefix, load_questions, tokenise
 from eval.language_model import LanguageModel
 from eval.protocols import PROTOCOLS
-from eval.score import Scores, score_last_token, score_summed
 from tests import eval_tiny
 
 

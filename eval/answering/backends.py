@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
-from eval.asking import Asker
-from eval.batching import Batch
+from eval.answering.answerer import Asker
+from eval.answering.batching import Batch
+from eval.answering.vllm_backend import VllmAsker, start_vllm
 from eval.items import Item, TaskItems
 from eval.loading import load, resolve_attention
 from eval.options import Options
 from eval.predictions import Prediction
 from eval.protocols import Protocol as AskingProtocol
-from eval.vllm_backend import VllmAsker, start_vllm
 from flexlora_ds.base_model.loading import load_tokenizer
 
 

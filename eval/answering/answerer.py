@@ -6,16 +6,16 @@ import gc
 
 import torch
 
-from eval.batching import Batch
-from eval.beginning import Beginning
-from eval.generate import Drafter, generate_greedy
+from eval.answering.batching import Batch
+from eval.answering.generate import Drafter, generate_greedy
+from eval.answering.library_generate import decode_until_decided, generate_with_library
+from eval.answering.score import Scores, score_last_token, score_summed
+from eval.answering.shared_prefix import Beginning
 from eval.items import Item, TaskItems
 from eval.language_model import LanguageModel, memory_is_short
-from eval.library_generate import decode_until_decided, generate_with_library
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import ANSWER_LEAD, MAX_NEW_TOKENS, Protocol
-from eval.score import Scores, score_last_token, score_summed
 from flexlora_ds.errors import RunError
 
 _CPU_TOKENS = 512  # the activations of more leave the caches of a core, and rows of more lengths meet

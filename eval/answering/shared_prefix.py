@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.batching import left_pad
+from eval.answering.batching import left_pad
 from eval.language_model import LanguageModel
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.tasks import TASKS
-from eval.batching import Batch
+from eval.answering.batching import Batch
 from eval.items import Item, TaskItems
 from eval.options import Options
 from eval.parsing import read_answer

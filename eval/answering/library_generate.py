@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from eval.batching import left_pad
+from eval.answering.batching import left_pad
 from eval.language_model import LanguageModel
 
 

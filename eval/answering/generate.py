@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eval.beginning import Beginning, Opened
+from eval.answering.shared_prefix import Beginning, Opened
 from eval.language_model import LanguageModel
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eval.beginning import Beginning
+from eval.answering.shared_prefix import Beginning
 from eval.items import Item
 
 
