@@ -12,7 +12,7 @@ from eval.answering.answerer import Asker
 from eval.answering.batching import Batch, order_batches, plan_batches
 from eval.answering.library_generate import generate_with_library
 from eval.items import Item, TaskItems
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS

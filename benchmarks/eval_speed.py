@@ -27,8 +27,8 @@ import torch
 from benchmarks.eval_contenders import ROUNDS, Contender, Key, forward, greedy, ours, reference
 from eval.files import write_json
 from eval.items import Item, TaskItems, load_questions, tokenise
-from eval.language_model import LanguageModel
-from eval.loading import load, resolve_prompt
+from eval.model.language_model import LanguageModel
+from eval.model.loading import load, resolve_prompt
 from eval.options import Options, parse_options
 from eval.predictions import Prediction
 from eval.results import markdown, versions

@@ -15,7 +15,7 @@ from eval.answering.batching import Batch, order_batches, plan_batches
 from eval.files import write_json, write_text
 from eval.fingerprint import fingerprint_files, fingerprint_task
 from eval.items import Question, TaskItems, load_questions, tokenise
-from eval.loading import resolve_prompt
+from eval.model.loading import resolve_prompt
 from eval.options import Options
 from eval.predictions import PredictionFolder, unanswered
 from eval.progress import Progress

@@ -14,7 +14,7 @@ from data_prep.prompt import evaluation_prompt
 from data_prep.records import Record
 from data_prep.tasks import TASKS
 from eval.items import Question, TaskItems, tokenise
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 
 _WORDS = [
     "the",

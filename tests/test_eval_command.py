@@ -14,7 +14,7 @@ import torch
 
 from data_prep.tasks import TASKS
 from eval.__main__ import main
-from eval.loading import resolve_prompt
+from eval.model.loading import resolve_prompt
 from eval.options import default_out
 from tests import eval_tiny
 

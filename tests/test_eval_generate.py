@@ -13,7 +13,7 @@ from eval.answering.batching import order_batches, plan_batches
 from eval.answering.generate import Drafter, generate_greedy
 from eval.answering.shared_prefix import Beginning
 from eval.items import TaskItems
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 from eval.predictions import Prediction
 from eval.protocols import PROTOCOLS
 from tests import eval_tiny

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval.language_model import LanguageModel
-from eval.last_layer import LastLayer, agrees
+from eval.model.language_model import LanguageModel
+from eval.model.last_layer import LastLayer, agrees
 from tests import eval_tiny
 
 IDS = torch.randint(2, 400, (3, 12), generator=torch.Generator().manual_seed(1))

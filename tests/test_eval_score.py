@@ -12,7 +12,7 @@ from eval.answering.batching import Batch
 from eval.answering.score import Scores, score_last_token, score_summed
 from eval.answering.shared_prefix import Beginning
 from eval.items import Item, TaskItems, common_prefix, load_questions, tokenise
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 from eval.protocols import PROTOCOLS
 from tests import eval_tiny
 

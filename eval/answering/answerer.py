@@ -12,7 +12,7 @@ from eval.answering.library_generate import decode_until_decided, generate_with_
 from eval.answering.score import Scores, score_last_token, score_summed
 from eval.answering.shared_prefix import Beginning
 from eval.items import Item, TaskItems
-from eval.language_model import LanguageModel, memory_is_short
+from eval.model.language_model import LanguageModel, memory_is_short
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import ANSWER_LEAD, MAX_NEW_TOKENS, Protocol

@@ -12,7 +12,7 @@ from eval.answering.answerer import Asker
 from eval.answering.batching import Batch
 from eval.answering.vllm_backend import VllmAsker, start_vllm
 from eval.items import Item, TaskItems
-from eval.loading import load, resolve_attention
+from eval.model.loading import load, resolve_attention
 from eval.options import Options
 from eval.predictions import Prediction
 from eval.protocols import Protocol as AskingProtocol

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eval.answering.shared_prefix import Beginning, Opened
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from eval.answering.batching import left_pad
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eval.answering.batching import left_pad
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 
 
 class Beginning:

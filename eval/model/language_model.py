@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.last_layer import LastLayer, agrees
+from eval.model.last_layer import LastLayer, agrees
 
 
 class LanguageModel:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data_prep.prompt import PROMPTS
-from eval.language_model import LanguageModel
+from eval.model.language_model import LanguageModel
 from eval.options import Options
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.errors import UserError
