@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.compare import main, read_settings, report
-from eval.comparison import Run, Setting, agreement, difference
+from eval.compare.__main__ import main, read_settings, report
+from eval.compare.differences import Run, Setting, agreement, difference
 from eval.predictions import Prediction
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from eval.comparison import Difference, Run, Setting, agreement, common_tasks, difference, read_run
+from eval.compare.differences import Difference, Run, Setting, agreement, common_tasks, difference, read_run
+from eval.compare.paper import PAPER
 from eval.files import write_text
-from eval.paper import PAPER
 from eval.results import markdown
 from flexlora_ds.errors import RunError, UserError
 
