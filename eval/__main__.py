@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from data_prep.errors import DataError
 from eval.options import parse_options
 from eval.run import evaluate
-from eval.team import Team
+from eval.workers import Team
 from flexlora_ds.errors import UserError
 
 

@@ -21,7 +21,7 @@ from eval.predictions import PredictionFolder, unanswered
 from eval.progress import Progress
 from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS
 from eval.results import count, summarise, table
-from eval.team import Team
+from eval.workers import Team
 from flexlora_ds.errors import UserError
 
 _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
