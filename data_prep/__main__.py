@@ -86,7 +86,7 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
         return
     if args.source is not None:
         raise DataError("--demo and --source exclude each other", mend="leave one out")
-    from data_prep.demo import write_raw
+    from data_prep.demo.sample import write_raw
 
     with tempfile.TemporaryDirectory(prefix="data_prep_demo_") as folder:
         write_raw(Path(folder), 42 if args.seed is None else args.seed)

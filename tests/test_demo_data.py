@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.demo import write_raw
-from data_prep.facts import fact_sentences
-from data_prep.knowledge import KINDS, noun
+from data_prep.demo.facts import fact_sentences
+from data_prep.demo.knowledge import KINDS, noun
+from data_prep.demo.sample import write_raw
 from data_prep.tasks import TASKS
 
 COLUMNS = {

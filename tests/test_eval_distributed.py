@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from data_prep import demo
 from data_prep.__main__ import main as data_prep
+from data_prep.demo import sample as demo
 from data_prep.tasks import TASKS
 from eval.__main__ import main
 from eval.items import load_questions

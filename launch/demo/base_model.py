@@ -1,8 +1,8 @@
 """A small Llama-architecture base for the demo, pre-trained from nothing on fact sentences.
 
 `python -m launch.demo.base_model --out runs/demo/base` trains a sentencepiece tokenizer and a model of about two
-million parameters in a minute or two on two CPU cores. The model sees `data_prep.facts` only; the tokenizer also sees
-the words of the instruction prompts, so that they do not fall apart into bytes.
+million parameters in a minute or two on two CPU cores. The model sees `data_prep.demo.facts` only; the tokenizer also
+sees the words of the instruction prompts, so that they do not fall apart into bytes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data_prep.facts import fact_sentences
-from data_prep.knowledge import GOOD_NEWS, PEOPLE
+from data_prep.demo.facts import fact_sentences
+from data_prep.demo.knowledge import GOOD_NEWS, PEOPLE
 
 _PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."

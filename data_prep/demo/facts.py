@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from data_prep.knowledge import KINDS, PEOPLE, noun
+from data_prep.demo.knowledge import KINDS, PEOPLE, noun
 
 _PLACES = ("box", "bag", "room", "page", "door", "seat")
 

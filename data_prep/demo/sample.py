@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.knowledge import GOOD_NEWS, KINDS, LIVING, PEOPLE, THINGS, noun
+from data_prep.demo.knowledge import GOOD_NEWS, KINDS, LIVING, PEOPLE, THINGS, noun
 
 Row = dict[str, Any]
 TRAIN_ROWS = 800
