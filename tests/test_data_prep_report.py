@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.measure import count_words, normalised, token_counter
 from data_prep.prompt import training_text
 from data_prep.records import Record
-from data_prep.report import main, measure_folder
+from data_prep.report.__main__ import main, measure_folder
+from data_prep.report.measure import count_words, normalised, token_counter
 
 
 def record(instruction: str, answer: str) -> Record:

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_prep.measure import Measures
+from data_prep.report.measure import Measures
 
 _COLOURS = ("#3b6ea5", "#e08e45", "#5a9367", "#b0455a", "#8a7cb4")
 
