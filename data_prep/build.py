@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.compare import first_differences, judge
 from data_prep.convert import Limits, Section, read_sections
 from data_prep.errors import DataError
-from data_prep.order import HEAD, SEPARATOR, TAIL, find_order, framed
-from data_prep.published import CORPUS, PUBLISHED, Published
+from data_prep.published.compare import first_differences, judge
+from data_prep.published.files import CORPUS, PUBLISHED, Published
+from data_prep.published.order import HEAD, SEPARATOR, TAIL, find_order, framed
 from data_prep.sources import Source
 from data_prep.staging import MANIFEST, commit, locked, read_manifest, staging
 from data_prep.tasks import TASKS, Task

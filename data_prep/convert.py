@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.order import SEPARATOR
+from data_prep.published.order import SEPARATOR
 from data_prep.records import Record
 from data_prep.sources import MissingSplitError, Source
 from data_prep.tasks import Split, Task

@@ -20,8 +20,8 @@ from data_prep.__main__ import main
 from data_prep.build import Options, build
 from data_prep.convert import encode
 from data_prep.errors import DataError
-from data_prep.order import SEPARATOR, framed
-from data_prep.published import CORPUS, Published
+from data_prep.published.files import CORPUS, Published
+from data_prep.published.order import SEPARATOR, framed
 from data_prep.records import load_records
 from data_prep.sources import LocalSource
 from data_prep.tasks import TASKS, Task

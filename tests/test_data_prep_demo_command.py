@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.__main__ import main
-from data_prep.published import CORPUS, PUBLISHED
+from data_prep.published.files import CORPUS, PUBLISHED
 
 FILES = {*PUBLISHED, "manifest.json"}
 

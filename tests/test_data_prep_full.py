@@ -15,7 +15,7 @@ import pytest
 
 from data_prep.build import Options, build
 from data_prep.convert import encode
-from data_prep.published import CORPUS, PUBLISHED, Published
+from data_prep.published.files import CORPUS, PUBLISHED, Published
 from data_prep.rows import Row
 from data_prep.sources import HubSource, LocalSource
 from data_prep.tasks import TASKS

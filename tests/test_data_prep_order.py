@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from data_prep.order import find_order, framed
+from data_prep.published.order import find_order, framed
 
 PARTS = [f"part {i}".encode() * (i + 1) for i in range(6)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.published import CORPUS, PUBLISHED
+from data_prep.published.files import CORPUS, PUBLISHED
 from data_prep.tasks import TASKS
 from tests.data_prep_rows import ROWS, winogrande
 

@@ -13,7 +13,7 @@ from data_prep.command import command
 from data_prep.errors import DataError
 from data_prep.options import Parser, positive
 from data_prep.prompt import TEXT_PROMPTS
-from data_prep.published import CORPUS
+from data_prep.published.files import CORPUS
 from data_prep.records import iter_records
 from data_prep.report.measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from data_prep.report.plots import plot_all

@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.published import Published
+from data_prep.published.files import Published
 from data_prep.records import iter_objects
 
 
