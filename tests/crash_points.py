@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.checkpoint import files
-from tests.test_checkpoint import save
+from tests.checkpoint_samples import save_checkpoint
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
@@ -25,7 +25,7 @@ def killed_at(count: int, root: Path) -> bool:
     child = os.fork()
     if child == 0:
         _watch(count, str(root))
-        save(root, 7)
+        save_checkpoint(root, 7)
         files.keep_newest(root, 1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -52,7 +52,7 @@ def main() -> None:
     count = 1
     while True:
         root = base / str(count)
-        save(root, 4)
+        save_checkpoint(root, 4)
         if not killed_at(count, root):
             shutil.rmtree(root)
             break

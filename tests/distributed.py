@@ -79,20 +79,20 @@ def run_script(
     with contextlib.ExitStack() as stack:
         files: list[tuple[IO[str], IO[str]]] = []
         ranks: list[subprocess.Popen[str]] = []
-        for variables in _rank_environments(world_size, env):
-            pair = stack.enter_context(_scratch()), stack.enter_context(_scratch())
-            process = _start([sys.executable, *command], variables, stdout=pair[0], stderr=pair[1])
-            stack.callback(_kill, process)
+        for variables in rank_environments(world_size, env):
+            pair = stack.enter_context(scratch_file()), stack.enter_context(scratch_file())
+            process = start_process([sys.executable, *command], variables, stdout=pair[0], stderr=pair[1])
+            stack.callback(kill_group, process)
             files.append(pair)
             ranks.append(process)
         for rank, process in enumerate(ranks):
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                message = f"rank {rank} still running after {timeout:g} s\n{_tail(files[rank][1])}"
+                message = f"rank {rank} still running after {timeout:g} s\n{tail_of(files[rank][1])}"
                 raise ProcessError(message) from None
         return [
-            ScriptResult(process.returncode, _text(out), _text(err))
+            ScriptResult(process.returncode, text_of(out), text_of(err))
             for process, (out, err) in zip(ranks, files, strict=True)
         ]
 
@@ -123,7 +123,7 @@ class Processes:
         request = json.dumps({"function": _function_path(function), "args": args})
         if not self._workers:
             self._workers = [
-                _Worker(variables) for variables in _rank_environments(self.world_size, self._env)
+                _Worker(variables) for variables in rank_environments(self.world_size, self._env)
             ]
         try:
             for worker in self._workers:
@@ -173,8 +173,8 @@ class _Worker:
     def __init__(self, variables: dict[str, str]) -> None:
         read_end, write_end = os.pipe()
         self.replies = os.fdopen(read_end)
-        self._output = _scratch()
-        self._process = _start(
+        self._output = scratch_file()
+        self._process = start_process(
             [sys.executable, "-m", "tests.distributed", str(write_end)],
             variables,
             stdin=subprocess.PIPE,
@@ -196,10 +196,10 @@ class _Worker:
         return self._process.wait(10)
 
     def tail(self) -> str:
-        return _tail(self._output)
+        return tail_of(self._output)
 
     def close(self) -> None:
-        _kill(self._process)
+        kill_group(self._process)
         self.replies.close()
         self._output.close()
         if self._process.stdin is not None:
@@ -207,7 +207,8 @@ class _Worker:
                 self._process.stdin.close()
 
 
-def _rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Iterator[dict[str, str]]:
+def rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Iterator[dict[str, str]]:
+    """The environment of each rank, as a launcher sets it, on one machine and without a GPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -233,29 +234,33 @@ def _rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Iter
         yield {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def _start(command: Sequence[str], variables: dict[str, str], **options: Any) -> subprocess.Popen[str]:
+def start_process(command: Sequence[str], variables: dict[str, str], **options: Any) -> subprocess.Popen[str]:
+    """Start a command in the repository's root, in a session of its own."""
     options.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, start_new_session=True, **options)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    # The group, not the process alone: a script may have started processes of its own.
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a process and those that it has started; wait for it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _scratch() -> IO[str]:
+def scratch_file() -> IO[str]:
+    """A file for a process's output; it has no name."""
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
-def _text(file: IO[str]) -> str:
+def text_of(file: IO[str]) -> str:
+    """What a process has written to a scratch file so far."""
     # Not seek and read: the process that writes shares the offset, and would go on at the beginning.
     return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
-def _tail(file: IO[str]) -> str:
-    return _text(file)[-OUTPUT_TAIL:]
+def tail_of(file: IO[str]) -> str:
+    """The end of it."""
+    return text_of(file)[-OUTPUT_TAIL:]
 
 
 def _function_path(function: Function) -> str:
@@ -266,14 +271,15 @@ def _function_path(function: Function) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends."""
     # Otherwise a killed test run would leave ranks behind, waiting for each other in a collective.
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _serve(reply_descriptor: int) -> None:
-    _die_with_parent()
+    die_with_parent()
     with os.fdopen(reply_descriptor, "w") as replies:
         for line in sys.stdin:
             try:

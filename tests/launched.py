@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tests.distributed import _kill, _rank_environments, _scratch, _start, _text
+from tests.distributed import kill_group, rank_environments, scratch_file, start_process, text_of
 from tests.nursery import Nursery
 
 POLL_SECONDS = 0.01
@@ -29,7 +29,7 @@ class Launched:
 
     def said(self, rank: int = 0) -> str:
         """What a process has written to stdout and stderr."""
-        return _text(self.outputs[rank])
+        return text_of(self.outputs[rank])
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 240, *, orphans: bool = False) -> None:
         """Wait until `condition` holds; AssertionError if the run ends (unless `orphans` go on) or the time is up."""
@@ -62,10 +62,12 @@ def launched(
     """Start a training script in real processes; what still runs at the end is killed."""
     with contextlib.ExitStack() as stack:
         run = Launched([], [])
-        for variables in _rank_environments(world_size, None):
-            output = stack.enter_context(_scratch())
-            process = _start([sys.executable, script, *arguments], variables, stdout=output, stderr=output)
-            stack.callback(_kill, process)
+        for variables in rank_environments(world_size, None):
+            output = stack.enter_context(scratch_file())
+            process = start_process(
+                [sys.executable, script, *arguments], variables, stdout=output, stderr=output
+            )
+            stack.callback(kill_group, process)
             run.processes.append(process)
             run.outputs.append(output)
         yield run
@@ -102,8 +104,8 @@ def held(
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         run = Launched([], [])
-        for variables in _rank_environments(world_size, None):
-            output = stack.enter_context(_scratch())
+        for variables in rank_environments(world_size, None):
+            output = stack.enter_context(scratch_file())
             words = [moment, str(rank), str(folder), *arguments]
             child = nursery.start("tests.moments", words, variables, output)
             stack.callback(child.kill)

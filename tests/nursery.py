@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from tests.distributed import ROOT, _die_with_parent, _kill, _scratch, _start, _tail
+from tests.distributed import ROOT, die_with_parent, kill_group, scratch_file, start_process, tail_of
 
 POLL_SECONDS = 0.02
 
@@ -60,7 +60,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
-        self._errors: IO[str] = _scratch()
+        self._errors: IO[str] = scratch_file()
 
     def start(
         self, module: str, arguments: Sequence[str], variables: Mapping[str, str], output: IO[str]
@@ -73,7 +73,7 @@ class Nursery:
     def ask(self, request: Mapping[str, Any]) -> Any:
         """One question, one answer."""
         if self._process is None:
-            self._process = _start(
+            self._process = start_process(
                 [sys.executable, "-m", "tests.nursery"],
                 {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.PIPE,
@@ -85,13 +85,13 @@ class Nursery:
         stdin.write(json.dumps(request) + "\n")
         stdin.flush()
         answer = stdout.readline()
-        assert answer, _tail(self._errors)
+        assert answer, tail_of(self._errors)
         return json.loads(answer)
 
     def close(self) -> None:
         """End the process; its children end with it."""
         if self._process is not None:
-            _kill(self._process)
+            kill_group(self._process)
 
 
 def _serve() -> None:
@@ -116,7 +116,7 @@ def _serve() -> None:
 def _become(request: Mapping[str, Any]) -> None:
     """The child's own session, environment and output."""
     os.setsid()
-    _die_with_parent()
+    die_with_parent()
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
@@ -128,7 +128,7 @@ def _become(request: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Import, serve, and in a child run."""
-    _die_with_parent()
+    die_with_parent()
     from launch.command import quiet_libraries
 
     quiet_libraries()

@@ -14,17 +14,14 @@ from torch import Tensor, nn
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter.function import adapted_linear
-from flexlora_ds.adapter.layer import AdaptedLinear, forward_context
+from flexlora_ds.adapter.layer import forward_context
 from flexlora_ds.dropout.apply import Drop
 from flexlora_ds.dropout.mask import keep_mask
 from tests import tiny
+from tests.adapted_layers import adapted_layer, output_and_gradients, seeded_normal
 
 OUT, IN, RANK, ROWS = 5, 7, 3, 6
 SCALE = 0.7
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -36,7 +33,9 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         "lam": (RANK,),
         "Q": (RANK, IN),
     }
-    return {name: drawn(*shape, dtype=dtype, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: seeded_normal(*shape, dtype=dtype, seed=i) for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def drop(p: float = 0.4) -> Drop:
@@ -71,30 +70,6 @@ def test_gradients_are_numerical_ones(trained: tuple[str, ...], bias: bool, drop
     torch.testing.assert_close(function(*free.values()), expected, rtol=1e-12, atol=1e-12)
 
 
-def layer_of(dtype: torch.dtype, p: float, features: int = 48, out: int = 40) -> AdaptedLinear:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(features, out)).to(dtype)
-    config = FlexLoRAConfig(rank=8, dropout=p, target_modules=("0",))
-    inject_adapters(model, config)
-    layer = adapters(model.train())["0"]
-    layer.lam.data.normal_()
-    layer.context.row_keys = torch.arange(2 * 16).view(2, 16)
-    return layer
-
-
-def results(layer: AdaptedLinear, x: Tensor, *, plain: bool, around: Any = nullcontext) -> dict[str, Tensor]:
-    """The output and all gradients, for a loss that weighs every output differently."""
-    layer.context.plain = plain
-    layer.zero_grad()
-    x = x.clone().requires_grad_()
-    with around():
-        y = layer(x)
-    (y * drawn(*y.shape, dtype=y.dtype, seed=9)).sum().backward()
-    assert x.grad is not None
-    found = {"y": y.detach(), "x": x.grad}
-    return found | {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-
-
 def largest_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """max |Δ| / max |expected|, over output and gradients."""
     assert actual.keys() == expected.keys() == {"y", "x", "P", "lam", "Q"}
@@ -111,11 +86,11 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_both_forms_agree_in_every_precision(dtype: torch.dtype, p: float) -> None:
     """In low precision both are measured against float64, so that neither's rounding counts as the other's fault."""
-    layer, x = layer_of(dtype, p), drawn(2, 16, 48, dtype=dtype)
-    node, plain = results(layer, x, plain=False), results(layer, x, plain=True)
+    layer, x = adapted_layer(dtype, p), seeded_normal(2, 16, 48, dtype=dtype)
+    node, plain = output_and_gradients(layer, x, plain=False), output_and_gradients(layer, x, plain=True)
     assert torch.equal(node["y"], plain["y"])
     assert {n: t.dtype for n, t in node.items()} == {n: t.dtype for n, t in plain.items()}
-    exact = results(layer.double(), x.double(), plain=True)
+    exact = output_and_gradients(layer.double(), x.double(), plain=True)
     assert largest_error(node, exact) < max(BOUNDS[dtype], 1.2 * largest_error(plain, exact))
     assert largest_error(node, exact) < 2 * BOUNDS[dtype]
 
@@ -132,21 +107,21 @@ def test_both_forms_agree_in_every_precision(dtype: torch.dtype, p: float) -> No
     ids=["fp32 on bf16", "bf16 on fp32", "autocast", "autocast on bf16"],
 )
 def test_mixed_dtypes(base: torch.dtype, adapter: torch.dtype, autocast: bool, p: float) -> None:
-    layer, x = layer_of(base, p), drawn(2, 16, 48, dtype=base)
+    layer, x = adapted_layer(base, p), seeded_normal(2, 16, 48, dtype=base)
     for q in (layer.P, layer.lam, layer.Q):
         q.data = q.data.to(adapter)
     around = partial(torch.autocast, "cpu", torch.bfloat16) if autocast else nullcontext
-    found = results(layer, x, plain=False, around=around)
+    found = output_and_gradients(layer, x, plain=False, around=around)
     assert found["y"].dtype == (torch.bfloat16 if autocast else base)
     assert found["x"].dtype == base and all(found[n].dtype == adapter for n in ("P", "lam", "Q"))
-    exact = results(layer.double(), x.double(), plain=True)
+    exact = output_and_gradients(layer.double(), x.double(), plain=True)
     assert largest_error(found, exact) < 4e-2
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_is_kept_is_x_and_the_r_wide_activation(autocast: bool) -> None:
-    layer = layer_of(torch.float32, 0.3)
-    x = drawn(2, 16, 48, dtype=torch.float32).requires_grad_()
+    layer = adapted_layer(torch.float32, 0.3)
+    x = seeded_normal(2, 16, 48, dtype=torch.float32).requires_grad_()
     kept: dict[int, Tensor] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -236,9 +211,9 @@ def test_an_ordinary_base_keeps_its_names() -> None:
 
 
 def test_a_base_that_is_trained_too_gets_its_gradient() -> None:
-    layer = layer_of(torch.float64, 0.0)
+    layer = adapted_layer(torch.float64, 0.0)
     assert layer.weight is not None
     layer.weight.requires_grad_()
-    x = drawn(2, 16, 48)
+    x = seeded_normal(2, 16, 48)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.reshape(-1, 48).sum(0).expand(40, 48))

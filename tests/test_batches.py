@@ -12,41 +12,19 @@ from launch.data.batches import (
     PAD_MULTIPLE,
     Cut,
     DataOrder,
-    MicroBatch,
     TrainingBatches,
     ValidationBatches,
     total_steps,
 )
 from launch.data.examples import IGNORED, Examples
 from launch.data.hashing import hash64, seeded_order
-
-PAD = 7
-
-
-def make_examples(lengths: list[int], label_starts: list[int]) -> Examples:
-    ends = np.cumsum(lengths)  # token ids are all distinct: a mix-up cannot go unnoticed
-    tokens = [
-        np.arange(100 + end - size, 100 + end, dtype=np.int32)
-        for size, end in zip(lengths, ends, strict=True)
-    ]
-    learnt = [np.arange(size) >= start for size, start in zip(lengths, label_starts, strict=True)]
-    return Examples.pack(zip(range(1, 3 * len(lengths) + 1, 3), tokens, learnt, strict=True))
+from tests.numbered_examples import PAD, make_examples, row_contents
 
 
 @st.composite
 def example_sets(draw: st.DrawFn) -> Examples:
     shapes = draw(st.lists(st.tuples(st.integers(1, 21), st.integers(0, 21)), min_size=1, max_size=23))
     return make_examples([size for size, _ in shapes], [min(start, size) for size, start in shapes])
-
-
-def contents(batch: MicroBatch) -> list[tuple[int, list[int], list[int], list[int], list[int]]]:
-    """What each row of a batch holds, padding removed."""
-    rows = []
-    for row, record in enumerate(batch.record_ids):
-        real = batch.attention_mask[row].bool()
-        columns = (batch.input_ids, batch.labels, batch.position_ids, batch.row_keys)
-        rows.append((record, *(column[row][real].tolist() for column in columns)))
-    return rows
 
 
 def whole_batch(examples: Examples, size: int, seed: int, world: int, micro: int, step: int) -> list[object]:
@@ -57,7 +35,7 @@ def whole_batch(examples: Examples, size: int, seed: int, world: int, micro: int
         mine = list(batches.micro_batches(step))
         assert len(mine) == batches.accumulation == size // (world * micro)
         targets += sum(batch.target_tokens for batch in mine)
-        rows += [row for batch in mine for row in contents(batch)]
+        rows += [row for batch in mine for row in row_contents(batch)]
     assert targets == TrainingBatches(examples, size, seed, Cut(), PAD).target_tokens(step)
     return sorted(rows)  # type: ignore[type-var]
 

@@ -6,54 +6,30 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from flexlora_ds.base_model.fingerprint import base_fingerprint
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.files import DamagedError
-from flexlora_ds.checkpoint.state import Snapshot, open_checkpoint, set_ranks
+from flexlora_ds.checkpoint.state import open_checkpoint, set_ranks
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
 from tests import tiny
+from tests.checkpoint_samples import (
+    DAMAGE,
+    Payload,
+    make_snapshots,
+    reseal,
+    save_checkpoint,
+)
 from tests.distributed import run_script
-
-SHAPES = {"a.P": [4, 2], "a.lam": [2], "b.P": [3, 1]}
-KEYS = ["exp_avg", "master"]
-
-
-def snapshots(step: int, count: int = 2) -> list[Snapshot]:
-    """What `count` processes would write."""
-    state = {
-        "step": step,
-        "ranks": {"a": 2, "b": 1},
-        "shapes": SHAPES,
-        "keys": KEYS,
-        "scalars": {},
-        "counters": {},
-        "updates": step,
-        "scaler": None,
-        "controller": None,
-        "run": {"note": "λ"},
-    }
-    shares: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
-    for i, (name, shape) in enumerate(SHAPES.items()):
-        for key in KEYS:
-            shares[i % count][f"{name}:{key}"] = torch.randn(shape)
-    return [Snapshot(i, count, share, state) for i, share in enumerate(shares)]
-
-
-def save(root: Path, step: int) -> Path:
-    part = files.begin(root, step)
-    return files.commit(part, [entry for s in snapshots(step) for entry in s.write(part)])
 
 
 def test_a_checkpoint_opens_as_it_was_written(tmp_path: Path) -> None:
-    folder = save(tmp_path, 7)
+    folder = save_checkpoint(tmp_path, 7)
     assert folder.name == "step_00000007"
     assert (tmp_path / "latest").read_text().strip() == folder.name
     opened = open_checkpoint(folder)
@@ -64,35 +40,6 @@ def test_a_checkpoint_opens_as_it_was_written(tmp_path: Path) -> None:
     ]
 
 
-def flip(position: int) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[position % len(data)] ^= 1
-        path.write_bytes(data)
-
-    return change
-
-
-def cut(kept: Callable[[int], int]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(path.read_bytes()[: kept(path.stat().st_size)])
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "emptied": cut(lambda size: 0),
-    "half": cut(lambda size: size // 2),
-    "one byte short": cut(lambda size: size - 1),
-    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
-    "first byte": flip(0),
-    "a byte in the middle": flip(101),
-    "last byte": flip(-1),
-    "deleted": Path.unlink,
-    "a link": lambda path: (
-        path.rename(path.with_suffix(".moved")),
-        path.symlink_to(path.with_suffix(".moved")),
-    )[1],
-}
-
-
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize(
     "name",
@@ -101,7 +48,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 def test_every_damage_to_every_file_is_found(tmp_path: Path, kind: str, name: str) -> None:
     if (kind, name) == ("a link", "manifest.json"):
         pytest.skip("a linked manifest is read as a manifest; what it names is checked")
-    folder = save(tmp_path, 7)
+    folder = save_checkpoint(tmp_path, 7)
     DAMAGE[kind](folder / name)
     with pytest.raises(DamagedError):
         open_checkpoint(folder)
@@ -109,7 +56,7 @@ def test_every_damage_to_every_file_is_found(tmp_path: Path, kind: str, name: st
 
 @pytest.mark.full
 def test_every_single_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
-    folder = save(tmp_path, 7)
+    folder = save_checkpoint(tmp_path, 7)
     path = folder / "manifest.json"
     original = path.read_bytes()
     for position in range(len(original)):
@@ -121,25 +68,8 @@ def test_every_single_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> N
                 open_checkpoint(folder)
 
 
-def reseal(folder: Path, **changes: Any) -> None:
-    """Write a manifest that is true of the files as they are now: an attacker's."""
-    entries = [files.seal(path) for path in sorted(folder.iterdir()) if path.name != files.MANIFEST]
-    body = {"format": files.FORMAT, "files": [vars(entry) for entry in entries], **changes}
-    files.write_json(folder / files.MANIFEST, {**body, "sha256": files._digest(body)})
-
-
-class Payload:
-    """Unpickled, it leaves a trace."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.trace,)
-
-
 def test_a_pickle_in_place_of_tensors_is_refused_and_never_runs(tmp_path: Path) -> None:
-    folder = save(tmp_path, 7)
+    folder = save_checkpoint(tmp_path, 7)
     trace = tmp_path / "ran"
     (folder / "state-00001-of-00002.safetensors").write_bytes(pickle.dumps(Payload(trace)))
     reseal(folder)
@@ -150,7 +80,7 @@ def test_a_pickle_in_place_of_tensors_is_refused_and_never_runs(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/file", "..", ".hidden", "a\\b", ""])
 def test_a_manifest_that_names_paths_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
-    folder = save(tmp_path, 7)
+    folder = save_checkpoint(tmp_path, 7)
     (tmp_path / "outside").write_text("x")
     reseal(folder, files=[{"name": name, "size": 1, "sha256": "0"}])
     with pytest.raises(DamagedError, match="no plain file name"):
@@ -158,7 +88,7 @@ def test_a_manifest_that_names_paths_elsewhere_is_refused(tmp_path: Path, name: 
 
 
 def test_another_format_version_is_refused_by_name(tmp_path: Path) -> None:
-    folder = save(tmp_path, 7)
+    folder = save_checkpoint(tmp_path, 7)
     reseal(folder, format=files.FORMAT + 1)
     with pytest.raises(RunError, match=f"format version {files.FORMAT + 1}") as caught:
         open_checkpoint(folder)
@@ -167,7 +97,7 @@ def test_another_format_version_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["shape", "missing", "extra", "step", "field"])
 def test_a_state_that_contradicts_its_tensors_is_refused(tmp_path: Path, change: str) -> None:
-    folder = save(tmp_path, 7)
+    folder = save_checkpoint(tmp_path, 7)
     state = json.loads((folder / "state.json").read_text())
     if change == "shape":
         state["shapes"]["a.P"] = [4, 3]
@@ -186,11 +116,11 @@ def test_a_state_that_contradicts_its_tensors_is_refused(tmp_path: Path, change:
 
 
 def test_an_interrupted_save_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:
-    save(tmp_path, 7)
+    save_checkpoint(tmp_path, 7)
     part = files.begin(tmp_path, 9)
-    snapshots(9)[0].write(part)
+    make_snapshots(9)[0].write(part)
     assert [p.name for p in files.checkpoints_in(tmp_path)] == ["step_00000007"]
-    save(tmp_path, 11)
+    save_checkpoint(tmp_path, 11)
     assert not part.exists()
 
 
@@ -207,7 +137,7 @@ def test_a_kill_at_any_operation_of_a_save_costs_no_complete_checkpoint(tmp_path
         for folder in found:
             open_checkpoint(folder)
         newest.append(files.step_of(found[0]))
-        save(root, 11)
+        save_checkpoint(root, 11)
         assert [p.name for p in root.iterdir() if p.name.startswith(".")] == [], number
     assert newest == sorted(newest) and set(newest) == {4, 7}
 
@@ -228,7 +158,7 @@ def test_everything_is_on_the_disk_before_the_checkpoint_appears(
 
     monkeypatch.setattr(os, "fsync", noting_fsync)
     monkeypatch.setattr(os, "rename", noting_rename)
-    folder = save(tmp_path / "checkpoints", 7)
+    folder = save_checkpoint(tmp_path / "checkpoints", 7)
     appears = done.index(("renamed to", folder.name))
     synced = {name for what, name in done[:appears] if what == "synced"}
     assert synced >= {*(path.name for path in folder.iterdir()), f".{folder.name}.part", tmp_path.name}
@@ -241,7 +171,7 @@ def test_everything_is_on_the_disk_before_the_checkpoint_appears(
 
 def test_the_newest_are_kept_and_never_fewer_than_one(tmp_path: Path) -> None:
     for step in (2, 10, 100_000_000):
-        save(tmp_path, step)
+        save_checkpoint(tmp_path, step)
     files.keep_newest(tmp_path, 2)
     assert [files.step_of(p) for p in files.checkpoints_in(tmp_path)] == [100_000_000, 10]
     files.keep_newest(tmp_path, 0)
@@ -250,7 +180,7 @@ def test_the_newest_are_kept_and_never_fewer_than_one(tmp_path: Path) -> None:
 
 def test_later_checkpoints_are_set_aside_not_removed(tmp_path: Path) -> None:
     for step in (2, 4, 6):
-        save(tmp_path, step)
+        save_checkpoint(tmp_path, step)
     assert [p.name for p in files.set_aside_after(tmp_path, 2)] == [
         "set_aside_step_00000006",
         "set_aside_step_00000004",
@@ -260,7 +190,7 @@ def test_later_checkpoints_are_set_aside_not_removed(tmp_path: Path) -> None:
 
 def test_a_removed_checkpoint_is_remembered(tmp_path: Path) -> None:
     assert not files.ever_held_one(tmp_path)
-    shutil.rmtree(save(tmp_path, 7))
+    shutil.rmtree(save_checkpoint(tmp_path, 7))
     assert files.ever_held_one(tmp_path)
 
 

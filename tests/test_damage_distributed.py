@@ -15,9 +15,9 @@ import pytest
 
 from flexlora_ds.checkpoint import files
 from tests import eval_tiny, training
+from tests.checkpoint_samples import DAMAGE, Payload, reseal
 from tests.distributed import Processes
-from tests.test_checkpoint import DAMAGE, Payload, reseal
-from tests.test_resume_distributed import arguments, assert_same, run, uninterrupted
+from tests.resumed_runs import assert_same_run, run_training, saving_arguments, uninterrupted_run
 from tests.training import Place
 
 LAST, BEFORE = "step_00000016", "step_00000014"
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def whole(place: Place, tmp_path_factory: pytest.TempPathFactory, two_processes: Processes) -> Path:
     """A finished run with checkpoints after 7, 14 and 16 steps."""
-    return uninterrupted({}, place, tmp_path_factory.mktemp("whole"), two_processes, "zero2")
+    return uninterrupted_run({}, place, tmp_path_factory.mktemp("whole"), two_processes, "zero2")
 
 
 @pytest.fixture
@@ -63,12 +63,12 @@ def test_falls_back_from_damage_and_never_starts_anew_silently(
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    said = run(two_processes, arguments(place, out, "zero2"))
+    said = run_training(two_processes, saving_arguments(place, out, "zero2"))
     assert "damaged checkpoint" in said and shard.name in said and "continuing after step 14 " in said
-    assert_same(out, whole)
+    assert_same_run(out, whole)
     for folder in files.checkpoints_in(out / "checkpoints"):
         (folder / "state.json").write_bytes(b"")
-    line = refused(two_processes, arguments(place, out, "zero2"))
+    line = refused(two_processes, saving_arguments(place, out, "zero2"))
     assert "no valid checkpoint is left" in line and "state.json" in line
 
 
@@ -100,7 +100,7 @@ def every_damage(words: list[str], checkpoints: str) -> list[list[str]]:
 def test_every_damage_falls_back_to_the_checkpoint_before(
     place: Place, out: Path, one_process: Processes
 ) -> None:
-    words = arguments(place, out, "zero2")
+    words = saving_arguments(place, out, "zero2")
     (found,) = one_process.run(every_damage, words, str(out / "checkpoints"), timeout=300)
     assert len(found) == 4 * (len(DAMAGE) - 1)
     for name, kind, chosen, said in found:
@@ -124,10 +124,10 @@ def test_a_malicious_checkpoint_is_refused(
 ) -> None:
     folder, trace = out / "checkpoints" / LAST, tmp_path / "ran"
     poison(folder, trace)
-    line = refused(two_processes, arguments(place, out, "zero2", resume=folder))
+    line = refused(two_processes, saving_arguments(place, out, "zero2", resume=folder))
     assert "no safetensors file" in line and folder.name in line
     reseal(folder, files=[{"name": "../../ran", "size": 0, "sha256": "0"}])
-    line = refused(two_processes, arguments(place, out, "zero2", resume=folder))
+    line = refused(two_processes, saving_arguments(place, out, "zero2", resume=folder))
     assert "'../../ran', which is no plain file name" in line
     assert not trace.exists()
 
@@ -160,28 +160,28 @@ def another_model(place: Place, folder: Path) -> dict[str, Any]:
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
     change: dict[str, Any], difference: str, place: Place, out: Path, two_processes: Processes
 ) -> None:
-    assert difference in refused(two_processes, arguments(place, out, "zero2", **change))
+    assert difference in refused(two_processes, saving_arguments(place, out, "zero2", **change))
 
 
 def test_a_checkpoint_of_another_model_or_format_is_refused_with_the_difference(
     place: Place, out: Path, tmp_path: Path, two_processes: Processes
 ) -> None:
     other = another_model(place, tmp_path / "other")
-    line = refused(two_processes, arguments(place, out, "zero2", **other))
+    line = refused(two_processes, saving_arguments(place, out, "zero2", **other))
     assert f"base model is {place.model} in it and {other['model']} (its files differ) here" in line
     reseal(out / "checkpoints" / LAST, format=files.FORMAT + 1)
-    line = refused(two_processes, arguments(place, out, "zero2"))
+    line = refused(two_processes, saving_arguments(place, out, "zero2"))
     assert f"format version {files.FORMAT + 1}, this program reads {files.FORMAT}" in line
 
 
 def test_rewinding_keeps_what_it_leaves(
     place: Place, whole: Path, out: Path, two_processes: Processes
 ) -> None:
-    words = arguments(place, out, "zero2", resume=out / "checkpoints" / "step_00000007")
-    said = run(two_processes, words)
+    words = saving_arguments(place, out, "zero2", resume=out / "checkpoints" / "step_00000007")
+    said = run_training(two_processes, words)
     assert "continuing after step 7" in said and "set_aside_step_00000014" in said
-    assert_same(out, whole)
-    again = run(two_processes, words)
+    assert_same_run(out, whole)
+    again = run_training(two_processes, words)
     assert "already continued" in again and "continuing after step 16" in again
 
 
@@ -205,10 +205,10 @@ def test_a_clock_that_goes_backwards_changes_nothing(
     for age, folder in enumerate(files.checkpoints_in(out / "checkpoints")):
         for path in (folder, *folder.iterdir()):
             os.utime(path, (10_000_000 * age, 10_000_000 * age))
-    results = two_processes.run(with_a_clock_that_runs_backwards, arguments(place, out, "zero2"))
+    results = two_processes.run(with_a_clock_that_runs_backwards, saving_arguments(place, out, "zero2"))
     assert [r["code"] for r in results] == [0, 0], results[0]["stderr"]
     assert "continuing after step 14 " in results[0]["stderr"]
-    assert_same(out, whole)
+    assert_same_run(out, whole)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["wall_seconds"] > 0 and summary["tokens_per_s"] > 0
     assert all(row["step_s"] > 0 for row in training.read_lines(out / "metrics.jsonl"))
@@ -219,6 +219,6 @@ def test_a_folder_in_which_none_was_ever_completed_starts_anew_and_says_so(
 ) -> None:
     shutil.rmtree(out / "checkpoints")
     (out / "checkpoints" / ".step_00000007.part").mkdir(parents=True)
-    said = run(two_processes, arguments(place, out, "zero2"))
+    said = run_training(two_processes, saving_arguments(place, out, "zero2"))
     assert "no checkpoint was ever completed here: starting anew" in said
-    assert_same(out, whole)
+    assert_same_run(out, whole)

@@ -15,7 +15,7 @@ import pytest
 from flexlora_ds.checkpoint import files
 from tests import training
 from tests.distributed import Processes
-from tests.test_resume_distributed import arguments, assert_same, run, uninterrupted
+from tests.resumed_runs import assert_same_run, run_training, saving_arguments, uninterrupted_run
 from tests.training import Place
 
 MIB = 1 << 20
@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def whole(place: Place, tmp_path_factory: pytest.TempPathFactory, two_processes: Processes) -> Path:
     """A finished run with checkpoints after 7, 14 and 16 steps."""
-    return uninterrupted({}, place, tmp_path_factory.mktemp("whole"), two_processes, "zero2")
+    return uninterrupted_run({}, place, tmp_path_factory.mktemp("whole"), two_processes, "zero2")
 
 
 def up_to_step_7(whole: Path, out: Path) -> Path:
@@ -64,11 +64,11 @@ def test_a_disk_that_refuses_one_process_ends_the_run_and_spares_the_checkpoints
     place: Place, whole: Path, tmp_path: Path, two_processes: Processes
 ) -> None:
     out = up_to_step_7(whole, tmp_path / "run")
-    results = two_processes.run(with_file_limit, arguments(place, out, "zero2"), 1, 8000, timeout=300)
+    results = two_processes.run(with_file_limit, saving_arguments(place, out, "zero2"), 1, 8000, timeout=300)
     assert_refused(results, out)
     assert not list((out / "checkpoints").glob(".step_*"))
-    run(two_processes, arguments(place, out, "zero2"))
-    assert_same(out, whole)
+    run_training(two_processes, saving_arguments(place, out, "zero2"))
+    assert_same_run(out, whole)
 
 
 def test_a_log_that_cannot_be_written_ends_all_processes_alike(
@@ -77,10 +77,10 @@ def test_a_log_that_cannot_be_written_ends_all_processes_alike(
     """Only process 0 writes it, and no checkpoint may come behind a log with a gap."""
     out = up_to_step_7(whole, tmp_path / "run")
     limit = sum(len(line) + 1 for line in (out / "metrics.jsonl").read_text().splitlines()[:9])
-    results = two_processes.run(with_file_limit, arguments(place, out, "zero2"), 0, limit, timeout=300)
+    results = two_processes.run(with_file_limit, saving_arguments(place, out, "zero2"), 0, limit, timeout=300)
     assert ".jsonl" in assert_refused(results, out)
-    run(two_processes, arguments(place, out, "zero2"))
-    assert_same(out, whole)
+    run_training(two_processes, saving_arguments(place, out, "zero2"))
+    assert_same_run(out, whole)
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_a_full_disk(
     size = sum(p.stat().st_size for p in (out / "checkpoints" / "step_00000007").iterdir())
     assert shutil.disk_usage(small_disk).total == 64 * MIB and free < size
     ballast = leave_free(small_disk, free)
-    results = two_processes.run(training.command, arguments(place, out, "zero2"), timeout=300)
+    results = two_processes.run(training.command, saving_arguments(place, out, "zero2"), timeout=300)
     assert "No space left on device" in assert_refused(results, out)
     ballast.unlink()
-    run(two_processes, arguments(place, out, "zero2"))
-    assert_same(out, whole)
+    run_training(two_processes, saving_arguments(place, out, "zero2"))
+    assert_same_run(out, whole)

@@ -25,8 +25,8 @@ from flexlora_ds.export import (
     server_rank,
     write_peft_adapter,
 )
-from tests.test_pretrained import write_tokenizer
 from tests.tiny import tiny_llama
+from tests.word_tokenizer import write_tokenizer
 
 LAYERS = 12  # names of layers 1 and 11 must not be taken for each other
 CONFIG = FlexLoRAConfig(rank=3, alpha=7.0, dropout=0.1, target_modules=("q_proj", "down_proj"))

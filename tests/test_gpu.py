@@ -13,7 +13,7 @@ from launch.data.prefetch import training_feed
 from tests import rank_worker as worker
 from tests import tiny, twin
 from tests.distributed import Processes
-from tests.test_batches import contents, make_examples
+from tests.numbered_examples import make_examples, row_contents
 
 pytestmark = pytest.mark.gpu
 DUE = {15: 4, 25: 4, 35: 3, 45: 2}
@@ -80,4 +80,4 @@ def test_pinned_batches_are_the_same() -> None:
     with training_feed(batches, 0, 2, torch.device("cuda", 0)) as feed:
         found = list(feed)
     assert all(batch.input_ids.is_pinned() and batch.row_keys.is_pinned() for batch in found)
-    assert [contents(batch) for batch in found] == [contents(batch) for batch in expected]
+    assert [row_contents(batch) for batch in found] == [row_contents(batch) for batch in expected]

@@ -15,7 +15,7 @@ from launch.data.examples import IGNORED
 from launch.model.head_loss import HeadLoss, chunk_rows, chunked_losses, head_loss_of, install_head_loss
 from launch.model.packed_attention import PACKED_SDPA, register_packed_sdpa
 from launch.model.token_loss import Head, head_of, token_loss
-from tests.test_packed import DEVICE, batches, llama
+from tests.packed_llama import DEVICE, adapted_model, batches_of_eight
 
 N, WIDTH, VOCABULARY = 11, 6, 40
 pytestmark = pytest.mark.usefixtures("packed_attention")
@@ -84,9 +84,9 @@ def loss_and_gradients(model: Any, batch: MicroBatch, head: Head) -> dict[str, T
 @pytest.mark.parametrize("everything", [False, True], ids=["answers", "train_on_inputs"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_models_loss_is_that_of_its_logits(packed: bool, everything: bool) -> None:
-    run = batches(packed, label_starts=[0] * 8 if everything else None)
+    run = batches_of_eight(packed, label_starts=[0] * 8 if everything else None)
     (batch,) = run.micro_batches(3)
-    model = with_own_losses(llama(PACKED_SDPA if packed else "sdpa"))
+    model = with_own_losses(adapted_model(PACKED_SDPA if packed else "sdpa"))
     head = head_of(model)
     assert head.losses is head_loss_of(model) is not None
     found = {n: t.clone() for n, t in loss_and_gradients(model, batch, head).items()}
@@ -99,17 +99,17 @@ def test_a_models_loss_is_that_of_its_logits(packed: bool, everything: bool) -> 
 
 
 def test_without_targets_there_is_a_zero_with_a_graph() -> None:
-    (batch,) = batches(True).micro_batches(3)
+    (batch,) = batches_of_eight(True).micro_batches(3)
     silent = MicroBatch(**{**vars(batch), "labels": torch.full_like(batch.labels, IGNORED)})
-    model = with_own_losses(llama(PACKED_SDPA))
+    model = with_own_losses(adapted_model(PACKED_SDPA))
     found = loss_and_gradients(model, silent, head_of(model))
     assert found.pop("loss") == 0
     assert found and all(float(gradient.abs().max()) == 0 for gradient in found.values())
 
 
 def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass() -> None:
-    (batch,) = batches(True, label_starts=[0] * 8).micro_batches(3)
-    model = with_own_losses(llama(PACKED_SDPA))
+    (batch,) = batches_of_eight(True, label_starts=[0] * 8).micro_batches(3)
+    model = with_own_losses(adapted_model(PACKED_SDPA))
     widths: dict[bool, set[int]] = {True: set(), False: set()}
     for own, head in ((True, head_of(model)), (False, Head())):
 
@@ -142,4 +142,4 @@ def test_a_head_that_is_not_all_is_left_alone() -> None:
     small |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32}
     capped = Gemma2ForCausalLM(Gemma2Config(**small))
     assert install_head_loss(capped) is None and head_of(capped) == Head(None, at_positions=True)
-    assert install_head_loss(llama("sdpa").half()) is None
+    assert install_head_loss(adapted_model("sdpa").half()) is None

@@ -15,7 +15,7 @@ from tests import training
 from tests.distributed import Processes
 from tests.launched import held, launched, lines
 from tests.nursery import Nursery
-from tests.test_resume_distributed import arguments, assert_same, run, uninterrupted
+from tests.resumed_runs import assert_same_run, run_training, saving_arguments, uninterrupted_run
 from tests.training import Place
 
 NOTICE_SECONDS = 60  # the promise
@@ -48,26 +48,26 @@ def test_killed_at_steps_and_inside_a_rank_change(
 ) -> None:
     """One run, killed four times at every stage, beside one that nothing disturbed: equal bit for bit."""
     ds = f"zero{stage}"
-    run(two_processes, arguments(place, tmp_path / "whole", ds, **LONG))
-    words = arguments(place, tmp_path / "run", ds, **LONG)
+    run_training(two_processes, saving_arguments(place, tmp_path / "whole", ds, **LONG))
+    words = saving_arguments(place, tmp_path / "run", ds, **LONG)
     kills = [("step 7", 1), ("step 13", 0), ("rank change 20", 1), ("step 29", 0)]
     starts = [resumed_after(kill_at(nursery, *kill, words, tmp_path / "notes")) for kill in kills]
-    starts.append(resumed_after(run(two_processes, words)))
+    starts.append(resumed_after(run_training(two_processes, words)))
     newest = [0, 5, 10, 15, 25]  # or the one before, where the newest was still being written
     assert all(start in (step, step - 5, 0) for start, step in zip(starts, newest, strict=True)), starts
     assert starts == sorted(starts) and starts[-1] > 0
     assert len(training.losses(tmp_path / "run")) == 40 and len(training.ranks(tmp_path / "run")) == 11
-    assert_same(tmp_path / "run", tmp_path / "whole", last=40)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", last=40)
 
 
 def test_killed_inside_a_rank_change(
     place: Place, tmp_path: Path, two_processes: Processes, nursery: Nursery
 ) -> None:
-    whole = uninterrupted({}, place, tmp_path, two_processes, "zero2")
-    words = arguments(place, tmp_path / "run", "zero2", save_every=3)
+    whole = uninterrupted_run({}, place, tmp_path, two_processes, "zero2")
+    words = saving_arguments(place, tmp_path / "run", "zero2", save_every=3)
     kill_at(nursery, "rank change 8", 1, words, tmp_path / "notes")
-    assert resumed_after(run(two_processes, words)) in (3, 6)  # 3 where 6 was still being written
-    assert_same(tmp_path / "run", whole)
+    assert resumed_after(run_training(two_processes, words)) in (3, 6)  # 3 where 6 was still being written
+    assert_same_run(tmp_path / "run", whole)
 
 
 def complete(folder: Path) -> bool:
@@ -87,8 +87,8 @@ def test_killed_twenty_times_while_saving(
 ) -> None:
     """Each time at a random operation on a checkpoint's files, of a random process."""
     options = {"max_steps": 80, "save_every": 2, "keep_checkpoints": 2}
-    run(two_processes, arguments(place, tmp_path / "whole", "zero2", **options))
-    out, words = tmp_path / "run", arguments(place, tmp_path / "run", "zero2", **options)
+    run_training(two_processes, saving_arguments(place, tmp_path / "whole", "zero2", **options))
+    out, words = tmp_path / "run", saving_arguments(place, tmp_path / "run", "zero2", **options)
     rng, newest, lost = random.Random(3), 0, []
     for _ in range(20):
         rank = rng.randrange(2)
@@ -103,9 +103,9 @@ def test_killed_twenty_times_while_saving(
         done = lines(out / "metrics.jsonl")
         lost.append(done - newest)
         assert done - newest <= 2 + (done - saving[0] if saving else 0)
-    assert resumed_after(run(two_processes, words)) == newest
+    assert resumed_after(run_training(two_processes, words)) == newest
     print(f"20 of 20 restarts loaded the newest complete checkpoint; steps lost: {lost}")
-    assert_same(out, tmp_path / "whole", last=80)
+    assert_same_run(out, tmp_path / "whole", last=80)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_process_that_dies_takes_the_run_down(
     two_processes: Processes,
     nursery: Nursery,
 ) -> None:
-    words = arguments(place, tmp_path / "run", "zero3", save_every=3)
+    words = saving_arguments(place, tmp_path / "run", "zero3", save_every=3)
     with held(nursery, words, 2, moment, holder, tmp_path / "notes") as started:
         started.run.send(signal.SIGKILL, killed)
         codes = started.run.wait(NOTICE_SECONDS)
@@ -139,14 +139,14 @@ def test_a_process_that_dies_takes_the_run_down(
     gone = f"error: process {killed} (pid {started.run.processes[killed].pid}) is gone"
     assert said.count("error: ") == 1 and gone in said and "Traceback" not in said
     if moment in ("step 7", "rank change 8"):
-        assert resumed_after(run(two_processes, words)) in (3, 6)
+        assert resumed_after(run_training(two_processes, words)) in (3, 6)
         assert len(training.losses(tmp_path / "run")) == training.STEPS
 
 
 def test_two_runs_in_one_folder_and_a_lock_that_outlives_nobody(
     place: Place, tmp_path: Path, one_process: Processes
 ) -> None:
-    words = arguments(place, tmp_path / "run", "zero2")
+    words = saving_arguments(place, tmp_path / "run", "zero2")
     with launched(words, 1) as started:
         started.wait_for(lambda: lines(tmp_path / "run" / "metrics.jsonl") >= 1)
         started.send(signal.SIGSTOP)
@@ -156,4 +156,4 @@ def test_two_runs_in_one_folder_and_a_lock_that_outlives_nobody(
         assert f"process {started.processes[0].pid}" in second["stderr"]
         started.send(signal.SIGKILL)
         started.wait(20)
-    run(one_process, words)
+    run_training(one_process, words)

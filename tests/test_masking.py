@@ -12,7 +12,7 @@ import torch
 from flexlora_ds.dropout import apply
 from flexlora_ds.dropout.apply import Drop, FusedMasking, Kernel, Masking, fused_kernel, torch_kernel, tried
 from flexlora_ds.dropout.cpu_kernel import ELEMENTS_PER_THREAD, HostKernel
-from tests.test_adapter_function import drawn, layer_of, results
+from tests.adapted_layers import adapted_layer, output_and_gradients, seeded_normal
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_a_layer_computes_the_same_either_way(
         (torch.float32, 5, {}),
         (torch.float32, 1, {}),
     ):
-        layer, x = layer_of(dtype, 0.3), drawn(2, rows, 48, dtype=dtype)
+        layer, x = adapted_layer(dtype, 0.3), seeded_normal(2, rows, 48, dtype=dtype)
         layer.context.row_keys = torch.arange(2 * rows)
         written, fused = (with_masks(layer, x, fused, **around) for fused in (False, True))
         assert all(torch.equal(fused[name], value) for name, value in written.items())
@@ -50,7 +50,7 @@ def kernel() -> HostKernel:
 def test_the_pass_in_c_drops_what_the_mask_drops(kernel: HostKernel, dtype: torch.dtype, p: float) -> None:
     keys = torch.randint(-(2**62), 2**62, (331,), generator=torch.Generator().manual_seed(0))
     for rows, features in ((331, 997), (3, 1), (1, 4096), (0, 8), (100, 30)):
-        drop, values = Drop(keys[:rows], -(2**63), p), drawn(rows, features, dtype=dtype)
+        drop, values = Drop(keys[:rows], -(2**63), p), seeded_normal(rows, features, dtype=dtype)
         kept = FusedMasking(drop, kernel).kept(values)
         assert kept.dtype == dtype
         assert torch.equal(kept, values * drop.mask(features, dtype))
@@ -62,7 +62,7 @@ def test_the_pass_in_c_drops_what_the_mask_drops(kernel: HostKernel, dtype: torc
 
 def test_threads_and_strides_change_no_bit(kernel: HostKernel) -> None:
     keys = torch.arange(4 * ELEMENTS_PER_THREAD // 64)
-    drop, values = Drop(keys.repeat_interleave(2)[::2], 5, 0.3), drawn(64, len(keys)).t()
+    drop, values = Drop(keys.repeat_interleave(2)[::2], 5, 0.3), seeded_normal(64, len(keys)).t()
     threads = torch.get_num_threads()
     try:
         for number in (1, 3):
@@ -76,7 +76,7 @@ def test_threads_and_strides_change_no_bit(kernel: HostKernel) -> None:
 
 def with_masks(layer: Any, x: torch.Tensor, fused: bool, **around: Any) -> dict[str, torch.Tensor]:
     layer.context.fused_masks = fused
-    return results(layer, x, plain=False, **around)
+    return output_and_gradients(layer, x, plain=False, **around)
 
 
 def results_without_dropout(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_a_kernel_that_fails_or_drops_other_elements_is_not_used(
 @pytest.mark.gpu
 def test_a_gpu_computes_it_in_one_kernel_with_the_bits_of_a_cpu() -> None:
     keys = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
-    values = drawn(64, 4096, dtype=torch.bfloat16)
+    values = seeded_normal(64, 4096, dtype=torch.bfloat16)
     fused = Drop(keys.cuda(), 77, 0.05).masking(4096, torch.bfloat16)
     assert isinstance(fused, FusedMasking)
     written = Drop(keys, 77, 0.05).masking(4096, torch.bfloat16)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter.layer import forward_context
 from flexlora_ds.errors import UserError
 from launch.data.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
@@ -17,21 +16,12 @@ from launch.model.attention import require_separable, settle_padding_free
 from launch.model.packed_attention import PACKED_SDPA, register_packed_sdpa
 from launch.model.token_loss import Head, token_loss
 from launch.options.train_options import TrainOptions
-from tests.test_batches import make_examples
-
-LENGTHS = [9, 3, 17, 1, 8, 12, 5, 16]
-PAD = 7
-DEVICE = torch.device("cpu")
-
-
-def batches(padding_free: bool, micro: int = 8, label_starts: list[int] | None = None) -> TrainingBatches:
-    starts = label_starts or [size // 2 for size in LENGTHS]
-    examples = make_examples(LENGTHS, starts)
-    return TrainingBatches(examples, 8, 42, Cut(1, 0, micro), PAD, padding_free=padding_free)
+from tests.numbered_examples import make_examples
+from tests.packed_llama import DEVICE, LENGTHS, PAD, adapted_model, batches_of_eight
 
 
 def test_a_row_holds_the_examples_and_nothing_else() -> None:
-    (padded,), (packed,) = batches(False).micro_batches(3), batches(True).micro_batches(3)
+    (padded,), (packed,) = batches_of_eight(False).micro_batches(3), batches_of_eight(True).micro_batches(3)
     assert packed.input_ids.shape == (1, sum(LENGTHS)) and packed.tokens == padded.tokens == sum(LENGTHS)
     assert packed.record_ids == padded.record_ids and packed.target_tokens == padded.target_tokens
     assert packed.segment_lengths == tuple(sorted(LENGTHS, reverse=True))
@@ -41,24 +31,6 @@ def test_a_row_holds_the_examples_and_nothing_else() -> None:
     first = packed.position_ids[0] == 0
     expected = padded.labels[real].masked_fill(first, IGNORED)
     assert torch.equal(packed.labels[0], expected)
-
-
-def llama(attention: str, window: int | None = None) -> Any:
-    """A tiny Llama, or a Mistral with a sliding window, with adapters that have something to say and drop."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 256, "attn_implementation": attention,
-    }  # fmt: skip
-    kind = (MistralConfig, MistralForCausalLM) if window else (LlamaConfig, LlamaForCausalLM)
-    model: Any = kind[1](kind[0](**shape, **({"sliding_window": window} if window else {}))).train()
-    inject_adapters(model, FlexLoRAConfig(rank=4, dropout=0.2, target_modules=("all-linear",)))
-    rng = torch.Generator().manual_seed(5)
-    for layer in adapters(model).values():
-        layer.lam.data.copy_(torch.randn(4, generator=rng))
-    return model
 
 
 def loss_and_gradients(model: Any, run: TrainingBatches) -> dict[str, torch.Tensor]:
@@ -82,8 +54,8 @@ def loss_and_gradients(model: Any, run: TrainingBatches) -> dict[str, torch.Tens
 def test_losses_and_gradients_are_the_padded_ones(attention: str, window: int | None, micro: int) -> None:
     """Dropout on: a token's mask is its own, wherever it lies."""
     register_packed_sdpa()
-    expected = loss_and_gradients(llama("sdpa", window), batches(False))
-    found = loss_and_gradients(llama(attention, window), batches(True, micro))
+    expected = loss_and_gradients(adapted_model("sdpa", window), batches_of_eight(False))
+    found = loss_and_gradients(adapted_model(attention, window), batches_of_eight(True, micro))
     assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
     for name, gradient in expected.items():
         assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-5, name
@@ -91,8 +63,8 @@ def test_losses_and_gradients_are_the_padded_ones(attention: str, window: int | 
 
 def test_the_packed_attention_serves_padded_batches_too() -> None:
     register_packed_sdpa()
-    expected = loss_and_gradients(llama("sdpa"), batches(False))
-    found = loss_and_gradients(llama(PACKED_SDPA), batches(False))
+    expected = loss_and_gradients(adapted_model("sdpa"), batches_of_eight(False))
+    found = loss_and_gradients(adapted_model(PACKED_SDPA), batches_of_eight(False))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 

@@ -10,7 +10,7 @@ import torch
 
 from launch.data.batches import Cut, MicroBatch, TrainingBatches
 from launch.data.prefetch import AHEAD, prefetched, training_feed
-from tests.test_batches import PAD, contents, make_examples
+from tests.numbered_examples import PAD, make_examples, row_contents
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def test_the_micro_batches_are_those_of_the_steps_in_order(done: int) -> None:
     with training_feed(batches, done, 7, CPU) as feed:
         found = list(feed)
     assert len(found) == 2 * (7 - done)
-    assert [contents(batch) for batch in found] == [contents(batch) for batch in expected]
+    assert [row_contents(batch) for batch in found] == [row_contents(batch) for batch in expected]
 
 
 def test_an_item_is_made_while_the_one_before_is_used_but_not_many() -> None:

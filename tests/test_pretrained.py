@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.errors import UserError
+from tests.word_tokenizer import write_tokenizer
 
 IDS = torch.tensor([[1, 5, 9, 2, 30, 4]])
 
@@ -34,13 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(config).save_pretrained(path, max_shard_size="10KB")
     return path
-
-
-def write_tokenizer(folder: Path, **special: str) -> None:
-    words = {"!": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "<pad>": 5}
-    core = Tokenizer(models.WordLevel(words, unk_token="!"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
 
 
 def test_weights_dtype_and_logits_are_those_that_were_saved(folder: Path) -> None:

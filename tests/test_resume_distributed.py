@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
 
 from tests import training
 from tests.distributed import Processes
+from tests.resumed_runs import (
+    Runs,
+    assert_same_run,
+    final_state,
+    run_training,
+    saving_arguments,
+    uninterrupted_run,
+    untimed_rows,
+)
 from tests.training import Place
-
-SAVE_EVERY = 7  # of 16 steps: after the first of three rank changes, between two validations
-
-Runs = dict[tuple[str, int, str], Path]
 
 
 @pytest.fixture(scope="module")
@@ -28,57 +30,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def whole_runs() -> Runs:
     """Uninterrupted runs by (ds_config, processes, method), each made once."""
     return {}
-
-
-def run(processes: Processes, arguments: list[str]) -> str:
-    """Run the command in processes that stay; what it said."""
-    results = processes.run(training.command, arguments, timeout=600)
-    for result in results:
-        assert result["code"] == 0, result["stderr"]
-    return str(results[0]["stderr"])
-
-
-def uninterrupted(
-    runs: Runs, place: Place, folder: Path, processes: Processes, ds: str, method: str = "flexlora"
-) -> Path:
-    key = (ds, processes.world_size, method)
-    if key not in runs:
-        out = folder / "-".join(map(str, key))
-        run(processes, arguments(place, out, ds, method=method))
-        runs[key] = out
-    return runs[key]
-
-
-def arguments(place: Place, out: Path, ds: str, **options: Any) -> list[str]:
-    accumulation = {"micro_batch_size": 2, "save_every": SAVE_EVERY, "keep_checkpoints": 9, "val_every": 4}
-    return place.arguments(out, ds=f"ds_configs/{ds}.json", **{**accumulation, **options})
-
-
-def final_state(out: Path, last: int = training.STEPS) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint, by label."""
-    tensors = {}
-    for path in sorted((out / "checkpoints" / f"step_{last:08d}").glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return tensors
-
-
-def rows(out: Path, name: str) -> list[dict[str, Any]]:
-    """A log without what is measured in seconds or bytes; nothing where the method writes none."""
-    if not (out / name).exists():
-        return []
-    timed = ("seconds", "tokens_per_s", "step_s", "peak_mem_gb")
-    return [{k: v for k, v in row.items() if k not in timed} for row in training.read_lines(out / name)]
-
-
-def assert_same(out: Path, reference: Path, last: int = training.STEPS) -> None:
-    """Losses, gradient norms, ranks, validations, and every tensor at the end, bit for bit."""
-    for name in ("metrics.jsonl", "ranks.jsonl", "validation.jsonl"):
-        assert rows(out, name) == rows(reference, name), name
-    mine, theirs = final_state(out, last), final_state(reference, last)
-    assert mine.keys() == theirs.keys() and mine
-    for label in theirs:
-        assert torch.equal(mine[label], theirs[label]), label
 
 
 @pytest.mark.parametrize(
@@ -97,11 +48,11 @@ def assert_same(out: Path, reference: Path, last: int = training.STEPS) -> None:
 def test_same_configuration_continues_bit_for_bit(
     ds: str, place: Place, whole_runs: Runs, tmp_path: Path, two_processes: Processes
 ) -> None:
-    whole = uninterrupted(whole_runs, place, tmp_path.parent, two_processes, ds)
+    whole = uninterrupted_run(whole_runs, place, tmp_path.parent, two_processes, ds)
     checkpoint = whole / "checkpoints" / "step_00000007"
-    said = run(two_processes, arguments(place, tmp_path / "resumed", ds, resume=checkpoint))
+    said = run_training(two_processes, saving_arguments(place, tmp_path / "resumed", ds, resume=checkpoint))
     assert "continuing after step 7" in said
-    assert_same(tmp_path / "resumed", whole)
+    assert_same_run(tmp_path / "resumed", whole)
     assert len(training.ranks(whole)) == 3, "the run must change ranks on both sides of the checkpoint"
 
 
@@ -115,12 +66,12 @@ def test_low_precision_continues_bit_for_bit(
     if dtype == "fp16":
         training.require_fp16()
     given = {"dtype": dtype, "max_steps": 12, "adjust_freeze": 2}
-    run(two_processes, arguments(place, tmp_path / "whole", ds, **given))
+    run_training(two_processes, saving_arguments(place, tmp_path / "whole", ds, **given))
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000007"
-    run(two_processes, arguments(place, tmp_path / "resumed", ds, resume=checkpoint, **given))
-    skipped = [row["skipped"] for row in rows(tmp_path / "whole", "metrics.jsonl")]
+    run_training(two_processes, saving_arguments(place, tmp_path / "resumed", ds, resume=checkpoint, **given))
+    skipped = [row["skipped"] for row in untimed_rows(tmp_path / "whole", "metrics.jsonl")]
     assert skipped[0] is (dtype == "fp16"), "DeepSpeed begins with a scale of 2^16"
-    assert_same(tmp_path / "resumed", tmp_path / "whole", last=12)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole", last=12)
 
 
 @pytest.mark.full
@@ -129,22 +80,27 @@ def test_the_same_seed_gives_the_same_100_steps(
     size: int, place: Place, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """In the same processes and in new ones."""
-    first, second = (arguments(place, tmp_path / n, "zero2", max_steps=100, save_every=0) for n in "ab")
-    run(team(request, size), first)
+    first, second = (
+        saving_arguments(place, tmp_path / n, "zero2", max_steps=100, save_every=0) for n in "ab"
+    )
+    run_training(team(request, size), first)
     with Processes(size, timeout=600) as others:
-        run(others, second)
+        run_training(others, second)
     assert len(training.losses(tmp_path / "a")) == 100 and len(training.ranks(tmp_path / "a")) > 25
-    assert_same(tmp_path / "b", tmp_path / "a", last=100)
+    assert_same_run(tmp_path / "b", tmp_path / "a", last=100)
 
 
 @pytest.mark.full
 def test_lora_with_dropout_continues_bit_for_bit(
     place: Place, whole_runs: Runs, tmp_path: Path, two_processes: Processes
 ) -> None:
-    whole = uninterrupted(whole_runs, place, tmp_path.parent, two_processes, "zero2", "lora")
+    whole = uninterrupted_run(whole_runs, place, tmp_path.parent, two_processes, "zero2", "lora")
     checkpoint = whole / "checkpoints" / "step_00000007"
-    run(two_processes, arguments(place, tmp_path / "resumed", "zero2", method="lora", resume=checkpoint))
-    assert_same(tmp_path / "resumed", whole)
+    run_training(
+        two_processes,
+        saving_arguments(place, tmp_path / "resumed", "zero2", method="lora", resume=checkpoint),
+    )
+    assert_same_run(tmp_path / "resumed", whole)
 
 
 CHANGES = [
@@ -175,13 +131,15 @@ def test_another_stage_and_number_of_processes_continue_within_rounding(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    whole = uninterrupted(whole_runs, place, tmp_path.parent, team(request, size_before), before)
+    whole = uninterrupted_run(whole_runs, place, tmp_path.parent, team(request, size_before), before)
     resumed = tmp_path / "resumed"
     checkpoint = whole / "checkpoints" / "step_00000007"
     micro = 2 if size_after < 4 else 1
     options = {"resume": checkpoint, "micro_batch_size": micro}
-    run(team(request, size_after), arguments(place, resumed, after, **options))
-    assert [row["step"] for row in rows(resumed, "metrics.jsonl")] == list(range(1, training.STEPS + 1))
+    run_training(team(request, size_after), saving_arguments(place, resumed, after, **options))
+    assert [row["step"] for row in untimed_rows(resumed, "metrics.jsonl")] == list(
+        range(1, training.STEPS + 1)
+    )
     assert training.ranks(resumed) == training.ranks(whole)
     assert training.relative(training.losses(resumed), training.losses(whole)) < 1e-5
     mine, theirs = final_state(resumed), final_state(whole)

@@ -16,7 +16,13 @@ from tests import training
 from tests.distributed import Processes
 from tests.launched import Launched, held, launched, lines
 from tests.nursery import Nursery
-from tests.test_resume_distributed import arguments, assert_same, rows, run, uninterrupted
+from tests.resumed_runs import (
+    assert_same_run,
+    run_training,
+    saving_arguments,
+    uninterrupted_run,
+    untimed_rows,
+)
 from tests.training import Place
 
 STOP_SECONDS = 60  # the promise
@@ -30,11 +36,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def whole(place: Place, tmp_path_factory: pytest.TempPathFactory, two_processes: Processes) -> Path:
     """The run that nothing disturbed."""
-    return uninterrupted({}, place, tmp_path_factory.mktemp("whole"), two_processes, "zero2")
+    return uninterrupted_run({}, place, tmp_path_factory.mktemp("whole"), two_processes, "zero2")
 
 
 def words(place: Place, out: Path, **options: Any) -> list[str]:
-    return arguments(place, out, "zero2", save_every=3, **options)
+    return saving_arguments(place, out, "zero2", save_every=3, **options)
 
 
 def assert_stopped(out: Path, done: int | None = None) -> int:
@@ -94,9 +100,9 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(
     assert steps < training.STEPS
     if moment.startswith("rank change"):
         _fill_in_losses(out, whole, steps)
-    run(two_processes, words(place, out))
+    run_training(two_processes, words(place, out))
     assert json.loads((out / "summary.json").read_text())["state"] == "finished"
-    assert_same(out, whole)
+    assert_same_run(out, whole)
 
 
 def _fill_in_losses(out: Path, whole: Path, step: int) -> None:
@@ -119,10 +125,10 @@ def test_a_stop_in_the_validation_of_a_rank_change(
         started.let_go()
         assert started.run.wait(STOP_SECONDS) == [0, 0], started.run.said()
     steps = assert_stopped(out, 8)
-    assert rows(out, "ranks.jsonl")[-1]["loss_before"] is None
+    assert untimed_rows(out, "ranks.jsonl")[-1]["loss_before"] is None
     _fill_in_losses(out, whole, steps)
-    run(two_processes, words(place, out))
-    assert_same(out, whole)
+    run_training(two_processes, words(place, out))
+    assert_same_run(out, whole)
 
 
 def test_a_second_signal_ends_at_once(place: Place, tmp_path: Path, nursery: Nursery) -> None:
