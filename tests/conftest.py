@@ -12,8 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.distributed import Processes
-from tests.nursery import Nursery
+from tests.helpers.nursery import Nursery
+from tests.helpers.processes import Processes
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,8 +6,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests import training
 from tests.golden.runs import CASES, FILE, environment, load_golden, train_case
+from tests.helpers import training
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests import training
-from tests.training import Place
+from tests.helpers import training
+from tests.helpers.training import Place
 
 FILE = Path(__file__).with_name("losses.json")
 TOLERANCE = 1e-5

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests import training
 from tests.golden.runs import CASES, STEPS, TOLERANCE, environment, load_golden, train_case
-from tests.training import Place
+from tests.helpers import training
+from tests.helpers.training import Place
 
 FAST = "stage 3, 2 processes"
 

@@ -1,0 +1,115 @@
+"""A NaN on one process: every process skips that update alike, nothing moves, and the log says whose it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.helpers import training
+from tests.helpers.processes import Processes
+from tests.helpers.training import Place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return training.make_place(tmp_path_factory.mktemp("base"))
+
+
+def poisoned(arguments: list[str], steps: list[int], process: int, kind: str) -> dict[str, Any]:
+    """The training command with a loss or a gradient of NaN on one process in some steps."""
+    import os
+
+    from launch.model import token_loss
+
+    sound = token_loss.token_loss
+
+    def loss_of(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = sound(model, *args, **kwargs)
+        due = torch.is_grad_enabled() and model.global_steps + 1 in steps
+        if not due or int(os.environ["RANK"]) != process:
+            return loss
+        if kind == "infinite loss":
+            return loss + float("inf")
+        loss.register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
+        return loss
+
+    with patch.object(token_loss, "token_loss", loss_of):
+        return training.command(arguments)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ds", "dtype", "kind"),
+    [
+        ("zero0", "fp32", "gradient"),
+        ("zero3", "fp32", "infinite loss"),
+        *(
+            pytest.param(ds, dtype, kind, marks=pytest.mark.full)
+            for ds, dtype, kind in [
+                ("zero0", "fp32", "infinite loss"),
+                ("zero0", "bf16", "gradient"),
+                ("zero1", "fp32", "gradient"),
+                ("zero2", "fp32", "gradient"),
+                ("zero2", "bf16", "infinite loss"),
+                ("zero1_offload", "fp32", "infinite loss"),
+                ("zero2_offload", "fp32", "gradient"),
+                ("zero3", "bf16", "gradient"),
+                ("zero3_offload", "fp32", "gradient"),
+            ]
+        ),
+    ],
+)
+def test_an_update_that_is_not_finite_is_skipped_by_all(
+    ds: str, dtype: str, kind: str, place: Place, tmp_path: Path, two_processes: Processes
+) -> None:
+    out = tmp_path / "run"
+    options = {"save_every": 2, "keep_checkpoints": 9, "max_steps": 10, "adjust_start": 1, "dtype": dtype}
+    arguments = place.arguments(out, ds=f"ds_configs/{ds}.json", micro_batch_size=2, **options)
+    results = two_processes.run(poisoned, arguments, [5, 6], 1, kind, timeout=300)
+    assert [r["code"] for r in results] == [0, 0], results[0]["stderr"]
+    metrics = training.read_lines(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics if row["skipped"]] == [5, 6]
+    assert metrics[3]["lr"] != metrics[4]["lr"] == metrics[5]["lr"] == metrics[6]["lr"] != metrics[7]["lr"]
+    before, after = (tensors(out / "checkpoints" / f"step_0000000{step}") for step in (4, 6))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before), "a skipped update moved something"
+    said = results[0]["stderr"]
+    assert "step 5: not finite in the " in said and "of process 1 (records " in said
+    assert "of process 0 (" not in said and "(2 in a row)" in said
+    assert {row["step"] for row in training.read_lines(out / "ranks.jsonl")}.isdisjoint({5, 6})
+
+
+def test_three_in_a_row_end_the_run(place: Place, tmp_path: Path, two_processes: Processes) -> None:
+    out = tmp_path / "run"
+    arguments = place.arguments(out, stage=2, max_steps=8, save_every=2)
+    results = two_processes.run(poisoned, arguments, [3, 4, 5], 0, "gradient", timeout=300)
+    assert [r["code"] for r in results] == [1, 1]
+    assert "error: 3 updates in a row were not finite (step 5: " in results[0]["stderr"]
+    assert "of process 0 (records " in results[0]["stderr"] and "error:" not in results[1]["stderr"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ds", ["zero0", "zero2", "zero3"])
+def test_skips_of_the_loss_scale_are_told_apart(
+    ds: str, place: Place, tmp_path: Path, two_processes: Processes
+) -> None:
+    """A gradient that overflows fp16 lowers the scale; it never ends the run."""
+    training.require_fp16()
+    out = tmp_path / "run"
+    arguments = place.arguments(out, ds=f"ds_configs/{ds}.json", dtype="fp16", max_steps=8)
+    results = two_processes.run(poisoned, arguments, [3, 4, 5, 6], 0, "gradient", timeout=300)
+    assert [r["code"] for r in results] == [0, 0], results[0]["stderr"]
+    assert "step 5: the gradient overflowed fp16; update skipped, loss scale now" in results[0]["stderr"]
+    assert "not finite" not in results[0]["stderr"]

@@ -1,0 +1,72 @@
+"""The task files for lm-evaluation-harness give the accuracy of our `score`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.prompt import evaluation_prompt
+from data_prep.tasks import TASKS
+from eval.__main__ import main
+from eval.protocols import ANSWER_LEAD
+from tests.helpers import eval_tiny
+
+FOLDER = Path(__file__).parents[2] / "eval" / "lm_eval_tasks"
+
+
+def lm_eval_name(task: str) -> str:
+    return "flexlora_" + task.lower().replace("-", "_")
+
+
+def test_there_is_a_file_for_every_task_and_a_group_of_all() -> None:
+    for task in TASKS:
+        content = yaml.safe_load((FOLDER / f"{task}.yaml").read_text())
+        assert content["task"] == lm_eval_name(task)
+        assert content["dataset_kwargs"]["data_files"]["test"] == f"data/{task}/test.json"
+    group = yaml.safe_load((FOLDER / "flexlora_commonsense.yaml").read_text())
+    assert group["task"] == [lm_eval_name(task) for task in TASKS]
+
+
+def test_templates_render_our_prompt_and_answers() -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    import ast
+    import random
+
+    shared = yaml.safe_load((FOLDER / "_commonsense.yaml").read_text())
+    for task in TASKS:
+        record = eval_tiny.make_record(task, random.Random(1))
+        answers = TASKS[task].answers(record)
+
+        def render(key: str, record: object = record) -> str:
+            return str(jinja2.Template(shared[key], keep_trailing_newline=True).render(record))
+
+        assert render("doc_to_text") == evaluation_prompt(record, "alpaca")
+        assert ast.literal_eval(render("doc_to_choice")) == [ANSWER_LEAD + answer for answer in answers]
+        assert int(render("doc_to_target")) == answers.index(record["answer"])
+        assert shared["target_delimiter"] == ""
+
+
+@pytest.mark.parametrize("task", ["ARC-Easy", "boolq"])
+def test_lm_eval_gives_the_accuracy_of_score(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is optional")
+    models, tasks = pytest.importorskip("lm_eval.models.huggingface"), pytest.importorskip("lm_eval.tasks")
+    model, tokenizer = eval_tiny.make_model(seed=4), eval_tiny.make_tokenizer(pad_token="</s>")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    eval_tiny.write_data(tmp_path / "data", 40, (task,))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", "model", "--mode", "score", "--tasks", task, "--out", "out"]) == 0
+    ours = json.loads(Path("out/results.json").read_text())["tasks"][task]["accuracy"]
+    theirs = lm_eval.simple_evaluate(
+        model=models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=[lm_eval_name(task)],
+        task_manager=tasks.TaskManager(include_path=str(FOLDER), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert theirs["results"][lm_eval_name(task)]["acc,none"] == pytest.approx(ours)
+    assert 0 < ours < 1

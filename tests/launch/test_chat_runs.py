@@ -1,0 +1,95 @@
+"""A user's chats from file to figures: trained on with the command, evaluated with the adapter that comes of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.__main__ import main as evaluate
+from tests.helpers import eval_tiny, training
+from tests.helpers.chat_templates import make_tokenizer
+from tests.helpers.processes import Processes
+from tests.helpers.training import Place
+
+SYSTEM = "you know the moon"
+
+
+def chat(record: Any, answer: str) -> dict[str, Any]:
+    turns = [
+        ("system", SYSTEM),
+        ("user", record["instruction"]),
+        ("assistant", f"the correct answer is {answer}"),
+    ]
+    return {"messages": [{"role": role, "content": content} for role, content in turns], "answer": answer}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A base model with a chat template, chats that all say true, and test chats that half say true."""
+    place = Place(tmp_path_factory.mktemp("chats"))
+    model = eval_tiny.make_model(seed=4)
+    tokenizer = make_tokenizer(eos_token="<|im_end|>")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(place.model)
+    tokenizer.save_pretrained(place.model)
+    rng = random.Random(3)
+    chats = [chat(eval_tiny.make_record("boolq", rng), "true") for _ in range(40)]
+    place.data.write_text("".join(json.dumps(one) + "\n" for one in chats))
+    tests = [chat(eval_tiny.make_record("boolq", rng), answer) for answer in ("true", "false") * 3]
+    (place.root / "data" / "boolq").mkdir(parents=True)
+    (place.root / "data" / "boolq" / "test.json").write_text(json.dumps(tests))
+    return place
+
+
+def results(place: Place, out: Path, *more: str) -> dict[str, Any]:
+    arguments = ["--model", str(place.model), "--data", str(place.root / "data"), "--out", str(out)]
+    assert evaluate([*arguments, "--tasks", "boolq", *more]) == 0
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return found
+
+
+def test_chats_are_learnt_and_asked(place: Place, one_process: Processes, tmp_path: Path) -> None:
+    arguments = place.arguments(
+        tmp_path / "run", max_steps=40, lr=2e-2, dropout=0, adjust_size=0, val_every=0
+    )
+    (done,) = one_process.run(training.command, arguments)
+    assert done["code"] == 0, done["stderr"]
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "prompt.json").read_text()) == {"prompt": "chat"}
+    assert "prompt: chat" in (tmp_path / "run" / "options.yaml").read_text()
+    found = results(place, tmp_path / "eval", "--adapter", str(adapter))
+    assert found["settings"]["prompt"] == "chat"
+    lines = (tmp_path / "eval" / "predictions" / "boolq.jsonl").read_text().splitlines()
+    assert {json.loads(line)["output"] for line in lines} == {"the correct answer is true"}
+    assert found["tasks"]["boolq"]["accuracy"] == 0.5
+
+
+def test_the_base_is_asked_through_the_template_too(place: Place, tmp_path: Path) -> None:
+    found = results(place, tmp_path / "eval", "--mode", "score")
+    assert found["settings"]["prompt"] == "chat" and found["tasks"]["boolq"]["unanswered"] == 0
+
+
+def test_without_a_template_both_commands_say_so(
+    place: Place, one_process: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = Place(tmp_path)
+    eval_tiny.make_model(seed=4).save_pretrained(bare.model)
+    eval_tiny.make_tokenizer().save_pretrained(bare.model)
+    (done,) = one_process.run(training.command, bare.arguments(tmp_path / "run", data=place.data))
+    arguments = [
+        "--model",
+        str(bare.model),
+        "--data",
+        str(place.root / "data"),
+        "--out",
+        str(tmp_path / "eval"),
+    ]
+    code = evaluate([*arguments, "--tasks", "boolq"])
+    for said, ended in ((done["stderr"], done["code"]), (capsys.readouterr().err, code)):
+        assert ended == 2 and said.count("\n") == 1
+        assert "the tokenizer has no chat template, which chats need" in said and "; use an instruct" in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,157 @@
+"""`--dry_run true` on real input: one page, true to what the run would do, and nothing left behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_prep.prompt import evaluation_prompt
+from data_prep.records import load_records
+from launch import train
+from launch.data.encoding import Encoding, tokenise
+from launch.data.examples import split
+from tests.helpers import training
+from tests.helpers.processes import ROOT, run_script
+from tests.helpers.training import Place
+
+Page = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return training.make_place(tmp_path_factory.mktemp("dry_run"))
+
+
+@pytest.fixture
+def page(
+    place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Page:
+    """What the command prints under some options; its exit code must be 0 and its stderr empty."""
+    monkeypatch.chdir(ROOT)
+
+    def render(processes: int = 1, **options: Any) -> str:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        code = train.main(place.arguments(tmp_path / "out", dry_run="true", **options))
+        printed = capfd.readouterr()
+        assert (code, printed.err) == (0, "")
+        assert not (tmp_path / "out").exists(), "a dry run leaves nothing behind"
+        return printed.out
+
+    return render
+
+
+def test_the_page_is_one_page(page: Page) -> None:
+    text = page()
+    assert len(text.splitlines()) < 70 and max(map(len, text.splitlines())) < 400
+    for heading in ("Run", "Adapted layers", "Memory", "Rank changes", "One example"):
+        assert re.search(rf"^{heading}", text, re.MULTILINE), heading
+
+
+def test_layers_and_parameters_are_those_of_the_model(page: Page, place: Place) -> None:
+    text = page()
+    base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(place.model).parameters())
+    trainable = 4 * 2 * sum((64 + 1, 48 + 1, 48 + 1, 96 + 1, 96 + 1))
+    assert f"10 layers, rank 4: {trainable:,} trainable parameters" in text
+    assert f"of {base + trainable:,}" in text
+    for kind, shape in (("q_proj", "32 × 32"), ("k_proj", "16 × 32"), ("up_proj", "64 × 32")):
+        assert re.search(rf"2 × model\.layers\.\*\.\S*{kind}  {shape}", text), kind
+    assert "o_proj" not in text and "lm_head" not in text
+
+
+def test_steps_batches_and_calendar(page: Page) -> None:
+    text = page(processes=2)
+    assert "35 records" in text and "16 steps" in text, "40 records, 5 of them held out"
+    assert "batch 8 = micro-batch 4 × accumulation 1 × processes 2" in text
+    assert "3 changes, at most 9 of 40 directions" in text
+    assert "3 × at most 3: steps 5 to 11" in text
+    epochs = page(max_steps=None, epochs=2, micro_batch_size=2)
+    assert "8 steps" in epochs, "70 records in batches of 8; what does not fill one is left"
+    assert "batch 8 = micro-batch 2 × accumulation 4 × processes 1" in epochs
+
+
+def test_no_changes_are_announced_where_there_are_none(page: Page) -> None:
+    assert "ranks are fixed with method lora" in page(method="lora")
+    assert "at most" not in page(adjust_size=0)
+    assert "at most 0" not in page(adjust_interval=12) and "no rank change" in page(adjust_interval=12)
+
+
+def test_the_example_is_decoded_with_its_loss_marked(page: Page, place: Place) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    records = load_records(place.data)
+    kept, _ = tokenise(records, tokenizer, Encoding("alpaca", 200, train_on_inputs=False))
+    first = split(kept, 5, 42)[0][0]
+    record = records[first.record_id]
+    text = page()
+    shown = "\n".join(line[4:] for line in text.splitlines() if line.startswith("  |"))
+    assert (
+        f"{len(first.input_ids)} tokens, {sum(label != -100 for label in first.labels)} of them in the loss"
+        in text
+    )
+    marked = shown[shown.index("⟦") + 1 : shown.index("⟧")]
+    assert marked == record["output"] + tokenizer.eos_token
+    before = shown[: shown.index("⟦")]
+    whole = evaluation_prompt(record, "alpaca")
+    assert "".join(before.split()).endswith("".join(whole.split())[-60:])
+
+
+def test_inputs_in_the_loss_are_marked(page: Page) -> None:
+    text = page(train_on_inputs="true", prompt="llm_adapters")
+    shown = next(line for line in text.splitlines() if line.startswith("  |"))
+    assert "⟦" in shown
+    count = re.search(r"(\d+) tokens, (\d+) of them in the loss", text)
+    assert count and count[1] == count[2]
+
+
+def test_records_left_out_are_counted(page: Page) -> None:
+    assert re.search(r"dropped \d+ of 40 records longer than cutoff_len 78", page(cutoff_len=78))
+
+
+def test_the_memory_estimate_follows_the_options(page: Page) -> None:
+    def total(text: str) -> float:
+        found = re.search(r"([\d.]+) GiB  in all", text)
+        assert found
+        return float(found[1])
+
+    assert total(page(cutoff_len=200)) < total(page(cutoff_len=200_000))
+    assert "Memory of a process (estimate)" in page(stage=3, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": "query"}, "matches no linear layer"),
+        ({"rank": 17}, "limit 16"),
+        ({"adjust_start": 10, "adjust_freeze": 8}, "freeze"),
+        ({"data": "nowhere.json"}, "nowhere.json"),
+        ({"model": "./nowhere"}, "nowhere"),
+        ({"ds": "nowhere.json"}, "nowhere.json"),
+        ({"batch_size": 9, "micro_batch_size": 2}, "batch_size"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_would_stop_the_run_stops_the_dry_run(
+    place: Place,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert train.main(place.arguments(tmp_path / "out", dry_run="true", **options)) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert words in printed.err
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_of_several_processes_one_prints(place: Place, tmp_path: Path, world_size: int) -> None:
+    arguments = place.arguments(tmp_path / "out", dry_run="true")
+    first, *others = run_script(["launch/train.py", *arguments], world_size, timeout=300)
+    assert first.returncode == 0 and "processes 2" in first.stdout and first.stderr == ""
+    assert [(other.returncode, other.stdout, other.stderr) for other in others] == [(0, "", "")]

@@ -1,0 +1,196 @@
+"""The compiled extension: abandoned locks are removed, live ones waited for; threads are shared fairly."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexlora_ds.errors import UserError
+from launch.distributed.extensions import EXTENSION, limit_threads, prepare_extensions, release_abandoned_lock
+from tests.helpers.processes import run_script
+
+HOLD = (
+    "import sys; from torch.utils.file_baton import FileBaton; FileBaton(sys.argv[1]).try_acquire(); input()"
+)
+COMPILE = """
+import sys
+from torch.utils.cpp_extension import load
+load("tiny", [sys.argv[1] + "/tiny.cpp"], build_directory=sys.argv[2], is_python_module=False)
+print("loaded")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / EXTENSION
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def python(code: str, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **variables},
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_nothing_to_do_without_a_lock(folder: Path) -> None:
+    assert release_abandoned_lock(folder) is False
+
+
+def test_a_lock_without_its_owner_is_removed(folder: Path) -> None:
+    (folder / "lock").touch()
+    assert release_abandoned_lock(folder) is True
+    assert not (folder / "lock").exists()
+
+
+def test_a_lock_that_torch_holds_is_kept_until_its_owner_is_killed(folder: Path) -> None:
+    lock = folder / "lock"
+    with python(HOLD, str(lock)) as owner:
+        wait_for(lock)
+        released: list[bool] = []
+        waiter = threading.Thread(
+            target=lambda: released.append(release_abandoned_lock(folder, abandoned_after=0))
+        )
+        waiter.start()
+        waiter.join(1.0)
+        assert waiter.is_alive()
+        assert lock.exists()
+        owner.kill()
+        owner.wait()
+        waiter.join(10)
+    assert released == [True]
+    assert not lock.exists()
+
+
+def test_a_compiler_that_outlived_its_owner_is_waited_for(folder: Path) -> None:
+    (folder / "lock").touch()
+    started = time.monotonic()
+    with subprocess.Popen(["sleep", "1"], cwd=folder):
+        assert release_abandoned_lock(folder) is True
+    assert time.monotonic() - started >= 0.9
+
+
+def test_where_processes_cannot_tell_age_decides(folder: Path) -> None:
+    lock = folder / "lock"
+    lock.touch()
+    waiter = threading.Thread(
+        target=release_abandoned_lock, args=(folder,), kwargs={"trust_processes": False}
+    )
+    waiter.start()
+    waiter.join(0.6)
+    assert waiter.is_alive()
+    for path in (lock, folder):
+        os.utime(path, (1, 1))
+    waiter.join(10)
+    assert not waiter.is_alive()
+    assert not lock.exists()
+
+
+def test_a_build_killed_half_way_no_longer_blocks_the_next(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "tiny.cpp").write_text("int answer() { return 42; }\n")
+    slow = tmp_path / "slow-c++"
+    slow.write_text('#!/bin/sh\ncase "$*" in *-c*) sleep 2;; esac\nexec c++ "$@"\n')
+    slow.chmod(0o755)
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    arguments = (COMPILE, str(tmp_path), str(folder))
+    with python(*arguments, CXX=str(slow), PATH=programs) as killed:
+        wait_for(folder / "build.ninja")
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    assert (folder / "lock").exists()
+    assert release_abandoned_lock(folder) is True
+    with python(*arguments, PATH=programs) as again:
+        assert again.communicate(timeout=60)[0] == "loaded\n"
+    assert not (folder / "lock").exists()
+
+
+def test_without_a_compiler_the_error_names_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    with pytest.raises(UserError, match=r"`no-such-compiler` is not on PATH.*install g\+\+"):
+        prepare_extensions()
+
+
+def test_the_environments_own_ninja_is_used_whatever_is_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
+    with pytest.raises(UserError):
+        prepare_extensions()
+    assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
+
+
+def test_the_command_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
+    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    (result,) = run_script(["-m", "launch.distributed.extensions"], 1, env=variables)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: no C++ compiler")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "cores"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "half"),
+        ({"LOCAL_SIZE": "2"}, "half"),
+        ({"LOCAL_SIZE": "1000"}, "one"),
+        ({"OMP_NUM_THREADS": "1"}, "one"),
+        ({"OMP_NUM_THREADS": "1000"}, "cores"),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, "cores"),
+    ],
+)
+def test_cores_are_shared_among_local_processes(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    try:
+        threads = limit_threads()
+        assert threads == {"cores": cores, "half": max(1, cores // 2), "one": 1}[expected]
+        assert torch.get_num_threads() == threads
+        assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,267 @@
+"""Options: recipe and command line -> one validated object, and the texts made from it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import UserError
+from launch.data.batch_layout import batch_layout
+from launch.options.help import field_lines, help_text, options_markdown
+from launch.options.train_options import GROUPS, SPECS, TrainOptions, parse_options
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONTRACT = {
+    "data": "data/commonsense_170k.json",
+    "method": "flexlora",
+    "rank": 8,
+    "alpha": 16.0,
+    "dropout": 0.05,
+    "target_modules": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    "importance": "entropy",
+    "direction": "both",
+    "new_direction": "zero_impact",
+    "new_moment": "own_age",
+    "schedule": "cubic",
+    "adjust_size": 4,
+    "adjust_start": "auto",
+    "adjust_freeze": "auto",
+    "adjust_interval": "auto",
+    "budget": "ranks",
+    "grace": 0,
+    "rank_one": "neutral",
+    "min_rank": 1,
+    "spectrum": "lambda",
+    "orth_form": "decoupled",
+    "init_std": "unit",
+    "lambda_lr": "auto",
+    "epochs": 3,
+    "max_steps": None,
+    "batch_size": 16,
+    "micro_batch_size": "auto",
+    "lr": 3e-4,
+    "lr_schedule": "linear",
+    "warmup_steps": 100,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "cutoff_len": 256,
+    "train_on_inputs": False,
+    "val_size": 120,
+    "prompt": "alpaca",
+    "dtype": "auto",
+    "attention": "auto",
+    "gradient_checkpointing": "auto",
+    "padding_free": "auto",
+    "log_every": 10,
+    "val_every": "auto",
+    "save_every": 1000,
+    "keep_checkpoints": 2,
+    "resume": "auto",
+}
+"""Keys and defaults as the project's contract lists them, written down again on purpose."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("# my run\nmodel: some/model\nrank: 6\nlr: 1e-4\ntarget_modules: [q_proj, v_proj]\n")
+    return path
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_options(argv)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    options = TrainOptions()
+    assert {key: getattr(options, key) for key in CONTRACT} == CONTRACT
+
+
+def test_defaults_agree_with_the_library() -> None:
+    assert TrainOptions().to_flexlora_config() == FlexLoRAConfig()
+
+
+def test_without_a_recipe_the_main_job_runs() -> None:
+    options = parse_options(["--ds", "ds_configs/zero2.json"])
+    assert options.model == "meta-llama/Meta-Llama-3-8B"
+    assert options.out == "runs/llama3_8b_r8"
+
+
+def test_command_line_wins_over_recipe_over_default(recipe: Path) -> None:
+    options = parse_options(["--recipe", str(recipe), "--rank=5", "--local_rank=1", "--local-rank", "1"])
+    assert (options.rank, options.lr, options.alpha) == (5, 1e-4, 16.0)
+    assert options.target_modules == ("q_proj", "v_proj")
+    assert options.out == "runs/mine"
+
+
+def test_text_is_converted_to_every_kind(recipe: Path) -> None:
+    words = "--max_steps none --lambda_lr 4 --init_std=0.02 --dry_run true --target_modules q_proj,o_proj"
+    options = parse_options(
+        ["--recipe", str(recipe), *words.split(), "--adjust_start", "7", "--resume", "none"]
+    )
+    assert options.max_steps is None
+    assert (options.lambda_lr, options.init_std, options.adjust_start) == (4.0, 0.02, 7)
+    assert options.dry_run is True
+    assert options.target_modules == ("q_proj", "o_proj")
+    assert options.resume == "none"
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--rnk", "4"], ["--rnk", "did you mean rank?"]),
+        (["--learning_rate", "1"], ["did you mean lr?"]),
+        (["--zzzz", "1"], ["--zzzz", "--help"]),
+        (["--rank", "0"], ["rank 0", "--rank on the command line", "at least 1"]),
+        (["--rank", "four"], ["rank four", "a whole number"]),
+        (["--rank", "4.0"], ["rank 4.0"]),
+        (["--lr", "nan"], ["lr nan"]),
+        (["--dropout", "1"], ["dropout 1", "below 1"]),
+        (["--importance", "entropi"], ["did you mean entropy?"]),
+        (["--dry_run"], ["--dry_run has no value"]),
+        (["--dry_run", "1"], ["true or false"]),
+        (["--rank", "--lr", "1"], ["--rank has no value"]),
+        (["rank", "4"], ["'rank' belongs to no key"]),
+        (["--max_rank", "3"], ["max_rank 3 is below rank 8", "--max_rank on the command line"]),
+        (["--recipe", "llama3_8b_r9"], ["llama3_8b_r9", "llama3_8b_r8"]),
+        (["--target_modules", "q_proj,,v_proj"], ["target_modules"]),
+        (["--target_modules", "q_(proj"], ["regular expression", "--target_modules on the command line"]),
+    ],
+)
+def test_bad_command_lines_are_named_with_their_mend(argv: list[str], parts: list[str]) -> None:
+    message = refused(*argv)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("model: m\nrnk: 4\n", ["'rnk'", "line 2", "did you mean rank?"]),
+        ("model: m\nrank: -1\n", ["rank -1", "line 2"]),
+        ("model: m\nrank: 8\nrank: 9\n", ["rank stands twice", "line 3"]),
+        ("model: m\nrank: [8\n", ["not valid YAML", "line"]),
+        ("- model\n", ["key: value"]),
+        ("1: model\n", ["key: value"]),
+        ("recipe: other.yaml\nmodel: m\n", ["unknown key 'recipe'"]),
+        ("rank: 8\n", ["no model"]),
+        ("model: m\nrank: true\n", ["rank true"]),
+        ("model: m\ndry_run: 3\n", ["dry_run 3", "true or false"]),
+        ("model: m\nmin_rank: 9\n", ["min_rank 9 is above rank 8", "line 2"]),
+        ("model: !!python/object:os.system x\n", ["not valid YAML"]),
+    ],
+)
+def test_bad_recipes_are_named_with_file_and_line(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = refused("--recipe", str(path))
+    assert "bad.yaml" in message
+    assert all(part in message for part in parts), message
+
+
+def test_an_unreadable_recipe_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"model: caf\xe9\n")
+    assert "latin.yaml" in refused("--recipe", str(path))
+
+
+KIND_SAMPLES = st.fixed_dictionaries(
+    {
+        "rank": st.integers(1, 64),
+        "lr": st.floats(1e-8, 1.0),
+        "dropout": st.floats(0, 0.9),
+        "target_modules": st.sampled_from([("all-linear",), ("q_proj", "v_proj"), (r".*\.[kv]_proj",)]),
+        "lambda_lr": st.one_of(st.just("auto"), st.floats(0.1, 100)),
+        "orth_weight": st.one_of(st.none(), st.floats(0, 0.5)),
+        "max_steps": st.one_of(st.none(), st.integers(1, 10**6)),
+        "gradient_checkpointing": st.sampled_from([True, False, "auto"]),
+        "resume": st.sampled_from(["auto", "none", "null", "yes", "runs/a: b/#1", "3e-4"]),
+        "model": st.text(
+            st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=30
+        ),
+        "seed": st.integers(0, 2**62),
+    }
+)
+
+
+@given(KIND_SAMPLES)
+@settings(max_examples=100, deadline=None)
+def test_yaml_round_trip_repeats_the_run(values: dict[str, object]) -> None:
+    options = TrainOptions(**values)  # type: ignore[arg-type]
+    assert TrainOptions.from_yaml(options.to_yaml()) == options
+
+
+def test_a_written_options_file_is_a_recipe(tmp_path: Path, recipe: Path) -> None:
+    first = parse_options(["--recipe", str(recipe), "--seed", "7", "--warmup_steps", "0"])
+    saved = tmp_path / "options.yaml"
+    saved.write_text(first.to_yaml())
+    again = parse_options(["--recipe", str(saved)])
+    assert again == first
+    assert again.out == "runs/mine"
+
+
+def test_every_option_has_a_help_line_and_a_group() -> None:
+    lines = field_lines(TrainOptions)
+    assert SPECS[0].name in GROUPS
+    page = help_text()
+    for spec in SPECS:
+        assert lines[spec.name].endswith(".")
+        assert f"--{spec.name} (default " in page
+
+
+def test_docs_page_is_in_step() -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page == options_markdown(), "run: python -m launch.options.help > docs/options.md"
+
+
+def test_help_exits_0_and_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from launch.train import main; "
+        "sys.exit(main(['--rank', '0', '--help']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--adjust_size (default 4)" in done.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
+def test_auto_micro_batch_is_the_share_of_a_process(processes: int) -> None:
+    layout = batch_layout(TrainOptions(), processes)
+    assert layout.micro_batch_size == 16 // processes
+    assert layout.batch_size == 16
+
+
+def test_auto_micro_batch_is_halved_until_it_fits() -> None:
+    assert batch_layout(TrainOptions(), 2, lambda micro: micro * 10.0, 25.0).micro_batch_size == 2
+    odd = batch_layout(TrainOptions(batch_size=18), 2, lambda micro: micro * 10.0, 45.0)
+    assert (odd.micro_batch_size, odd.accumulation_steps, odd.fits) == (3, 3, True)
+    hopeless = batch_layout(TrainOptions(), 1, lambda micro: 100.0, 25.0)
+    assert (hopeless.micro_batch_size, hopeless.fits) == (1, False)
+
+
+@given(st.integers(1, 300), st.integers(1, 16), st.floats(1, 400))
+@settings(deadline=None)
+def test_every_layout_multiplies_to_the_batch(batch_size: int, processes: int, limit: float) -> None:
+    options = TrainOptions(batch_size=batch_size)
+    if batch_size % processes:
+        with pytest.raises(UserError, match="does not divide"):
+            batch_layout(options, processes)
+        return
+    layout = batch_layout(options, processes, float, limit)
+    assert layout.batch_size == batch_size
+    assert layout.micro_batch_size <= limit
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match="give auto or one of 1, 2, 4, 8"):
+        batch_layout(TrainOptions(micro_batch_size=3), 2)
