@@ -1,0 +1,1 @@
+"""The generated sample, and the world behind it."""

@@ -1,0 +1,1 @@
+"""What LLM-Adapters published, and how a built file compares with it."""

@@ -1,0 +1,1 @@
+"""What is in a data folder: `python -m data_prep.report`."""

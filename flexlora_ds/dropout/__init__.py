@@ -1,0 +1,1 @@
+"""Dropout whose masks are a hash, and the kernels that apply them."""

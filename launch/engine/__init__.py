@@ -1,0 +1,1 @@
+"""DeepSpeed: its JSON, what is refused, the methods, the engine."""

@@ -1,0 +1,1 @@
+"""What lives from the first step to the last."""

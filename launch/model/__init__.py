@@ -1,0 +1,1 @@
+"""How the base model computes: attention, fused kernels, compiled pieces, the loss."""

@@ -1,0 +1,1 @@
+"""What a run is asked: its keys, where values come from, help texts."""

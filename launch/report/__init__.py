@@ -1,0 +1,1 @@
+"""The report of a run: `python -m launch.report RUN`."""
