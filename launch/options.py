@@ -33,7 +33,7 @@ from launch.option_sources import Given, find_recipe, read_arguments, read_recip
 Auto = Literal["auto"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["flexlora", "lora"]
-Attention = Literal["flash", "sdpa", "eager"]
+Attention = Literal["flash", "varlen", "sdpa", "eager"]
 Kernels = Literal["liger", "none"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
@@ -167,11 +167,11 @@ class TrainOptions:
     dtype: Dtype | Auto = "auto"
     """Precision of weights and activations (masters are always fp32); auto is bf16 on a GPU, else fp32."""
     attention: Attention | Auto = "auto"
-    """Attention kernels; auto is flash where it runs, else sdpa."""
+    """Attention kernels; auto is flash where it runs, else varlen (torch's own) where it does, else sdpa."""
     gradient_checkpointing: bool | Auto = "auto"
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: bool | Auto = "auto"
-    """Whether a micro-batch's examples lie end to end, or are padded; auto: end to end with flash or on a CPU."""
+    """Whether a micro-batch's examples lie end to end, or are padded; auto: the former with flash, varlen or no GPU."""
     group_by_length: bool = False
     """Whether batches are made of records of like length: less padding, but other records share a batch."""
     kernels: Kernels | Auto = "auto"
