@@ -17,6 +17,7 @@ from launch.build import TORCH_DTYPES
 from launch.ds_config import adam_settings, resolve_ds_config
 from launch.examples import Example
 from launch.head_loss import install_head_loss
+from launch.kernels import apply_liger
 from launch.methods import FlexLoRA, PeftLoRA
 from launch.options import TrainOptions
 from launch.processes import world_size_of_environment
@@ -37,6 +38,8 @@ class Kind:
     """Examples lie end to end; all others pad to a multiple of 8."""
     full_logits: bool = False
     """Logits at every position, as transformers' own loss computes them; all others where there are targets."""
+    liger: bool = False
+    """The base's element-wise pieces as Liger's kernels."""
 
 
 LORA = "PEFT LoRA"
@@ -89,6 +92,8 @@ class Contender:
         self.method = kind.method(options)
         copy = copy_sharing_weights(base)
         install_head_loss(copy)
+        if kind.liger:
+            apply_liger(copy)
         model = self.method.adapt(copy).train()
         world_size = world_size_of_environment()
         config = resolve_ds_config(options.ds, options, world_size, hidden_size=base.config.hidden_size)
@@ -107,12 +112,9 @@ class Contender:
     def step(self, number: int, rows: list[Example], *, counted: bool) -> None:
         """One update on these records, from the records to the end of what follows the update."""
         started, cpu = self._now(), time.process_time()
-        batch = self._lay(rows, number)
+        batch = self.lay(rows, number)
         laid = time.perf_counter()
-        self.method.before_forward(batch, self.device)
-        loss = token_loss(self.engine, batch, self.device, self.head) / batch.target_tokens
-        self.engine.backward(self._regularised(loss))
-        self.engine.step()
+        loss = self.update(batch)
         updated = self._now()
         change = self.method.after_step(number)
         ended, cpu_ended = self._now(), time.process_time()
@@ -128,7 +130,16 @@ class Contender:
         if change is not None:
             took.changes.append(change.seconds)
 
-    def _lay(self, rows: list[Example], number: int) -> MicroBatch:
+    def update(self, batch: MicroBatch) -> Tensor:
+        """Forward and backward pass and the optimizer's step; the loss, for which nothing has waited."""
+        self.method.before_forward(batch, self.device)
+        loss = token_loss(self.engine, batch, self.device, self.head) / batch.target_tokens
+        self.engine.backward(self._regularised(loss))
+        self.engine.step()
+        return loss.detach()
+
+    def lay(self, rows: list[Example], number: int) -> MicroBatch:
+        """The records as this contender takes them."""
         if self.kind.packed:
             return end_to_end(rows, seed=0, step=number)
         return collate(rows, pad_token_id=0, seed=0, step=number)
