@@ -207,6 +207,12 @@ class _Worker:
                 self._process.stdin.close()
 
 
+def on_gpus(count: int = 1) -> dict[str, str]:
+    """Environment (`env`) of processes that compute on the first GPUs of this machine; without it none sees any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:count]), "DS_ACCELERATOR": "cuda"}
+
+
 def _rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Iterator[dict[str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

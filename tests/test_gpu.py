@@ -12,7 +12,7 @@ from launch.batches import Cut, TrainingBatches
 from launch.prefetch import training_feed
 from tests import rank_worker as worker
 from tests import tiny, twin
-from tests.distributed import Processes
+from tests.distributed import Processes, on_gpus
 from tests.test_batches import contents, make_examples
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def test_ranks_and_losses_are_those_of_plain_torch_on_a_cpu(stage: int) -> None:
     expected = twin.train(
         tiny.adapted_llama(config), config, worker.batches(60), DUE, lr=5e-3, total=200, eta=0.05
     )
-    with Processes(1, timeout=300) as processes:
+    with Processes(1, timeout=300, env=on_gpus()) as processes:
         (result,) = processes.run(worker.trajectory, {"stage": stage})
     assert result["ranks"] == expected["ranks"]
     for ours, theirs in zip(result["losses"], expected["losses"], strict=True):
@@ -41,7 +41,8 @@ def test_ranks_and_losses_are_those_of_plain_torch_on_a_cpu(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_survivors_and_empty_plans(stage: int) -> None:
-    with Processes(min(2, torch.cuda.device_count()), timeout=300) as processes:
+    count = min(2, torch.cuda.device_count())
+    with Processes(count, timeout=300, env=on_gpus(count)) as processes:
         for worst in processes.run(worker.carried_state, {"stage": stage, "dtype": "bf16"}):
             assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
         case = {"stage": stage, "dtype": "bf16", "variants": ["none", "rebuilt", "without moments"]}
@@ -68,7 +69,7 @@ def losses_with_and_without_liger() -> list[list[float]]:
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
 def test_ligers_kernels_compute_what_the_base_does() -> None:
-    with Processes(1, timeout=300) as processes:
+    with Processes(1, timeout=300, env=on_gpus()) as processes:
         ((plain, fused),) = processes.run(losses_with_and_without_liger)
     assert fused == pytest.approx(plain, rel=1e-4)
 
