@@ -18,7 +18,7 @@ from tests.distributed import Processes, on_gpus
 
 DUE = {15: 4, 25: 4, 35: 3, 45: 2}
 RANKS = "tests/test_rank_changes_distributed.py::"
-BOUNDS = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
+BOUNDS = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 """Of a loss from that of plain torch in fp32: in half precision the base is rounded too, and ranks may part."""
 STAGES = (0, 2, 3)
 
@@ -41,7 +41,7 @@ class Teams:
 def teams(conditions: Conditions) -> Iterator[Teams]:
     """Start the processes; on a card all at once, on a CPU the pair when it is needed."""
     gpu = conditions.device.type == "cuda"
-    steps = 30 if conditions.tiny else 60
+    steps = 30 if conditions.tiny else 40
     plain_torch = _plain_torch(steps)
     with tempfile.TemporaryDirectory(prefix="flexlora-") as cache, ThreadPoolExecutor(3) as threads:
         # Their starting threads must outlive the processes, which end with them.
@@ -70,8 +70,6 @@ def _plain_torch(steps: int) -> Callable[[], dict[str, Any]]:
 
 def run(conditions: Conditions, report: Report, teams: Teams) -> None:
     """All of them, as far as the time goes."""
-    with report.attempt("the engines' process starts"):
-        teams.one_ready.result()
     proofs: list[tuple[str, float, Any]] = [
         *((f"stage {s} in {d} trains as plain torch", 2.0, partial(against_plain_torch, s, d))
           for d in ("fp32", "bf16", "fp16") for s in STAGES),
@@ -85,12 +83,26 @@ def run(conditions: Conditions, report: Report, teams: Teams) -> None:
         *((f"stage {s}: two processes on one card over gloo are one", 8.0, partial(pair, s)) for s in (2, 3)),
         ("a resumed run is the run, bit for bit", 20.0, resuming.resumed),
     ]  # fmt: skip
+    why = _obstacle(teams.one_ready)
     for name, seconds, prove in proofs:
+        if why:
+            report.proof(name, False, why)
+            continue
         if conditions.left < seconds:
             report.absent(name, f"no time left: {conditions.left:.0f} s, it may take {seconds:.0f}")
             continue
         with report.attempt(name, proof=True):
             prove(name, conditions, report, teams)
+
+
+def _obstacle(start: Future[list[Any]]) -> str:
+    """Why the process that all engines need has not started; nothing where it has."""
+    try:
+        start.result()
+    except Exception as error:  # said once for each proof, instead of another start for each
+        print(error, flush=True)
+        return f"no process to prove it in: {(str(error).strip().splitlines() or ['no text'])[-1]}"
+    return ""
 
 
 def against_plain_torch(
@@ -99,13 +111,13 @@ def against_plain_torch(
     if dtype == "fp16" and not teams.one.run(worker.computes_fp16)[0]:
         report.absent(name, "DeepSpeed computes no fp16 on this device")
         return
-    case = {"stage": stage, "dtype": dtype, "steps": teams.steps}
-    (found,) = teams.one.run(worker.trajectory, case)
+    steps = teams.steps if dtype == "fp32" else 30
+    (found,) = teams.one.run(worker.trajectory, {"stage": stage, "dtype": dtype, "steps": steps})
     expected = teams.reference.result()
     teams.seen[stage, dtype] = found
-    apart = relative(found["losses"], expected["losses"])
-    same = found["ranks"] == expected["ranks"]
-    detail = f"losses {apart:.1e} apart in {teams.steps} steps, bound {BOUNDS[dtype]:.0e}; "
+    apart = relative(found["losses"], expected["losses"][:steps])
+    same = found["ranks"] == expected["ranks"][: len(found["ranks"])]
+    detail = f"losses {apart:.1e} apart in {steps} steps, {len(found['ranks'])} changes, bound {BOUNDS[dtype]:.0e}; "
     detail += f"ranks {'the same' if same else 'part'}"
     holds = apart < BOUNDS[dtype] and (same or dtype != "fp32")
     first = teams.seen.get((STAGES[0], dtype))
@@ -173,9 +185,9 @@ def memory(stage: int, name: str, conditions: Conditions, report: Report, teams:
 
 
 def busy(name: str, conditions: Conditions, report: Report, teams: Teams) -> None:
-    wide = {"hidden": 64, "layers": 2, "ahead": 20_000}
+    wide = {"hidden": 64, "layers": 4, "ahead": 5000}
     if conditions.device.type == "cuda" and not conditions.tiny:
-        wide = {"hidden": 4096, "layers": 3, "ahead": 10**8}
+        wide = {"hidden": 4096, "layers": 4, "ahead": 2 * 10**7}
     (found,) = teams.one.run(worker.busy_changes, {**wide, "steps": 10})
     one, other = found["waiting"], found["busy"]
     same = one["losses"] == other["losses"] and one["ranks"] == other["ranks"]

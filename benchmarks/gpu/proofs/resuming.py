@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +47,12 @@ def _train(teams: Teams, arguments: list[str]) -> str:
     (result,) = teams.one.run(worker.train_deterministically, arguments)
     if result["code"] == 0:
         return ""
-    told = [line for line in result["stderr"].splitlines() if "deterministic" in line]
+    told = [line for line in str(result["stderr"]).splitlines() if "deterministic" in line]
     if not told:
         raise RuntimeError(f"the command ended with {result['code']}: {result['stderr'][-600:]}")
-    fresh = ["--resume=none" if a.startswith("--resume=") and a.endswith("auto") else a for a in arguments]
-    (result,) = teams.one.run(worker.train_deterministically, fresh, True)
+    (out,) = (word.removeprefix("--out=") for word in arguments if word.startswith("--out="))
+    shutil.rmtree(out, ignore_errors=True)
+    (result,) = teams.one.run(worker.train_deterministically, arguments, True)
     if result["code"] != 0:
         raise RuntimeError(f"the command ended with {result['code']}: {result['stderr'][-600:]}")
     return told[0].strip()[:120]

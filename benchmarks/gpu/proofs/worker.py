@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from flexlora_ds import adapters
 from tests import rank_worker, tiny
 
 
@@ -97,7 +98,7 @@ def _with_changes(case: dict[str, Any], *, wait: bool) -> dict[str, Any]:
 
     config = rank_worker.configuration(adjust_size=0)
     engine = _large_engine(case, config)
-    layers = rank_worker.adapters(engine.module)
+    layers = adapters(engine.module)
     batches = rank_worker.batches(int(case["steps"]))
     losses, in_flight, at_work = [], [], []
     for step, rows in enumerate(batches, 1):
@@ -112,9 +113,10 @@ def _with_changes(case: dict[str, Any], *, wait: bool) -> dict[str, Any]:
                 edits.update(matrix_edits(layer, keep, int(not shrinks), config, step))
         ids, mask, _ = (t.to(engine.device) for t in tiny.collate(rows))
         _wait()
-        with torch.no_grad():
-            engine(input_ids=ids, attention_mask=mask)
-        at_work.append(_at_work())
+        engine(
+            input_ids=ids, attention_mask=mask
+        )  # without gradients DeepSpeed would fetch nothing ahead of its end
+        at_work.append(_at_work(engine))
         in_flight.append(
             sum(getattr(p, "ds_status", None) is not None and p.ds_status.name == "INFLIGHT"
                 for p in engine.module.parameters())
@@ -136,9 +138,14 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _at_work() -> bool:
-    """Whether the card has not yet done what this thread has asked for."""
-    return torch.cuda.is_available() and not torch.cuda.current_stream().query()
+def _at_work(engine: Any) -> bool:
+    """Whether the card has not yet done what was asked for, the fetches on their own stream included."""
+    if not torch.cuda.is_available():
+        return False
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    fetching = getattr(coordinator, "_PartitionedParameterCoordinator__allgather_stream", None)
+    streams = [torch.cuda.current_stream(), *([] if fetching is None else [fetching])]
+    return not all(stream.query() for stream in streams)
 
 
 def _large_engine(case: dict[str, Any], config: Any) -> Any:
@@ -149,7 +156,7 @@ def _large_engine(case: dict[str, Any], config: Any) -> Any:
         model: nn.Module = tiny.tiny_llama("bf16", hidden=case["hidden"], layers=case["layers"])
     inject_adapters(model, config)
     rng = torch.Generator().manual_seed(5)
-    for layer in rank_worker.adapters(model).values():
+    for layer in adapters(model).values():
         layer.lam.data.copy_(0.3 * torch.randn(layer.rank, generator=rng))
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     ds = tiny.ds_config(
