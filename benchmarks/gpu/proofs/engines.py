@@ -21,6 +21,15 @@ RANKS = "tests/test_rank_changes_distributed.py::"
 BOUNDS = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 """Of a loss from that of plain torch in fp32: in half precision the base is rounded too, and ranks may part."""
 STAGES = (0, 2, 3)
+LEFT_OUT = (
+    "stage 0",
+    "stage 2: every",
+    "stage 3: an empty",
+    "stage 3 in bf16",
+    "stage 3: two",
+    "stage 3: offload",
+)
+"""Beginnings of the proofs that the tiny form leaves out: their code runs at another stage."""
 
 
 @dataclass
@@ -41,7 +50,7 @@ class Teams:
 def teams(conditions: Conditions) -> Iterator[Teams]:
     """Start the processes; on a card all at once, on a CPU the pair when it is needed."""
     gpu = conditions.device.type == "cuda"
-    steps = 30 if conditions.tiny else 40
+    steps = 16 if conditions.tiny else 40
     plain_torch = _plain_torch(steps)
     with tempfile.TemporaryDirectory(prefix="flexlora-") as cache, ThreadPoolExecutor(3) as threads:
         # Their starting threads must outlive the processes, which end with them.
@@ -80,13 +89,16 @@ def run(conditions: Conditions, report: Report, teams: Teams) -> None:
         *((f"stage {s}: changes leave memory flat", 10.0, partial(memory, s)) for s in (2, 3)),
         *((f"stage {s}: offload to the host changes rounding only", 4.0, partial(offload, s)) for s in (2, 3)),
         ("Liger's kernels compute what the base does", 6.0, liger),
-        *((f"stage {s}: two processes on one card over gloo are one", 8.0, partial(pair, s)) for s in (2, 3)),
         ("a resumed run is the run, bit for bit", 20.0, resuming.resumed),
+        *((f"stage {s}: two processes on one card over gloo are one", 8.0, partial(pair, s)) for s in (2, 3)),
     ]  # fmt: skip
     why = _obstacle(teams.one_ready)
     for name, seconds, prove in proofs:
         if why:
             report.proof(name, False, why)
+            continue
+        if conditions.tiny and name.startswith(LEFT_OUT):
+            report.absent(name, "left out of the tiny form")
             continue
         if conditions.left < seconds:
             report.absent(name, f"no time left: {conditions.left:.0f} s, it may take {seconds:.0f}")
@@ -111,7 +123,7 @@ def against_plain_torch(
     if dtype == "fp16" and not teams.one.run(worker.computes_fp16)[0]:
         report.absent(name, "DeepSpeed computes no fp16 on this device")
         return
-    steps = teams.steps if dtype == "fp32" else 30
+    steps = teams.steps if dtype == "fp32" else min(30, teams.steps)
     (found,) = teams.one.run(worker.trajectory, {"stage": stage, "dtype": dtype, "steps": steps})
     expected = teams.reference.result()
     teams.seen[stage, dtype] = found
@@ -233,7 +245,7 @@ def pair(stage: int, name: str, conditions: Conditions, report: Report, teams: T
         else:
             teams.two_ready.result()
         teams.two_ready = None
-        results = teams.two.run(worker.trajectory, {"stage": stage, "steps": steps}, timeout=60)
+        results = teams.two.run(worker.trajectory, {"stage": stage, "steps": steps}, timeout=40)
     except Exception as error:  # a collective that gloo lacks, most likely
         if stage != 3:
             raise
@@ -245,5 +257,5 @@ def pair(stage: int, name: str, conditions: Conditions, report: Report, teams: T
     same = all(result["ranks"] == alone["ranks"][: len(result["ranks"])] for result in results)
     same &= results[0]["checksum"] == results[1]["checksum"]
     detail = f"losses {apart:.1e} apart in {steps} steps, bound 1e-4; ranks and masters {'agree' if same else 'part'}"
-    test = RANKS + "test_ranks_and_losses_are_those_of_plain_torch[2 processes]"
+    test = RANKS + "test_ranks_and_losses_are_those_of_plain_torch"
     report.proof(name, apart < 1e-4 and same, detail, test=test)
