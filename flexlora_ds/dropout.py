@@ -62,7 +62,9 @@ def dropped(values: Tensor, row_keys: Tensor, matrix_key: Tensor, whole: int, pa
     open: `matrix_key` is int64 [1], and 256 p = `whole` + `part` / 256 (`split_rate`).
     """
     seeds, draws = _of_rows(row_keys, matrix_key)
-    column = torch.arange(values.shape[1], device=values.device, dtype=torch.int32)
+    # Narrowed from int64: what Inductor makes of an int32 range in Triton has the index's own width, where products
+    # do not wrap at 32 bits (torch 2.11, an H200: other bits).
+    column = torch.arange(values.shape[1], device=values.device, dtype=torch.int64).to(torch.int32)
     hashes = _scramble(seeds.unsqueeze(1) ^ _fold(_scramble(_fold((column >> 2) + 1))))
     # Signed, the lowest first: as a view of the hashes as int8 has them.
     byte = (hashes << (24 - 8 * (column & 3))) >> 24
@@ -71,7 +73,8 @@ def dropped(values: Tensor, row_keys: Tensor, matrix_key: Tensor, whole: int, pa
 
 def split_rate(p: float) -> tuple[int, int]:
     """256 p as its whole part and, in 256ths, the rest."""
-    return divmod(round(p * 65536), 256)
+    parts = round(p * 65536)
+    return parts // 256, parts % 256  # not divmod, which torch's compiler does not know
 
 
 def _of_rows(row_keys: Tensor, matrix_key: int | Tensor) -> tuple[Tensor, Tensor]:

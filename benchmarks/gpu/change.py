@@ -1,9 +1,10 @@
-"""Sections `change` and `save`: rank changes and saves at stages 2 and 3, in seconds and in steps."""
+"""Section `change`: rank changes and saves at stages 2 and 3, in seconds and in steps."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +28,18 @@ SETTLED = 4
 """Uncounted steps, two of them with a change."""
 
 
-def run_change(conditions: Conditions, report: Report) -> None:
-    """Rank changes."""
-    at_each_stage(conditions, report, time_changes)
-
-
-def run_save(conditions: Conditions, report: Report) -> None:
-    """Checkpoints and adapters."""
-    at_each_stage(conditions, report, time_saves)
+def run(conditions: Conditions, report: Report) -> None:
+    """Both at stage 2, then at stage 3."""
+    device = join_processes().device
+    for stage in (2, 3):
+        place = f"stage {stage}"
+        if conditions.left < 15 and not conditions.tiny:
+            report.absent(place, "no time left")
+            continue
+        with report.attempt(place), training(conditions, stage, device) as trainer:
+            report.figure(f"{place}: ready after", time.monotonic() - conditions.started, "s of the section")
+            time_changes(trainer, conditions, report, place)
+            time_saves(trainer, report, place)
 
 
 class Trainer:
@@ -51,29 +56,15 @@ class Trainer:
         self.steps, self.change = 0, None
 
     def step(self) -> None:
-        """One step; `change` is what came after it, if there was one."""
+        """One step on the same records; `change` is what came after it, if there was one."""
         self.steps += 1
-        rows = records(self.count, self.vocabulary, train_on_inputs=False, seed=self.steps)
+        rows = records(self.count, self.vocabulary, train_on_inputs=False, seed=1)
         self.contender.update(self.contender.lay(rows, self.steps))
         self.change = self.contender.method.after_step(self.steps)
 
     def seconds(self, work: Callable[[], object] | None = None) -> float:
         """Of a step, or of other work on its device."""
         return seconds_of(work or self.step, self.contender.device)
-
-
-def at_each_stage(
-    conditions: Conditions, report: Report, measure: Callable[[Trainer, Conditions, Report, str], None]
-) -> None:
-    """Measure at stage 2, then at stage 3."""
-    device = join_processes().device
-    for stage in (2, 3):
-        place = f"stage {stage}"
-        if conditions.left < 10 and not conditions.tiny:
-            report.absent(place, "no time left")
-            continue
-        with report.attempt(place), training(conditions, stage, device) as trainer:
-            measure(trainer, conditions, report, place)
 
 
 @contextmanager
@@ -94,9 +85,9 @@ def time_changes(trainer: Trainer, conditions: Conditions, report: Report, place
     with_change: list[float] = []
     without: list[float] = []
     inside: list[float] = []
-    reserved: list[int] = []
+    memory: list[tuple[int, int]] = []
     device = trainer.contender.device
-    for number in range(1, SETTLED + (4 if conditions.tiny else 24) + 1):
+    for number in range(1, SETTLED + (4 if conditions.tiny else 16) + 1):
         took = trainer.seconds()
         if number <= SETTLED:
             continue
@@ -106,23 +97,24 @@ def time_changes(trainer: Trainer, conditions: Conditions, report: Report, place
             with_change.append(took)
             inside.append(trainer.change.seconds)
         if device.type == "cuda":
-            reserved.append(torch.cuda.memory_reserved(device))
+            memory.append((torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)))
     plain, change = statistics.median(without), statistics.median(inside)
     report.figure(f"{place}: step", plain * 1e3, "ms", all=without)
     report.figure(f"{place}: inside a change", change * 1e3, "ms", all=inside)
     report.figure(f"{place}: change : step", change / plain, aim="1")
     lost = (statistics.median(with_change) - plain) / plain
     report.figure(f"{place}: a step with a change takes longer by", lost, "steps", all=with_change)
-    if reserved:
-        grown = (reserved[-1] - reserved[0]) / 2**20
-        report.figure(f"{place}: reserved memory grown over {len(inside)} changes", grown, "MiB")
+    for what, first, last in (
+        zip(("allocated", "reserved"), *(memory[:1] + memory[-1:]), strict=True) if memory else ()
+    ):
+        grown = (last - first) / 2**20
+        report.figure(f"{place}: {what} memory grown over {len(inside)} changes", grown, "MiB")
 
 
-def time_saves(trainer: Trainer, conditions: Conditions, report: Report, place: str) -> None:
+def time_saves(trainer: Trainer, report: Report, place: str) -> None:
     """Seconds in which training stands still for a save, and in which the copy is written beside it."""
-    for _ in range(3):
-        trainer.step()
-    plain = statistics.median(trainer.seconds() for _ in range(6))
+    trainer.step()
+    plain = statistics.median(trainer.seconds() for _ in range(4))
     method, engine = trainer.contender.method, trainer.contender.engine
     copies, writes, adapters = [], [], []
     taken: list[Any] = []
@@ -138,7 +130,6 @@ def time_saves(trainer: Trainer, conditions: Conditions, report: Report, place: 
             )
             writes.append(trainer.seconds(lambda: taken[0].write(part)))
             adapters.append(trainer.seconds(lambda: method.save(adapter, "base")))
-    report.figure(f"{place}: step", plain * 1e3, "ms")
     report.figure(f"{place}: standing still for a save", statistics.median(copies) * 1e3, "ms", all=copies)
     report.figure(f"{place}: save : step", statistics.median(copies) / plain, aim="1")
     report.figure(f"{place}: writing beside the training", statistics.median(writes) * 1e3, "ms", all=writes)

@@ -21,8 +21,7 @@ SECTIONS = {
     "facts": Entry("facts:run", 25),
     "proofs": Entry("proofs:run", 120),
     "step": Entry("step:run", 160),
-    "change": Entry("change:run_change", 50),
-    "save": Entry("change:run_save", 50),
+    "change": Entry("change:run", 60),
     "plan": Entry("plan:run", 35),
     "eval": Entry("evaluation:run", 70),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import statistics
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,8 +43,9 @@ KINDS = (
     Kind(AS_IT_COMES, PeftLoRA, full_logits=True),
 )
 ONLY_SHORT = ("PEFT AdaLoRA", "FlexLoRA padded", AS_IT_COMES)
+PROFILED = (BASE, LORA, "FlexLoRA fixed ranks", "FlexLoRA compiled", AS_IT_COMES)
 CHANGE_EVERY = 20
-WARM_UP, BLOCK = 3, 5
+WARM_UP, BLOCK, ROUNDS = 3, 3, 4
 LOADS = {"short": 16, "long": 42}
 """Records of a step."""
 
@@ -72,6 +74,7 @@ def run(conditions: Conditions, report: Report) -> None:
     base = build_base(conditions.shape, device, tiny=conditions.tiny)
     weights = sum(p.numel() * p.element_size() for p in base.parameters())
     report.figure("frozen base", weights / 1e9, "GB")
+    report.figure("ready after", time.monotonic() - conditions.started, "s of the section")
     for rank, load in ((32, "short"), (32, "long"), (8, "short")):
         if conditions.left < 20 and not conditions.tiny:
             report.absent(f"rank {rank}, {load}", "no time left")
@@ -101,16 +104,21 @@ def measure(
         if load == "long" and kind.name in ONLY_SHORT:
             continue
         with report.attempt(f"{place}: {kind.name}"):
-            rows.append(start(kind, base, options, device))
-            warm_up(rows[-1], conditions, count, device)
-    rounds = 2 if conditions.tiny else 6
-    for number in range(rounds):
+            began = time.monotonic()
+            row = start(kind, base, options, device)
+            built = time.monotonic() - began
+            warm_up(row, conditions, count, device)
+            report.figure(
+                f"{place}: {kind.name}: first steps", time.monotonic() - began - built, "s", built=built
+            )
+            rows.append(row)
+    for number in range(2 if conditions.tiny else ROUNDS):
         turn = number % len(rows)
         for row in rows[turn:] + rows[:turn]:
             advance(row, conditions, count, device)
     show(report, place, rows, ceiling, weights, conditions)
     for row in rows:
-        if conditions.left > 15 or conditions.tiny:
+        if row.contender.kind.name in PROFILED and (conditions.left > 15 or conditions.tiny):
             with report.attempt(f"{place}: kernels of {row.contender.kind.name}"):
                 profile_step(report, place, row, conditions, count, device)
     for row in rows:
