@@ -112,8 +112,12 @@ def torch_kernel() -> Kernel:
     """What torch's compiler makes of `dropped`, on any device."""
     compiled = torch.compile(dropped, dynamic=True, fullgraph=True)
 
-    def kernel(*values_and_rows: Any, out: Tensor | None = None) -> Tensor:
-        return compiled(*values_and_rows)
+    @functools.cache
+    def columns(features: int, device: torch.device) -> Tensor:
+        return torch.arange(features, device=device, dtype=torch.int32)
+
+    def kernel(values: Tensor, *of_rows: Any, out: Tensor | None = None) -> Tensor:
+        return compiled(values, *of_rows, columns(values.shape[1], values.device))
 
     return kernel
 

@@ -43,6 +43,8 @@ class Kernels:
     """Seconds in which at least one ran."""
     longest: list[tuple[str, int, float]]
     """(name, how often, seconds in all), the most expensive first."""
+    host: list[tuple[str, int, float]]
+    """The same of operations and of what started kernels, by the host's own seconds under the profiler."""
 
 
 def kernels_of(work: Callable[[], object], device: torch.device) -> Kernels:
@@ -58,7 +60,9 @@ def kernels_of(work: Callable[[], object], device: torch.device) -> Kernels:
         sums[event.name] = (count + 1, seconds + event.time_range.elapsed_us() / 1e6)
     longest = sorted(((n, c, s) for n, (c, s) in sums.items()), key=lambda row: -row[2])
     spans = ((e.time_range.start, e.time_range.end) for e in events)
-    return Kernels(len(events), union(spans) / 1e6, longest)
+    averages = ((a.key, a.count, a.self_cpu_time_total / 1e6) for a in seen.key_averages())
+    host = sorted(averages, key=lambda row: -row[2])
+    return Kernels(len(events), union(spans) / 1e6, longest, host)
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:

@@ -9,7 +9,6 @@ comes` pads, takes transformers' own loss and no fused kernels.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import statistics
 import time
 from dataclasses import dataclass, field, replace
@@ -213,5 +212,5 @@ def profile_step(
         return
     found: Kernels = kernels_of(work, device)
     busy = found.busy / statistics.median(row.blocks)
-    report.figure(f"{place}: {name}: kernels", found.count, longest=list(itertools.islice(found.longest, 25)))
+    report.figure(f"{place}: {name}: kernels", found.count, longest=found.longest[:25], host=found.host[:40])
     report.figure(f"{place}: {name}: GPU busy", busy, "of the step", aim="0.95" if "short" in place else "")
