@@ -14,6 +14,7 @@ from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
 from launch.batches import MicroBatch, collate, end_to_end
 from launch.build import TORCH_DTYPES
+from launch.compiled_blocks import compile_blocks
 from launch.ds_config import adam_settings, resolve_ds_config
 from launch.examples import Example
 from launch.head_loss import install_head_loss
@@ -40,6 +41,8 @@ class Kind:
     """Logits at every position, as transformers' own loss computes them; all others where there are targets."""
     liger: bool = False
     """The base's element-wise pieces as Liger's kernels."""
+    compiled: bool = False
+    """Every decoder layer compiled whole; not beside `liger`."""
 
 
 LORA = "PEFT LoRA"
@@ -95,6 +98,8 @@ class Contender:
         if kind.liger:
             apply_liger(copy)
         model = self.method.adapt(copy).train()
+        if kind.compiled:
+            compile_blocks(model)
         world_size = world_size_of_environment()
         config = resolve_ds_config(options.ds, options, world_size, hidden_size=base.config.hidden_size)
         optimizer = self.method.optimizer(model, adam_settings(options.ds, options))

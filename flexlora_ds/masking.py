@@ -102,6 +102,54 @@ class Drop:
         return Masking(self, features, dtype) if kernel is None else FusedMasking(self, kernel)
 
 
+@torch.library.custom_op(
+    "flexlora::dropped",
+    mutates_args=(),
+    schema="(Tensor values, Tensor row_keys, Tensor matrix_key, float p) -> Tensor",
+)
+def dropped_on_host(values: Tensor, row_keys: Tensor, matrix_key: Tensor, p: float) -> Tensor:
+    """`flexlora_ds.dropout.dropped` on a CPU as a compiler sees it: one differentiable operation that it leaves alone.
+
+    Left to itself it writes C++ in which the hash's products may not overflow, and other elements are dropped (torch
+    2.13, gcc 12). `matrix_key` is int64 [1].
+    """
+    drop = Drop(row_keys, int(matrix_key), p)
+    return drop.masking(values.shape[-1], values.dtype).kept(values)
+
+
+@dropped_on_host.register_fake
+def _(values: Tensor, row_keys: Tensor, matrix_key: Tensor, p: float) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, row_keys, matrix_key, ctx.p = inputs
+    ctx.save_for_backward(row_keys, matrix_key)
+
+
+def _drop_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return dropped_on_host(grad, *ctx.saved_tensors, ctx.p), None, None, None
+
+
+dropped_on_host.register_autograd(_drop_gradient, setup_context=_remember)
+
+
+def dropped_in_graph(
+    values: Tensor, row_keys: Tensor, matrix_key: Tensor, columns: Tensor, p: float
+) -> Tensor:
+    """`dropped` inside a larger compiled graph; `columns` as there."""
+    if values.device.type == "cpu":
+        on_host: Tensor = dropped_on_host(values, row_keys, matrix_key, p)
+        return on_host
+    return dropped(values, row_keys, matrix_key, *split_rate(p), columns)
+
+
+@functools.cache
+def columns_of(features: int, device: torch.device) -> Tensor:
+    """0, 1, … as int32 [features]."""
+    return torch.arange(features, device=device, dtype=torch.int32)
+
+
 @functools.cache
 def fused_kernel(device: torch.device) -> Kernel | None:
     """The kernel of a device, made and tried at the first call; None, with a warning, where it cannot be used."""
@@ -110,14 +158,11 @@ def fused_kernel(device: torch.device) -> Kernel | None:
 
 def torch_kernel() -> Kernel:
     """What torch's compiler makes of `dropped`, on any device."""
-    compiled = torch.compile(dropped, dynamic=True, fullgraph=True)
-
-    @functools.cache
-    def columns(features: int, device: torch.device) -> Tensor:
-        return torch.arange(features, device=device, dtype=torch.int32)
+    compiled: Any = torch.compile(dropped, dynamic=True, fullgraph=True)
 
     def kernel(values: Tensor, *of_rows: Any, out: Tensor | None = None) -> Tensor:
-        return compiled(values, *of_rows, columns(values.shape[1], values.device))
+        found: Tensor = compiled(values, *of_rows, columns_of(values.shape[1], values.device))
+        return found
 
     return kernel
 
