@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
+from flexlora_ds.partitions import fuse_gradient_checks
 from launch.batches import MicroBatch, collate, end_to_end
 from launch.build import TORCH_DTYPES
 from launch.compiled_blocks import compile_blocks
@@ -41,6 +42,8 @@ class Kind:
     """Logits at every position, as transformers' own loss computes them; all others where there are targets."""
     liger: bool = False
     """The base's element-wise pieces as Liger's kernels."""
+    stock: bool = False
+    """DeepSpeed looks at gradients one by one, as it comes."""
     compiled: bool = False
     """Every decoder layer compiled whole; not beside `liger`."""
 
@@ -104,6 +107,8 @@ class Contender:
         config = resolve_ds_config(options.ds, options, world_size, hidden_size=base.config.hidden_size)
         optimizer = self.method.optimizer(model, adam_settings(options.ds, options))
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if not kind.stock:
+            fuse_gradient_checks(self.engine)
         self.method.attach(self.engine, STEPS, None)
         self.head = Head() if kind.full_logits else head_of(self.engine.module)
 

@@ -1,13 +1,14 @@
 """How a dropout mask meets the values: computed in one fused kernel, never written, or written once and multiplied.
 
 A written mask takes a dozen passes over memory for every linear layer: a tenth of a step on a CPU, on a GPU more than
-the adapter itself. So a CPU has a pass in C (`flexlora_ds.host_kernel`), and a GPU one that torch compiles. Each is
+the adapter itself. So a CPU has a pass in C (`flexlora_ds.host_kernel`), and a GPU one in Triton. Each is
 tried once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class FusedMasking:
 
     def __init__(self, drop: Drop, kernel: Kernel) -> None:
         keys = drop.row_keys
-        key = torch.full((1,), drop.matrix_key, device=keys.device)  # a tensor: a number would be compiled in
+        key = key_of(drop.matrix_key, keys.device)
         self.kernel, self.of_rows = kernel, (keys, key, *split_rate(drop.p))
 
     def kept(self, values: Tensor) -> Tensor:
@@ -151,9 +152,24 @@ def columns_of(features: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
+def key_of(matrix_key: int, device: torch.device) -> Tensor:
+    """A matrix's key as int64 [1]: a number would be compiled in, and a new tensor for every pass costs a kernel."""
+    return torch.full((1,), matrix_key, device=device)
+
+
+@functools.cache
 def fused_kernel(device: torch.device) -> Kernel | None:
     """The kernel of a device, made and tried at the first call; None, with a warning, where it cannot be used."""
-    return tried(HostKernel if device.type == "cpu" else torch_kernel, device)
+    return tried(HostKernel if device.type == "cpu" else triton_kernel, device)
+
+
+def triton_kernel() -> Kernel:
+    """The kernel in Triton; what torch's compiler makes of `dropped` on a GPU without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return torch_kernel()
+    from flexlora_ds.triton_kernel import TritonKernel
+
+    return TritonKernel()
 
 
 def torch_kernel() -> Kernel:

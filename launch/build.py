@@ -13,6 +13,7 @@ from data_prep.prompt import CHAT
 from data_prep.records import is_chat, load_entries
 from flexlora_ds.checkpoint import set_ranks
 from flexlora_ds.errors import UserError
+from flexlora_ds.partitions import fuse_gradient_checks
 from flexlora_ds.pretrained import load_causal_lm, load_tokenizer
 from flexlora_ds.schedule import resolve_calendar
 from launch.attention import attention_of, require_separable
@@ -162,6 +163,7 @@ def build_engine(
         lr_scheduler=build_lr_scheduler(optimizer, options, steps),
         config=ds_config,
     )
+    fuse_gradient_checks(engine)
     torch.manual_seed(
         options.seed * 1009 + process.rank
     )  # PEFT's own dropout; FlexLoRA's masks have named seeds

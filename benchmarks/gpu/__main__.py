@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=480, help="for all sections (%(default)s)")
     parser.add_argument("--shape", help="of benchmarks.shapes (llama3-8b; tiny with --tiny)")
     parser.add_argument("--model", help="for `study`: a model to train")
+    parser.add_argument("--proofs", default="", help="only proofs whose names contain one of these; a list")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -46,6 +47,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.shape = args.shape or ("tiny" if args.tiny else "llama3-8b")
     args.sections = args.sections.split(",")
+    args.proofs = [text for text in args.proofs.split(",") if text]
     for name in args.sections:
         if name not in SECTIONS:
             parser.error(f"--sections: there is no {name!r}; there are {names}")
@@ -90,6 +92,7 @@ def in_a_process(name: str, share: float, args: argparse.Namespace, figures: Pat
     command = [sys.executable, "-m", "benchmarks.gpu", "--run", name, "--figures", str(figures)]
     command += ["--seconds", str(share), "--shape", args.shape]
     command += ["--tiny"] if args.tiny else []
+    command += ["--proofs", ",".join(args.proofs)]
     command += ["--model", args.model] if args.model else []
     environment = {k: v for k, v in os.environ.items() if k != "MASTER_PORT"}
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")

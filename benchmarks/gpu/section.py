@@ -27,12 +27,18 @@ class Conditions:
     """Every path of the code, with sizes for a CPU."""
     model: str | None = None
     """For `study`: a model to train."""
+    proofs: tuple[str, ...] = ()
+    """Only proofs whose names contain one of these; all where there is none."""
     started: float = field(default_factory=time.monotonic)
 
     @property
     def device(self) -> torch.device:
         """The GPU; a CPU where there is none."""
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    def wants(self, proof: str) -> bool:
+        """Whether a proof was asked for."""
+        return not self.proofs or any(text in proof for text in self.proofs)
 
     @property
     def left(self) -> float:

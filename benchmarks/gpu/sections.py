@@ -21,6 +21,7 @@ SECTIONS = {
     "facts": Entry("facts:run", 25),
     "proofs": Entry("proofs:run", 120),
     "step": Entry("step:run", 160),
+    "compiled": Entry("step:run_compiled", 120),
     "change": Entry("change:run", 60),
     "plan": Entry("plan:run", 35),
     "eval": Entry("evaluation:run", 70),
@@ -31,5 +32,5 @@ def run_section(name: str, args: argparse.Namespace) -> None:
     """Measure one section here."""
     module, _, function = SECTIONS[name].place.partition(":")
     section = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
-    conditions = Conditions(args.shape, args.seconds, args.tiny, args.model)
+    conditions = Conditions(args.shape, args.seconds, args.tiny, args.model, tuple(args.proofs))
     section(conditions, Report(name, args.figures))

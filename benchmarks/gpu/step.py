@@ -1,9 +1,9 @@
-"""Section `step`: whole training steps at two loads, ours beside others', in one process on shared frozen weights.
+"""Sections `step` and `compiled`: whole training steps at two loads, ours beside others', on shared frozen weights.
 
 Contenders take turns in blocks of steps; within a block nothing waits for the device but what a training step itself
 waits for. `short` is 16 records of commonsense length, `long` as many as make some 4,096 tokens. Where nothing else
-is said a contender has Liger's kernels, examples packed without padding, and logits at targets only; `PEFT LoRA as it
-comes` pads, takes transformers' own loss and no fused kernels.
+is said, a contender packs without padding, takes logits at targets only and, in `step`, Liger's kernels. `PEFT LoRA as
+it comes` pads, takes transformers' own loss, no fused kernels, and DeepSpeed's own look at every gradient.
 """
 
 from __future__ import annotations
@@ -39,10 +39,17 @@ KINDS = (
     Kind("FlexLoRA rank changes", FlexLoRA, packed=True, changes=True),
     Kind("PEFT AdaLoRA", AdaLoRA, packed=True),
     Kind("FlexLoRA padded", FlexLoRA),
-    Kind(AS_IT_COMES, PeftLoRA, full_logits=True),
+    Kind(AS_IT_COMES, PeftLoRA, full_logits=True, stock=True),
+)
+COMPILED_KINDS = (
+    Kind(BASE, FrozenBase, packed=True),
+    Kind("frozen base compiled", FrozenBase, packed=True, compiled=True),
+    Kind(LORA, PeftLoRA, packed=True),
+    Kind("FlexLoRA compiled", FlexLoRA, packed=True, compiled=True),
+    Kind("FlexLoRA compiled, rank changes", FlexLoRA, packed=True, changes=True, compiled=True),
 )
 ONLY_SHORT = ("PEFT AdaLoRA", "FlexLoRA padded", AS_IT_COMES)
-PROFILED = (BASE, LORA, "FlexLoRA fixed ranks", "FlexLoRA compiled", AS_IT_COMES)
+UNPROFILED = ("FlexLoRA rank changes", "FlexLoRA padded", "PEFT AdaLoRA", "FlexLoRA compiled, rank changes")
 CHANGE_EVERY = 20
 WARM_UP, BLOCK, ROUNDS = 3, 3, 4
 LOADS = {"short": 16, "long": 42}
@@ -66,6 +73,18 @@ class Measured:
 
 
 def run(conditions: Conditions, report: Report) -> None:
+    """Section `step`: with Liger's kernels where they are installed."""
+    liger = importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_available()
+    kinds = [replace(kind, liger=liger and kind.name != AS_IT_COMES) for kind in KINDS]
+    at_each_load(conditions, report, kinds)
+
+
+def run_compiled(conditions: Conditions, report: Report) -> None:
+    """Section `compiled`: whole decoder layers compiled, without Liger's kernels, which would be in the way."""
+    at_each_load(conditions, report, list(COMPILED_KINDS))
+
+
+def at_each_load(conditions: Conditions, report: Report, kinds: list[Kind]) -> None:
     """Rank 32 at both loads, then rank 8 at the short one."""
     device = join_processes().device
     ceiling = product_rate(device, *((256,) * 3 if conditions.tiny else (8192,) * 3))
@@ -79,7 +98,7 @@ def run(conditions: Conditions, report: Report) -> None:
             report.absent(f"rank {rank}, {load}", "no time left")
             continue
         with report.attempt(f"rank {rank}, {load}"):
-            measure(conditions, report, base, device, rank, load, ceiling, weights)
+            measure(conditions, report, base, device, kinds, rank, load, ceiling, weights)
 
 
 def measure(
@@ -87,6 +106,7 @@ def measure(
     report: Report,
     base: Any,
     device: torch.device,
+    kinds: list[Kind],
     rank: int,
     load: str,
     ceiling: float,
@@ -99,7 +119,7 @@ def measure(
     options = options_of(conditions.shape, stage, dtype, rank, 0.05, False, count)
     place = f"rank {rank}, {load}"
     rows: list[Measured] = []
-    for kind in KINDS:
+    for kind in kinds:
         if load == "long" and kind.name in ONLY_SHORT:
             continue
         with report.attempt(f"{place}: {kind.name}"):
@@ -111,13 +131,17 @@ def measure(
                 f"{place}: {kind.name}: first steps", time.monotonic() - began - built, "s", built=built
             )
             rows.append(row)
+    graphs = compiled_graphs()
     for number in range(2 if conditions.tiny else ROUNDS):
         turn = number % len(rows)
         for row in rows[turn:] + rows[:turn]:
             advance(row, conditions, count, device)
     show(report, place, rows, ceiling, weights, conditions)
+    if graphs:
+        report.figure(f"{place}: graphs compiled", graphs)
+        report.figure(f"{place}: graphs compiled in the timed steps", compiled_graphs() - graphs, aim="0")
     for row in rows:
-        if row.contender.kind.name in PROFILED and (conditions.left > 15 or conditions.tiny):
+        if row.contender.kind.name not in UNPROFILED and (conditions.left > 15 or conditions.tiny):
             with report.attempt(f"{place}: kernels of {row.contender.kind.name}"):
                 profile_step(report, place, row, conditions, count, device)
     for row in rows:
@@ -127,10 +151,15 @@ def measure(
         torch.cuda.empty_cache()
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch's compiler has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def start(kind: Kind, base: Any, options: Any, device: torch.device) -> Measured:
     """Build a contender."""
-    liger = importlib.util.find_spec("liger_kernel") is not None and device.type == "cuda"
-    kind = replace(kind, liger=liger and kind.name != AS_IT_COMES)
     before = allocated(device)
     contender = Contender(kind, base, options, CHANGE_EVERY, device)
     return Measured(contender, allocated(device) - before)

@@ -6,7 +6,7 @@ the number of processes; nothing outside this package knows how ZeRO lays memory
 """
 
 from flexlora_ds.partitions.carry import Edit
-from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
+from flexlora_ds.partitions.finite import GradientProbe, fuse_gradient_checks, skip_non_finite
 from flexlora_ds.partitions.fresh import forget_construction
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
 from flexlora_ds.partitions.rebuild import resize
@@ -19,6 +19,7 @@ __all__ = [
     "GradientProbe",
     "Shards",
     "forget_construction",
+    "fuse_gradient_checks",
     "live_shards",
     "loss_scale",
     "resize",

@@ -94,6 +94,8 @@ def run(conditions: Conditions, report: Report, teams: Teams) -> None:
     ]  # fmt: skip
     why = _obstacle(teams.one_ready)
     for name, seconds, prove in proofs:
+        if not conditions.wants(name):
+            continue
         if why:
             report.proof(name, False, why)
             continue
