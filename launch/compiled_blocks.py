@@ -13,13 +13,14 @@ Evaluation, generation, autocast, and packed batches whose attention goes throug
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._dynamo import mark_static
@@ -32,6 +33,7 @@ from launch.packed_attention import PACKED_VARLEN
 
 _LONGEST_IN = 128
 """The longest segment is told to the attention rounded up to a multiple of this."""
+_OFFSET = 64
 _GRAPHS = 64
 """At most so many for one layer's code; a model needs two, with an attention mask and without."""
 
@@ -49,9 +51,9 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
         UserError: the model has no decoder layers, or one of them holds a linear layer that is not torch's own.
     """
     layers = decoder_layers(model)
-    compiled = torch.compile(_body, fullgraph=True, dynamic=True, backend=backend)
+    shared = _Shared(torch.compile(_body, fullgraph=True, dynamic=True, backend=backend))
     for layer in layers:
-        layer.forward = CompiledBlock(layer, compiled)
+        layer.forward = CompiledBlock(layer, shared)
     return len(layers)
 
 
@@ -66,8 +68,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 class CompiledBlock:
     """The forward pass of one decoder layer in training: it hands the layer's own tensors to the code of all layers."""
 
-    def __init__(self, layer: nn.Module, compiled: Callable[..., Any]) -> None:
-        self.layer, self.compiled = layer, compiled
+    def __init__(self, layer: nn.Module, shared: _Shared) -> None:
+        self.layer, self.shared = layer, shared
         self.matrices = [m for m in layer.modules() if isinstance(m, AdaptedLinear)]
         self.names: list[tuple[Tensor, Tensor]] = []
         for place, matrix in enumerate(self.matrices):
@@ -99,7 +101,7 @@ class CompiledBlock:
             return None
         if others.get("past_key_values") is not None:
             return None
-        inputs = {name: value for name, value in others.items() if value is not None}
+        inputs = {name: _no_view(value) for name, value in others.items() if value is not None}
         if inputs.pop("segment_lengths", None) is not None:
             attention = getattr(getattr(self.layer, "self_attn", None), "config", None)
             if getattr(attention, "_attn_implementation", None) != PACKED_VARLEN:
@@ -113,7 +115,7 @@ class CompiledBlock:
     def _run(self, hidden_states: Tensor, **inputs: Any) -> Any:
         row_keys, tensors = self._row_keys(hidden_states), self._tensors(hidden_states.device)
         with _open_sizes():
-            output = self.compiled(self.layer, self.context, row_keys, tensors, hidden_states, inputs)
+            output = self.shared.compiled(self.layer, self.context, row_keys, tensors, hidden_states, inputs)
         penalty = self.context.penalty
         if penalty is not None:
             for matrix in self.matrices:
@@ -129,7 +131,12 @@ class CompiledBlock:
             return torch.randint(limit.min, limit.max, shape, device=hidden_states.device)
         if keys.numel() != shape.numel():
             raise ValueError(f"{shape.numel()} input rows, but {keys.numel()} row keys")
-        return keys.view(shape)
+        keys = keys.reshape(shape).detach()
+        return (
+            keys
+            if keys.is_contiguous() and keys.storage_offset() == 0
+            else keys.clone(memory_format=torch.contiguous_format)
+        )
 
     def _tensors(self, device: torch.device) -> list[_OfMatrix]:
         if not self.names or self.names[0][0].device != device:
@@ -137,7 +144,60 @@ class CompiledBlock:
                 (torch.tensor([m.key], device=device), columns_of(m.in_features, device))
                 for m in self.matrices
             ]
-        return [(*n, *_at_least_two(m.P, m.lam, m.Q)) for n, m in zip(self.names, self.matrices, strict=True)]
+        inside = self.shared.lie_inside(self.matrices)
+        return [
+            (*names, _handed(m.P, 1, inside), _handed(m.lam, 0, inside), _handed(m.Q, 0, inside))
+            for names, m in zip(self.names, self.matrices, strict=True)
+        ]
+
+
+def _no_view(value: Any) -> Any:
+    """A tensor without what it is a view of, whose sizes the compiled code would look at, too."""
+    return value.detach() if isinstance(value, Tensor) and value._is_view() else value
+
+
+@dataclass
+class _Shared:
+    """What the layers of a model share."""
+
+    compiled: Callable[..., Any]
+    inside: bool | None = None
+
+    def lie_inside(self, matrices: list[AdaptedLinear]) -> bool:
+        """Whether parameters lie in a buffer of many, as ZeRO keeps them; settled at the first call."""
+        if self.inside is None:
+            self.inside = any(p.storage_offset() > 1 for m in matrices for p in (m.P, m.lam, m.Q))
+        return self.inside
+
+
+def _handed(p: Tensor, dimension: int, inside: bool) -> Tensor:
+    """A parameter as the compiled code takes it: of at least two directions, and where others begin in a buffer.
+
+    The code holds for offsets from 2 on, or for 0 alone: the one parameter at a buffer's beginning is copied.
+    """
+    narrow = p.shape[dimension] == 1
+    if not narrow and (p.storage_offset() > 1 if inside else p.storage_offset() == 0):
+        return p
+    found: Tensor = _Copied.apply(p, dimension, 1 if narrow else 0, _OFFSET if inside else 0)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Copied(torch.autograd.Function):
+    """A parameter with further directions of zeros, behind an offset; a Parameter and no view, as the code's others."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, dimension: int, more: int, offset: int) -> Tensor:
+        ctx.dimension, ctx.rank = dimension, p.shape[dimension]
+        shape = list(p.shape)
+        shape[dimension] += more
+        room = p.new_zeros(offset + math.prod(shape))
+        whole = room[offset:].view(shape)
+        whole.narrow(dimension, 0, ctx.rank).copy_(p)
+        return torch.Tensor._make_subclass(nn.Parameter, whole.detach(), False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.narrow(ctx.dimension, 0, ctx.rank), None, None, None
 
 
 @contextmanager
@@ -146,16 +206,6 @@ def _open_sizes() -> Iterator[None]:
     graphs = dynamo.patch(force_parameter_static_shapes=False, specialize_float=True, recompile_limit=_GRAPHS)
     with graphs, shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
-
-
-def _at_least_two(P: Tensor, lam: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if lam.shape[0] > 1:
-        return P, lam, Q
-    padded = F.pad(P, (0, 1)), F.pad(lam, (0, 1)), F.pad(Q, (0, 0, 0, 1))
-    first, second, third = (
-        t.as_subclass(nn.Parameter) for t in padded
-    )  # the compiled code asks for their type
-    return first, second, third
 
 
 def _body(
@@ -168,9 +218,7 @@ def _body(
 ) -> Any:
     """What is compiled: the layer's own forward pass."""
     if row_keys is not None and row_keys.shape != hidden_states.shape[:-1]:
-        raise ValueError(
-            "one row key for every input row"
-        )  # and the compiler knows that these numbers are equal
+        raise ValueError("one row key for every input row")  # the compiler learns that the sizes are equal
     context.handed = Handed(row_keys, of_matrices)
     output = _own_forward(type(layer))(layer, hidden_states, **inputs)
     context.handed = None
