@@ -95,7 +95,7 @@ def test_every_layer_runs_one_graph_that_no_rank_change_compiles_again(one_proce
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("options", [{}, {"orth_form": "squared", "orth_strength": 1e-2}])
+@pytest.mark.parametrize("options", [{}, {"orth_form": "squared", "orth_weight": 1e-2}])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_stage(stage: int, checkpointing: bool, options: dict[str, Any]) -> None:
