@@ -21,6 +21,7 @@ from launch.bar import Bar
 from launch.batch_layout import BatchLayout
 from launch.batches import Cut, TrainingBatches, ValidationBatches, total_steps
 from launch.compiled import compile_pieces
+from launch.compiled_blocks import compile_blocks
 from launch.ds_config import adam_settings
 from launch.encoding import Encoding, all_cores, tokenise
 from launch.examples import TokenisedData, arrange
@@ -147,9 +148,11 @@ def build_engine(
     install_head_loss(model)
     if options.kernels == "liger":
         apply_liger(model)
-    if options.compile:
+    if options.compile in (True, "pieces"):
         compile_pieces(model)
     trained = method.adapt(model)
+    if options.compile == "blocks":
+        compile_blocks(trained)
     if ranks is not None:
         set_ranks(trained, ranks)
     if options.gradient_checkpointing is True:

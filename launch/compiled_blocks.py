@@ -22,9 +22,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo
-from torch._dynamo import mark_static
-from torch.fx.experimental import _config as shapes
 
 from flexlora_ds.adapter import AdaptedLinear, ForwardContext, Handed
 from flexlora_ds.errors import UserError
@@ -80,7 +77,7 @@ class CompiledBlock:
             matrix.place = place
         for p in layer.parameters():
             if not p.requires_grad:
-                mark_static(p)
+                torch._dynamo.mark_static(p)
         self.context = self.matrices[0].context if self.matrices else ForwardContext()
 
     def __call__(self, hidden_states: Tensor, **others: Any) -> Any:
@@ -203,6 +200,9 @@ class _Copied(torch.autograd.Function):
 @contextmanager
 def _open_sizes() -> Iterator[None]:
     """Where the compiler, if it has to run, leaves ranks open and every size a number of its own."""
+    from torch._dynamo import config as dynamo
+    from torch.fx.experimental import _config as shapes
+
     graphs = dynamo.patch(force_parameter_static_shapes=False, specialize_float=True, recompile_limit=_GRAPHS)
     with graphs, shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield

@@ -35,6 +35,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["flexlora", "lora"]
 Attention = Literal["flash", "varlen", "sdpa", "eager"]
 Kernels = Literal["liger", "none"]
+Compile = Literal["pieces", "blocks"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
 Count = Annotated[int, Bounds(least=0)]
@@ -176,8 +177,8 @@ class TrainOptions:
     """Whether batches are made of records of like length: less padding, but other records share a batch."""
     kernels: Kernels | Auto = "auto"
     """The base's norm, rotary embedding and SwiGLU: Liger's fused kernels or none; auto is liger where it runs."""
-    compile: bool = False
-    """Whether torch compiles the base's norm and SwiGLU, which no rank change touches."""
+    compile: bool | Compile = False
+    """What torch compiles: pieces (norm and SwiGLU; true means these) or blocks (whole layers, not at ZeRO-3)."""
 
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""

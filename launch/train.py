@@ -38,7 +38,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     from launch.agreement import alike
     from launch.attention import choose_padding_free
     from launch.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
-    from launch.compiled import require_compiler
+    from launch.compiled import require_compiler, require_stage
     from launch.ds_config import resolve_ds_config
     from launch.finish import finish, stop
     from launch.kernels import choose_kernels
@@ -56,6 +56,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     free = choose_padding_free(repeatable, plan.config)
     options = repeatable.replace(micro_batch_size=layout.micro_batch_size, kernels=kernels, padding_free=free)
     ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
+    require_stage(options, ds_config)
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
     require_dtype(options)
