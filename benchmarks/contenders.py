@@ -12,13 +12,16 @@ from torch import Tensor
 
 from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
+from flexlora_ds.partitions import fuse_gradient_checks
 from launch.data.batches import MicroBatch, collate, end_to_end
 from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
 from launch.engine.build import TORCH_DTYPES
 from launch.engine.ds_config import adam_settings, resolve_ds_config
 from launch.engine.methods import FlexLoRA, PeftLoRA
+from launch.model.compiled_blocks import compile_blocks
 from launch.model.head_loss import install_head_loss
+from launch.model.liger import apply_liger
 from launch.model.token_loss import Head, head_of, token_loss
 from launch.options.train_options import TrainOptions
 
@@ -37,6 +40,12 @@ class Kind:
     """Examples lie end to end; all others pad to a multiple of 8."""
     full_logits: bool = False
     """Logits at every position, as transformers' own loss computes them; all others where there are targets."""
+    liger: bool = False
+    """The base's element-wise pieces as Liger's kernels."""
+    stock: bool = False
+    """DeepSpeed looks at gradients one by one, as it comes."""
+    compiled: bool = False
+    """Every decoder layer compiled whole; not beside `liger`."""
 
 
 LORA = "PEFT LoRA"
@@ -89,11 +98,17 @@ class Contender:
         self.method = kind.method(options)
         copy = copy_sharing_weights(base)
         install_head_loss(copy)
+        if kind.liger:
+            apply_liger(copy)
         model = self.method.adapt(copy).train()
+        if kind.compiled:
+            compile_blocks(model)
         world_size = world_size_of_environment()
         config = resolve_ds_config(options.ds, options, world_size, hidden_size=base.config.hidden_size)
         optimizer = self.method.optimizer(model, adam_settings(options.ds, options))
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if not kind.stock:
+            fuse_gradient_checks(self.engine)
         self.method.attach(self.engine, STEPS, None)
         self.head = Head() if kind.full_logits else head_of(self.engine.module)
 
@@ -107,12 +122,9 @@ class Contender:
     def step(self, number: int, rows: list[Example], *, counted: bool) -> None:
         """One update on these records, from the records to the end of what follows the update."""
         started, cpu = self._now(), time.process_time()
-        batch = self._lay(rows, number)
+        batch = self.lay(rows, number)
         laid = time.perf_counter()
-        self.method.before_forward(batch, self.device)
-        loss = token_loss(self.engine, batch, self.device, self.head) / batch.target_tokens
-        self.engine.backward(self._regularised(loss))
-        self.engine.step()
+        loss = self.update(batch)
         updated = self._now()
         change = self.method.after_step(number)
         ended, cpu_ended = self._now(), time.process_time()
@@ -128,7 +140,16 @@ class Contender:
         if change is not None:
             took.changes.append(change.seconds)
 
-    def _lay(self, rows: list[Example], number: int) -> MicroBatch:
+    def update(self, batch: MicroBatch) -> Tensor:
+        """Forward and backward pass and the optimizer's step; the loss, for which nothing has waited."""
+        self.method.before_forward(batch, self.device)
+        loss = token_loss(self.engine, batch, self.device, self.head) / batch.target_tokens
+        self.engine.backward(self._regularised(loss))
+        self.engine.step()
+        return loss.detach()
+
+    def lay(self, rows: list[Example], number: int) -> MicroBatch:
+        """The records as this contender takes them."""
         if self.kind.packed:
             return end_to_end(rows, seed=0, step=number)
         return collate(rows, pad_token_id=0, seed=0, step=number)

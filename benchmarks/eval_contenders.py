@@ -82,6 +82,7 @@ def reference(
     found: dict[Key, str | None],
     *,
     ends: bool,
+    new_tokens: int = MAX_NEW_TOKENS,
 ) -> Contender:
     """The reference's loop: one item, beam search of width 4, 32 new tokens, no mask, padding id 0, scores kept.
 
@@ -100,7 +101,7 @@ def reference(
             generation_config=config,
             return_dict_in_generate=True,
             output_scores=True,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=new_tokens,
         )
         question = item.question
         text = lm.decode(out.sequences[0].tolist())

@@ -39,15 +39,24 @@ MEDIAN_LENGTH, SPREAD, ANSWER = 93, 0.27, 7
 """Commonsense prompts: 98 tokens on average, 7 of them the answer; 16 padded to the longest are 1.5 times as many."""
 
 
-def random_model(shape: str, dtype: torch.dtype, attention: str) -> nn.Module:
-    """A Llama of this shape with seeded random weights, frozen."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_model(
+    shape: str, dtype: torch.dtype, attention: str, device: torch.device | None = None
+) -> nn.Module:
+    """A Llama of this shape with seeded random weights, frozen.
+
+    Drawn on a CPU and converted; with `device` drawn there and in `dtype`: seconds for 8B parameters on a GPU.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[shape], max_position_embeddings=2048, use_cache=False, attn_implementation=attention
     )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    if device is None:
+        return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    with device:
+        drawn: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return drawn.requires_grad_(False)
 
 
 def copy_sharing_weights(model: Any) -> nn.Module:

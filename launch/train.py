@@ -43,7 +43,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     from launch.loop.session import begin, identify, run_folder
     from launch.model.attention import choose_padding_free
     from launch.model.liger import choose_kernels
-    from launch.model.torch_compile import require_compiler
+    from launch.model.torch_compile import require_compiler, require_stage
     from launch.planning.memory_plan import plan_memory
     from launch.run_folder.resume import continue_files, find_start
 
@@ -56,6 +56,7 @@ def train(options: TrainOptions, watch: Watch) -> None:
     free = choose_padding_free(repeatable, plan.config)
     options = repeatable.replace(micro_batch_size=layout.micro_batch_size, kernels=kernels, padding_free=free)
     ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
+    require_stage(options, ds_config)
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
     require_dtype(options)

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flexlora_ds.adapter.function import adapted_linear, autocast_dtype, plain_adapted_linear
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.dropout.apply import Drop
+from flexlora_ds.dropout.apply import Drop, dropped_in_graph
 from flexlora_ds.dropout.mask import name_key
 from flexlora_ds.errors import UserError
 from flexlora_ds.seeds import generator
+
+
+@dataclass
+class Handed:
+    """What the matrices of a compiled layer get handed over, for its compiled code is that of all layers."""
+
+    row_keys: Tensor | None
+    """As in `ForwardContext`; None drops nothing."""
+    of_matrices: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    """By `AdaptedLinear.place`: the name's key, int64 [1]; the numbers of its input's features, int32; P, λ and Q."""
 
 
 @dataclass
@@ -31,19 +43,22 @@ class ForwardContext:
     `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout.mask`), or None for keys drawn from
     torch's own generator at every layer.
     `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
-    `fused_masks`: compute dropout inside one compiled kernel; None does so where there is one
-    (`flexlora_ds.dropout.apply`).
+    `fused_masks`: compute dropout inside one kernel; None does so where there is one (`flexlora_ds.dropout.apply`).
     `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
+    `handed`: set inside a compiled layer only (`launch.model.compiled_blocks`).
     """
 
     row_keys: Tensor | None = None
     penalty: PenaltyGradient | None = None
     fused_masks: bool | None = None
     plain: bool = False
+    handed: Handed | None = None
 
 
 class AdaptedLinear(nn.Module):
     """A frozen `nn.Linear` (out × in) plus s · P diag(λ) Q, P [out, r], λ [r], Q [r, in].
+
+    `key` names it to the dropout, `place` is its number in a compiled layer.
 
     The three parameters keep their identity for the whole run: a rank change gives them new data.
 
@@ -62,7 +77,8 @@ class AdaptedLinear(nn.Module):
         self.scaling = config.alpha / config.rank
         self.dropout = config.dropout
         self.context = context
-        self._key = name_key(name)
+        self.key = name_key(name)
+        self.place = 0
         rng = generator(config.seed, "init", name)
         out, features = base.out_features, base.in_features
         device, dtype = base.weight.device, adapter_dtype(base.weight)
@@ -95,6 +111,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        if self.context.handed is not None:
+            return self._traced(x, self.context.handed)
         drop = self._drop(x) if self.training and self.dropout > 0 else None
         scale = self.scaling if drop is None else self.scaling / (1 - self.dropout)
         if self._in_one_node(x):
@@ -105,6 +123,34 @@ class AdaptedLinear(nn.Module):
         if self.context.penalty is not None and torch.is_grad_enabled():
             y = self.context.penalty.attach(y, self.P, self.Q)
         return y
+
+    def _traced(self, x: Tensor, handed: Handed) -> Tensor:
+        """The same in operations that a compiler fuses and differentiates, of tensors handed over; no mask is written.
+
+        Nothing here is a number that differs between layers, and the penalty is not there: who compiles adds it.
+        """
+        assert self.weight is not None
+        key, columns, P, lam, Q = handed.of_matrices[self.place]
+        rows, scale = x.reshape(-1, x.shape[-1]), self.scaling
+        y = F.linear(rows, self.weight, self.bias)
+        if handed.row_keys is not None:
+            # Computed again in the backward pass, as told by `checkpoint`: a compiler's own choice is to keep masks.
+            keys = handed.row_keys.reshape(-1)
+            rows = checkpoint(
+                dropped_in_graph,
+                rows,
+                keys,
+                key,
+                columns,
+                self.dropout,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            scale /= 1 - self.dropout
+        update = F.linear(F.linear(rows, Q) * (lam * scale), P)
+        return (y + update).view(
+            *x.shape[:-1], y.shape[-1]
+        )  # a sum, which whatever reads y computes as it reads
 
     def _in_one_node(self, x: Tensor) -> bool:
         if self.context.plain or self.weight is None or self.weight.requires_grad:
@@ -119,7 +165,7 @@ class AdaptedLinear(nn.Module):
             keys = torch.randint(limit.min, limit.max, (rows,), device=x.device)
         elif keys.numel() != rows:
             raise ValueError(f"{self.name}: {rows} input rows, but {keys.numel()} row keys")
-        return Drop(keys.reshape(-1), self._key, self.dropout, self.context.fused_masks)
+        return Drop(keys.reshape(-1), self.key, self.dropout, self.context.fused_masks)
 
     def extra_repr(self) -> str:
         return (

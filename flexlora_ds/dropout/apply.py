@@ -1,13 +1,14 @@
 """How a dropout mask meets the values: computed in one fused kernel, never written, or written once and multiplied.
 
 A written mask takes a dozen passes over memory for every linear layer: a tenth of a step on a CPU, on a GPU more than
-the adapter itself. So a CPU has a pass in C (`flexlora_ds.dropout.cpu_kernel`), and a GPU one that torch compiles. Each
-is tried once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
+the adapter itself. So a CPU has a pass in C (`flexlora_ds.dropout.cpu_kernel`), and a GPU one in Triton. Each is
+tried once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class FusedMasking:
 
     def __init__(self, drop: Drop, kernel: Kernel) -> None:
         keys = drop.row_keys
-        key = torch.full((1,), drop.matrix_key, device=keys.device)  # a tensor: a number would be compiled in
+        key = key_of(drop.matrix_key, keys.device)
         self.kernel, self.of_rows = kernel, (keys, key, *split_rate(drop.p))
 
     def kept(self, values: Tensor) -> Tensor:
@@ -102,18 +103,82 @@ class Drop:
         return Masking(self, features, dtype) if kernel is None else FusedMasking(self, kernel)
 
 
+@torch.library.custom_op(
+    "flexlora::dropped",
+    mutates_args=(),
+    schema="(Tensor values, Tensor row_keys, Tensor matrix_key, float p) -> Tensor",
+)
+def dropped_on_host(values: Tensor, row_keys: Tensor, matrix_key: Tensor, p: float) -> Tensor:
+    """`dropped` on a CPU as a compiler sees it: one differentiable operation that it leaves alone.
+
+    Left to itself it writes C++ in which the hash's products may not overflow, and other elements are dropped (torch
+    2.13, gcc 12). `matrix_key` is int64 [1].
+    """
+    drop = Drop(row_keys, int(matrix_key), p)
+    return drop.masking(values.shape[-1], values.dtype).kept(values)
+
+
+@dropped_on_host.register_fake
+def _(values: Tensor, row_keys: Tensor, matrix_key: Tensor, p: float) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, row_keys, matrix_key, ctx.p = inputs
+    ctx.save_for_backward(row_keys, matrix_key)
+
+
+def _drop_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return dropped_on_host(grad, *ctx.saved_tensors, ctx.p), None, None, None
+
+
+dropped_on_host.register_autograd(_drop_gradient, setup_context=_remember)
+
+
+def dropped_in_graph(
+    values: Tensor, row_keys: Tensor, matrix_key: Tensor, columns: Tensor, p: float
+) -> Tensor:
+    """`dropped` inside a larger compiled graph; `columns` as there."""
+    if values.device.type == "cpu":
+        on_host: Tensor = dropped_on_host(values, row_keys, matrix_key, p)
+        return on_host
+    return dropped(values, row_keys, matrix_key, *split_rate(p), columns)
+
+
+@functools.cache
+def columns_of(features: int, device: torch.device) -> Tensor:
+    """0, 1, … as int32 [features]."""
+    return torch.arange(features, device=device, dtype=torch.int32)
+
+
+@functools.cache
+def key_of(matrix_key: int, device: torch.device) -> Tensor:
+    """A matrix's key as int64 [1]: a number would be compiled in, and a new tensor for every pass costs a kernel."""
+    return torch.full((1,), matrix_key, device=device)
+
+
 @functools.cache
 def fused_kernel(device: torch.device) -> Kernel | None:
     """The kernel of a device, made and tried at the first call; None, with a warning, where it cannot be used."""
-    return tried(HostKernel if device.type == "cpu" else torch_kernel, device)
+    return tried(HostKernel if device.type == "cpu" else triton_kernel, device)
+
+
+def triton_kernel() -> Kernel:
+    """The kernel in Triton; what torch's compiler makes of `dropped` on a GPU without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return torch_kernel()
+    from flexlora_ds.dropout.gpu_kernel import TritonKernel
+
+    return TritonKernel()
 
 
 def torch_kernel() -> Kernel:
     """What torch's compiler makes of `dropped`, on any device."""
-    compiled = torch.compile(dropped, dynamic=True, fullgraph=True)
+    compiled: Any = torch.compile(dropped, dynamic=True, fullgraph=True)
 
-    def kernel(*values_and_rows: Any, out: Tensor | None = None) -> Tensor:
-        return compiled(*values_and_rows)
+    def kernel(values: Tensor, *of_rows: Any, out: Tensor | None = None) -> Tensor:
+        found: Tensor = compiled(values, *of_rows, columns_of(values.shape[1], values.device))
+        return found
 
     return kernel
 

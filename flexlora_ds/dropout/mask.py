@@ -54,15 +54,28 @@ def keep_mask(
     return _compare(bits, _limits(draws, *split_rate(p)), p).to(dtype)
 
 
-def dropped(values: Tensor, row_keys: Tensor, matrix_key: Tensor, whole: int, part: int) -> Tensor:
+def dropped(
+    values: Tensor,
+    row_keys: Tensor,
+    matrix_key: Tensor,
+    whole: int,
+    part: int,
+    columns: Tensor | None = None,
+) -> Tensor:
     """`values` [rows, features] where `keep_mask` keeps them, else 0: the same bits, in operations of single elements.
 
     Compiled it is one kernel that writes no mask; every feature computes all of its hash anew. As it stands it is
     slower than `keep_mask`. The numbers that a run's layers differ in are tensors and integers that a compiler leaves
     open: `matrix_key` is int64 [1], and 256 p = `whole` + `part` / 256 (`split_rate`).
+
+    `columns`: 0, 1, … as int32 [features], for compiled code whose number of features is left open. A range made
+    inside it would be computed in the width of such a size, int64, where products do not wrap at 32 bits (Inductor's
+    Triton code in torch 2.11: `tmp14 = x0`; other bits on an H200).
     """
     seeds, draws = _of_rows(row_keys, matrix_key)
-    column = torch.arange(values.shape[1], device=values.device, dtype=torch.int32)
+    column = (
+        torch.arange(values.shape[1], device=values.device, dtype=torch.int32) if columns is None else columns
+    )
     hashes = _scramble(seeds.unsqueeze(1) ^ _fold(_scramble(_fold((column >> 2) + 1))))
     # Signed, the lowest first: as a view of the hashes as int8 has them.
     byte = (hashes << (24 - 8 * (column & 3))) >> 24
@@ -71,7 +84,8 @@ def dropped(values: Tensor, row_keys: Tensor, matrix_key: Tensor, whole: int, pa
 
 def split_rate(p: float) -> tuple[int, int]:
     """256 p as its whole part and, in 256ths, the rest."""
-    return divmod(round(p * 65536), 256)
+    parts = round(p * 65536)
+    return parts // 256, parts % 256  # not divmod, which torch's compiler does not know
 
 
 def _of_rows(row_keys: Tensor, matrix_key: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ master weight, every per-element optimizer state and its step, whole, by name, w
 the number of processes; nothing outside this package knows how ZeRO lays memory out.
 """
 
-from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
+from flexlora_ds.partitions.finite import GradientProbe, fuse_gradient_checks, skip_non_finite
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
 from flexlora_ds.partitions.rebuild import resize
 from flexlora_ds.partitions.rebuild_wrapper import forget_construction
@@ -19,6 +19,7 @@ __all__ = [
     "GradientProbe",
     "Shards",
     "forget_construction",
+    "fuse_gradient_checks",
     "live_shards",
     "loss_scale",
     "resize",

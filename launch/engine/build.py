@@ -14,6 +14,7 @@ from data_prep.records import is_chat, load_entries
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.checkpoint.state import set_ranks
 from flexlora_ds.errors import UserError
+from flexlora_ds.partitions import fuse_gradient_checks
 from flexlora_ds.schedule import resolve_calendar
 from launch.data.bar import Bar
 from launch.data.batch_layout import BatchLayout
@@ -26,6 +27,7 @@ from launch.engine.ds_config import adam_settings
 from launch.engine.lr_schedule import build_lr_scheduler
 from launch.engine.methods import Method, build_method
 from launch.model.attention import attention_of, require_separable
+from launch.model.compiled_blocks import compile_blocks
 from launch.model.head_loss import install_head_loss
 from launch.model.liger import apply_liger
 from launch.model.torch_compile import compile_pieces
@@ -146,9 +148,11 @@ def build_engine(
     install_head_loss(model)
     if options.kernels == "liger":
         apply_liger(model)
-    if options.compile:
+    if options.compile in (True, "pieces"):
         compile_pieces(model)
     trained = method.adapt(model)
+    if options.compile == "blocks":
+        compile_blocks(trained)
     if ranks is not None:
         set_ranks(trained, ranks)
     if options.gradient_checkpointing is True:
@@ -162,6 +166,7 @@ def build_engine(
         lr_scheduler=build_lr_scheduler(optimizer, options, steps),
         config=ds_config,
     )
+    fuse_gradient_checks(engine)
     torch.manual_seed(
         options.seed * 1009 + process.rank
     )  # PEFT's own dropout; FlexLoRA's masks have named seeds

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flexlora_ds.errors import UserError
+from launch.options.fields import show
 from launch.options.train_options import Kernels, TrainOptions
 
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -39,7 +40,7 @@ def settle_kernels(options: TrainOptions, config: Any, *, gpu: bool, installed: 
 
 def _obstacle(options: TrainOptions, config: Any, *, gpu: bool, installed: bool) -> str | None:
     if options.compile:
-        return "replaces what compile true would compile"
+        return f"replaces what compile {show(options.compile)} would compile"
     if not gpu:
         return "needs a GPU"
     if not installed:

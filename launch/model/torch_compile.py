@@ -1,4 +1,4 @@
-"""`compile: true`: the base model's element-wise pieces, compiled by torch; a rank change touches none of them.
+"""`compile: pieces` (or true): the base model's element-wise pieces, compiled; a rank change touches none of them.
 
 Compiled are the forward pass of every norm and `silu(gate) · up` of every MLP: one piece of code each for all layers,
 any batch and any length. Linear layers and adapters stay outside, so ranks, dropout and ZeRO-3's gathering, which
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
 from launch.model.liger import foreign_base
+from launch.options.fields import show
 from launch.options.train_options import TrainOptions
 
 
@@ -27,19 +28,34 @@ def require_compiler(options: TrainOptions, config: Any) -> None:
     """See that what `compile` needs is there, before a model is loaded.
 
     Raises:
-        UserError: no C++ compiler, or a model whose pieces are not known.
+        UserError: no C++ compiler, a model whose pieces are not known, or whole layers for LoRA.
     """
     if not options.compile:
         return
-    place = options.place("compile")
+    place, wanted = options.place("compile"), f"compile {show(options.compile)}"
+    if options.compile == "blocks" and options.method != "flexlora":
+        raise UserError(f"{wanted} knows FlexLoRA's adapters only ({place}); choose pieces or leave it false")
     foreign = foreign_base(config)
     if foreign:
-        raise UserError(f"compile true {foreign} ({place}); leave it false")
+        raise UserError(f"{wanted} {foreign} ({place}); leave it false")
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"compile true needs a C++ compiler, and there is no {compiler} ({place}); "
+            f"{wanted} needs a C++ compiler, and there is no {compiler} ({place}); "
             "install one, name yours in the variable CXX, or leave it false"
+        )
+
+
+def require_stage(options: TrainOptions, ds_config: dict[str, Any]) -> None:
+    """See that nothing gathers weights inside what is compiled.
+
+    Raises:
+        UserError: whole layers at ZeRO-3.
+    """
+    if options.compile == "blocks" and ds_config["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"compile blocks needs ZeRO-0, 1 or 2: ZeRO-3 gathers weights inside a layer ({options.place('compile')}); "
+            "choose pieces"
         )
 
 

@@ -33,8 +33,9 @@ from launch.options.sources import Given, find_recipe, read_arguments, read_reci
 Auto = Literal["auto"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["flexlora", "lora"]
-Attention = Literal["flash", "sdpa", "eager"]
+Attention = Literal["flash", "varlen", "sdpa", "eager"]
 Kernels = Literal["liger", "none"]
+Compile = Literal["pieces", "blocks"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
 Count = Annotated[int, Bounds(least=0)]
@@ -167,17 +168,17 @@ class TrainOptions:
     dtype: Dtype | Auto = "auto"
     """Precision of weights and activations (masters are always fp32); auto is bf16 on a GPU, else fp32."""
     attention: Attention | Auto = "auto"
-    """Attention kernels; auto is flash where it runs, else sdpa."""
+    """Attention kernels; auto is flash where it runs, else varlen (torch's own) where it does, else sdpa."""
     gradient_checkpointing: bool | Auto = "auto"
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: bool | Auto = "auto"
-    """Whether a micro-batch's examples lie end to end, or are padded; auto: end to end with flash or on a CPU."""
+    """Whether a micro-batch's examples lie end to end, or are padded; auto: the former with flash, varlen or no GPU."""
     group_by_length: bool = False
     """Whether batches are made of records of like length: less padding, but other records share a batch."""
     kernels: Kernels | Auto = "auto"
     """The base's norm, rotary embedding and SwiGLU: Liger's fused kernels or none; auto is liger where it runs."""
-    compile: bool = False
-    """Whether torch compiles the base's norm and SwiGLU, which no rank change touches."""
+    compile: bool | Compile = False
+    """What torch compiles: pieces (norm and SwiGLU; true means these) or blocks (whole layers, not at ZeRO-3)."""
 
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""

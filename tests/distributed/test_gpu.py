@@ -13,7 +13,7 @@ from launch.data.prefetch import training_feed
 from tests.helpers import rank_worker as worker
 from tests.helpers import tiny, twin
 from tests.helpers.numbered_examples import make_examples, row_contents
-from tests.helpers.processes import Processes
+from tests.helpers.processes import Processes, on_gpus
 
 pytestmark = pytest.mark.gpu
 DUE = {15: 4, 25: 4, 35: 3, 45: 2}
@@ -32,7 +32,7 @@ def test_ranks_and_losses_are_those_of_plain_torch_on_a_cpu(stage: int) -> None:
     expected = twin.train(
         tiny.adapted_llama(config), config, worker.batches(60), DUE, lr=5e-3, total=200, eta=0.05
     )
-    with Processes(1, timeout=300) as processes:
+    with Processes(1, timeout=300, env=on_gpus()) as processes:
         (result,) = processes.run(worker.trajectory, {"stage": stage})
     assert result["ranks"] == expected["ranks"]
     for ours, theirs in zip(result["losses"], expected["losses"], strict=True):
@@ -41,7 +41,8 @@ def test_ranks_and_losses_are_those_of_plain_torch_on_a_cpu(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_survivors_and_empty_plans(stage: int) -> None:
-    with Processes(min(2, torch.cuda.device_count()), timeout=300) as processes:
+    count = min(2, torch.cuda.device_count())
+    with Processes(count, timeout=300, env=on_gpus(count)) as processes:
         for worst in processes.run(worker.carried_state, {"stage": stage, "dtype": "bf16"}):
             assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
         case = {"stage": stage, "dtype": "bf16", "variants": ["none", "rebuilt", "without moments"]}
@@ -68,7 +69,7 @@ def losses_with_and_without_liger() -> list[list[float]]:
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
 def test_ligers_kernels_compute_what_the_base_does() -> None:
-    with Processes(1, timeout=300) as processes:
+    with Processes(1, timeout=300, env=on_gpus()) as processes:
         ((plain, fused),) = processes.run(losses_with_and_without_liger)
     assert fused == pytest.approx(plain, rel=1e-4)
 

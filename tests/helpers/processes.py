@@ -207,6 +207,12 @@ class _Worker:
                 self._process.stdin.close()
 
 
+def on_gpus(count: int = 1) -> dict[str, str]:
+    """Environment (`env`) of processes that compute on the first GPUs of this machine; without it none sees any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:count]), "DS_ACCELERATOR": "cuda"}
+
+
 def rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Iterator[dict[str, str]]:
     """The environment of each rank, as a launcher sets it, on one machine and without a GPU."""
     with socket.socket() as probe:

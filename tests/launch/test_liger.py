@@ -8,7 +8,7 @@ import pytest
 
 from flexlora_ds.errors import UserError
 from launch.model.liger import settle_kernels
-from launch.model.torch_compile import require_compiler
+from launch.model.torch_compile import require_compiler, require_stage
 from launch.options.train_options import TrainOptions
 
 
@@ -49,12 +49,24 @@ def test_another_activation_or_compiled_pieces_leave_liger_out() -> None:
         settle_kernels(TrainOptions(kernels="liger", compile=True), config(), **here)
 
 
+def test_whole_layers_are_not_compiled_where_zero_3_gathers_inside_them() -> None:
+    options, zero = TrainOptions(compile="blocks"), {"zero_optimization": {"stage": 3}}
+    require_stage(TrainOptions(compile="pieces"), zero)
+    require_stage(options, {"zero_optimization": {"stage": 2}})
+    with pytest.raises(
+        UserError, match=r"^compile blocks needs ZeRO-0, 1 or 2.*\(key compile\); choose pieces$"
+    ):
+        require_stage(options, zero)
+
+
 def test_compile_needs_a_compiler_and_a_model_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     require_compiler(TrainOptions(), config("gemma"))
     with pytest.raises(UserError, match=r"compile true knows no models of type gemma.*\(key compile\)"):
         require_compiler(TrainOptions(compile=True), config("gemma"))
     with pytest.raises(UserError, match="compile true knows the activation silu, not gelu"):
         require_compiler(TrainOptions(compile=True), config(hidden_act="gelu"))
+    with pytest.raises(UserError, match=r"compile blocks knows FlexLoRA's adapters only \(key compile\)"):
+        require_compiler(TrainOptions(compile="blocks", method="lora"), config())
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler"):
         require_compiler(TrainOptions(compile=True), config())

@@ -1,0 +1,142 @@
+"""What holds, and how fast, on the GPU that is there: proofs and figures by one command.
+
+    python -m benchmarks.gpu [--sections LIST] [--seconds 480] [--shape llama3-8b] [--model DIR] [--json FILE]
+    python -m benchmarks.gpu --tiny                      the same code with small sizes, on a CPU in minutes
+
+Each section runs in a process of its own with a share of the time, prints its figures as soon as it has them, and
+stops none of the others. A table comes last. With --json everything goes into a file, with the card and versions.
+The exit code is 1 where a proof does not hold or a section fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.sections import SECTIONS, run_section
+
+GRACE = 15.0
+"""Seconds that a section may take beyond its share before it is ended."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = ",".join(SECTIONS)
+    parser.add_argument("--sections", default=names, help="of %(default)s; a list")
+    parser.add_argument("--seconds", type=float, default=480, help="for all sections (%(default)s)")
+    parser.add_argument("--shape", help="of benchmarks.shapes (llama3-8b; tiny with --tiny)")
+    parser.add_argument("--model", help="for `study`: a model to train")
+    parser.add_argument("--proofs", default="", help="only proofs whose names contain one of these; a list")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.shape = args.shape or ("tiny" if args.tiny else "llama3-8b")
+    args.sections = args.sections.split(",")
+    args.proofs = [text for text in args.proofs.split(",") if text]
+    for name in args.sections:
+        if name not in SECTIONS:
+            parser.error(f"--sections: there is no {name!r}; there are {names}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}; make it, or name another")
+    return args
+
+
+def main() -> int:
+    """Run the sections one after another; the exit code."""
+    args = parse()
+    if args.run:
+        run_section(args.run, args)
+        return 0
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    failed = []
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = Path(scratch) / "figures.jsonl"
+        figures.touch()
+        for number, name in enumerate(args.sections):
+            left = args.seconds - (time.monotonic() - started)
+            weights = {n: SECTIONS[n].weight for n in args.sections[number:]}
+            share = left * weights[name] / sum(weights.values())
+            began = time.monotonic()
+            code = in_a_process(name, share, args, figures)
+            print(f"[{name}] {time.monotonic() - began:.0f} s of {share:.0f}", flush=True)
+            if code:
+                failed.append(name)
+        rows = [json.loads(line) for line in figures.read_text(encoding="utf-8").splitlines()]
+    print(table(rows))
+    if args.json:
+        write(args, rows, failed)
+    broken = [row["name"] for row in rows if row.get("proof") and not row["holds"]]
+    if failed or broken:
+        print(f"sections that failed: {', '.join(failed) or 'none'}; proofs that do not hold: {len(broken)}")
+    return 1 if failed or broken else 0
+
+
+def in_a_process(name: str, share: float, args: argparse.Namespace, figures: Path) -> int:
+    """One section; its exit code, 124 where it outran its share."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--run", name, "--figures", str(figures)]
+    command += ["--seconds", str(share), "--shape", args.shape]
+    command += ["--tiny"] if args.tiny else []
+    command += ["--proofs", ",".join(args.proofs)]
+    command += ["--model", args.model] if args.model else []
+    environment = {k: v for k, v in os.environ.items() if k != "MASTER_PORT"}
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait(timeout=None if args.tiny else max(share, 0) + GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        print(f"[{name}] ended: it outran its share", flush=True)
+        return 124
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per figure and proof."""
+    lines = ["", "| section | what | value | aim |", "|---|---|---|---|"]
+    for row in rows:
+        if row.get("proof"):
+            value, aim = ("holds" if row["holds"] else "**fails**"), "holds"
+        elif row.get("absent"):
+            value, aim = f"not measured: {row['reason']}", ""
+        else:
+            number = row["value"]
+            value = f"{number:,.4g}" if isinstance(number, float) else str(number)
+            value, aim = f"{value} {row['unit']}".strip(), row["aim"]
+        lines.append(f"| {row['section']} | {row['name']} | {value} | {aim} |")
+    return "\n".join(lines)
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[str]) -> None:
+    """All figures, with what they hold for."""
+    report = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "shape": args.shape, "tiny": args.tiny,
+              "failed": failed, "figures": rows}  # fmt: skip
+    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """Of the code that ran; empty where git does not say."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Whole decoder layers compiled by torch: one code for all of them, for any length and any ranks.
+
+On a GPU a step of short records is over before Python has asked for all of its operations. A layer compiled as one
+graph, forward and backward, asks for a fraction of them, and for none from autograd's nodes in Python.
+
+What differs between layers (weights, adapters, the keys of their dropout) is the code's input. Rank dimensions are left
+open and equal ranks are not taken for one number, so that a rank change compiles nothing. A compiler takes the size 1
+for a constant: a matrix of rank 1 is handed over with a second direction of zeros, which changes neither its output
+nor its gradients.
+
+Evaluation, generation, autocast, and packed batches whose attention goes through them one by one take a layer as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, Handed
+from flexlora_ds.dropout.apply import columns_of
+from flexlora_ds.errors import UserError
+from launch.model.packed_attention import PACKED_VARLEN
+
+_LONGEST_IN = 128
+"""The longest segment is told to the attention rounded up to a multiple of this."""
+_OFFSET = 64
+_GRAPHS = 64
+"""At most so many for one layer's code; a model needs two, with an attention mask and without."""
+
+
+_OfMatrix: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile every decoder layer of an adapted model in place; returns how many there are.
+
+    After `inject_adapters`, before `deepspeed.initialize`, at ZeRO-0, 1 or 2: ZeRO-3 gathers weights in hooks inside a
+    layer. The first training step compiles.
+
+    Raises:
+        UserError: the model has no decoder layers, or one of them holds a linear layer that is not torch's own.
+    """
+    layers = decoder_layers(model)
+    shared = _Shared(torch.compile(_body, fullgraph=True, dynamic=True, backend=backend))
+    for layer in layers:
+        layer.forward = CompiledBlock(layer, shared)
+    return len(layers)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a transformers model, in order."""
+    found = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    if not found:
+        raise UserError("compile blocks finds no decoder layers in this model; leave compile false")
+    return found
+
+
+class CompiledBlock:
+    """The forward pass of one decoder layer in training: it hands the layer's own tensors to the code of all layers."""
+
+    def __init__(self, layer: nn.Module, shared: _Shared) -> None:
+        self.layer, self.shared = layer, shared
+        self.matrices = [m for m in layer.modules() if isinstance(m, AdaptedLinear)]
+        self.names: list[tuple[Tensor, Tensor]] = []
+        for place, matrix in enumerate(self.matrices):
+            if matrix.weight is None:
+                raise UserError(
+                    f"compile blocks cannot look into {matrix.name}; choose compile pieces or false"
+                )
+            matrix.place = place
+        for p in layer.parameters():
+            if not p.requires_grad:
+                torch._dynamo.mark_static(p)
+        self.context = self.matrices[0].context if self.matrices else ForwardContext()
+
+    def __call__(self, hidden_states: Tensor, **others: Any) -> Any:
+        layer: Any = self.layer
+        inputs = self._inputs(hidden_states, others)
+        if inputs is None:
+            return type(layer).forward(layer, hidden_states, **others)
+        if not hidden_states.requires_grad:  # the first layer, which is to run the code of the others
+            hidden_states = hidden_states.detach().requires_grad_()
+        if getattr(layer, "gradient_checkpointing", False) and _checkpoints_itself(type(layer)):
+            return layer._gradient_checkpointing_func(partial(self._run, **inputs), hidden_states)
+        return self._run(hidden_states, **inputs)
+
+    def _inputs(self, hidden_states: Tensor, others: dict[str, Any]) -> dict[str, Any] | None:
+        """What the compiled code takes of a call's arguments; None: it does not take this call."""
+        here = hidden_states.device.type
+        if not self.layer.training or not torch.is_grad_enabled() or torch.is_autocast_enabled(here):
+            return None
+        if others.get("past_key_values") is not None:
+            return None
+        inputs = {name: _no_view(value) for name, value in others.items() if value is not None}
+        if inputs.pop("segment_lengths", None) is not None:
+            attention = getattr(getattr(self.layer, "self_attn", None), "config", None)
+            if getattr(attention, "_attn_implementation", None) != PACKED_VARLEN:
+                return None
+            if hidden_states.dtype not in (torch.bfloat16, torch.float16):
+                return None
+            for name in ("max_length_q", "max_length_k"):
+                inputs[name] = -(-inputs[name] // _LONGEST_IN) * _LONGEST_IN
+        return inputs
+
+    def _run(self, hidden_states: Tensor, **inputs: Any) -> Any:
+        row_keys, tensors = self._row_keys(hidden_states), self._tensors(hidden_states.device)
+        with _open_sizes():
+            output = self.shared.compiled(self.layer, self.context, row_keys, tensors, hidden_states, inputs)
+        penalty = self.context.penalty
+        if penalty is not None:
+            for matrix in self.matrices:
+                output = penalty.attach(output, matrix.P, matrix.Q)
+        return output
+
+    def _row_keys(self, hidden_states: Tensor) -> Tensor | None:
+        if not any(matrix.dropout > 0 for matrix in self.matrices):
+            return None
+        keys, shape = self.context.row_keys, hidden_states.shape[:-1]
+        if keys is None:
+            limit = torch.iinfo(torch.int64)
+            return torch.randint(limit.min, limit.max, shape, device=hidden_states.device)
+        if keys.numel() != shape.numel():
+            raise ValueError(f"{shape.numel()} input rows, but {keys.numel()} row keys")
+        keys = keys.reshape(shape).detach()
+        return (
+            keys
+            if keys.is_contiguous() and keys.storage_offset() == 0
+            else keys.clone(memory_format=torch.contiguous_format)
+        )
+
+    def _tensors(self, device: torch.device) -> list[_OfMatrix]:
+        if not self.names or self.names[0][0].device != device:
+            self.names = [
+                (torch.tensor([m.key], device=device), columns_of(m.in_features, device))
+                for m in self.matrices
+            ]
+        inside = self.shared.lie_inside(self.matrices)
+        return [
+            (*names, _handed(m.P, 1, inside), _handed(m.lam, 0, inside), _handed(m.Q, 0, inside))
+            for names, m in zip(self.names, self.matrices, strict=True)
+        ]
+
+
+def _no_view(value: Any) -> Any:
+    """A tensor without what it is a view of, whose sizes the compiled code would look at, too."""
+    return value.detach() if isinstance(value, Tensor) and value._is_view() else value
+
+
+@dataclass
+class _Shared:
+    """What the layers of a model share."""
+
+    compiled: Callable[..., Any]
+    inside: bool | None = None
+
+    def lie_inside(self, matrices: list[AdaptedLinear]) -> bool:
+        """Whether parameters lie in a buffer of many, as ZeRO keeps them; settled at the first call."""
+        if self.inside is None:
+            self.inside = any(p.storage_offset() > 1 for m in matrices for p in (m.P, m.lam, m.Q))
+        return self.inside
+
+
+def _handed(p: Tensor, dimension: int, inside: bool) -> Tensor:
+    """A parameter as the compiled code takes it: of at least two directions, and where others begin in a buffer.
+
+    The code holds for offsets from 2 on, or for 0 alone: the one parameter at a buffer's beginning is copied.
+    """
+    narrow = p.shape[dimension] == 1
+    if not narrow and (p.storage_offset() > 1 if inside else p.storage_offset() == 0):
+        return p
+    found: Tensor = _Copied.apply(p, dimension, 1 if narrow else 0, _OFFSET if inside else 0)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Copied(torch.autograd.Function):
+    """A parameter with further directions of zeros, behind an offset; a Parameter and no view, as the code's others."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, dimension: int, more: int, offset: int) -> Tensor:
+        ctx.dimension, ctx.rank = dimension, p.shape[dimension]
+        shape = list(p.shape)
+        shape[dimension] += more
+        room = p.new_zeros(offset + math.prod(shape))
+        whole = room[offset:].view(shape)
+        whole.narrow(dimension, 0, ctx.rank).copy_(p)
+        return torch.Tensor._make_subclass(nn.Parameter, whole.detach(), False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.narrow(ctx.dimension, 0, ctx.rank), None, None, None
+
+
+@contextmanager
+def _open_sizes() -> Iterator[None]:
+    """Where the compiler, if it has to run, leaves ranks open and every size a number of its own."""
+    from torch._dynamo import config as dynamo
+    from torch.fx.experimental import _config as shapes
+
+    graphs = dynamo.patch(force_parameter_static_shapes=False, specialize_float=True, recompile_limit=_GRAPHS)
+    with graphs, shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        yield
+
+
+def _body(
+    layer: nn.Module,
+    context: ForwardContext,
+    row_keys: Tensor | None,
+    of_matrices: list[_OfMatrix],
+    hidden_states: Tensor,
+    inputs: dict[str, Any],
+) -> Any:
+    """What is compiled: the layer's own forward pass."""
+    if row_keys is not None and row_keys.shape != hidden_states.shape[:-1]:
+        raise ValueError("one row key for every input row")  # the compiler learns that the sizes are equal
+    context.handed = Handed(row_keys, of_matrices)
+    output = _own_forward(type(layer))(layer, hidden_states, **inputs)
+    context.handed = None
+    return output
+
+
+def _own_forward(kind: Any) -> Callable[..., Any]:
+    """The layer's forward pass without the activation checkpointing that transformers puts around it."""
+    forward: Callable[..., Any] = kind.forward.__wrapped__ if _checkpoints_itself(kind) else kind.forward
+    return forward
+
+
+def _checkpoints_itself(kind: Any) -> bool:
+    return hasattr(kind, "gradient_checkpointing") and hasattr(kind.forward, "__wrapped__")
