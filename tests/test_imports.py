@@ -41,7 +41,7 @@ FLOORS = {
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files"),
-        ("errors",),
+        ("errors", "rounding"),
     ),
 }
 """From the top: a room imports from the floors below its own, and from itself."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eval.items import Item
+from flexlora_ds.rounding import ceil_div
 
 _ENOUGH = 8  # a batch of an eighth of the budget is large enough to be fast
 _WORTHWHILE = 0.9  # the least length, as a share of the batch's width, for which such a batch goes on
@@ -50,7 +51,7 @@ def plan_batches(
     while start < len(ordered):
         width = cost(ordered[start])
         most = min(max(1, budget // width), max_rows or len(ordered), len(ordered) - start)
-        enough = -(-budget // (_ENOUGH * width))
+        enough = ceil_div(budget, _ENOUGH * width)
         rows = most
         for row in range(enough, most):
             if cost(ordered[start + row]) < _WORTHWHILE * width:

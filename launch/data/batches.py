@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.rounding import ceil_div, round_up
 from launch.data.examples import IGNORED, Example, Examples
 from launch.data.hashing import hash64, seeded_order
 from launch.data.length_groups import grouped_by_length
@@ -186,7 +187,7 @@ class ValidationBatches:
     def __len__(self) -> int:
         """The number of forward passes, the same on every process."""
         share = self._cut.world_size * self._cut.micro_batch_size
-        return -(-len(self._examples) // share)
+        return ceil_div(len(self._examples), share)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size = self._cut.micro_batch_size
@@ -201,7 +202,7 @@ class ValidationBatches:
 
 def collate(rows: list[Example], *, pad_token_id: int, seed: int, step: int) -> MicroBatch:
     """Pad examples on the right into one micro-batch of step `step`."""
-    length = -(-max(len(row.input_ids) for row in rows) // PAD_MULTIPLE) * PAD_MULTIPLE
+    length = round_up(max(len(row.input_ids) for row in rows), PAD_MULTIPLE)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from flexlora_ds.rounding import ceil_div
 from launch.data.hashing import seeded_order
 
 Ints = npt.NDArray[np.int64]
@@ -23,7 +24,7 @@ def grouped_by_length(order: Ints, lengths: Ints, batch_size: int, head: int, se
     if not count:
         return order
     whole = order[head : head + count * batch_size]
-    pools = np.array_split(whole.reshape(count, batch_size), -(-count // max(1, min(POOL, count // 4))))
+    pools = np.array_split(whole.reshape(count, batch_size), ceil_div(count, max(1, min(POOL, count // 4))))
     sorted_pools = [pool.reshape(-1)[np.argsort(lengths[pool.reshape(-1)], kind="stable")] for pool in pools]
     batches = np.concatenate(sorted_pools).reshape(count, batch_size)
     shuffled = batches[seeded_order(count, seed, "grouped batches", epoch)]

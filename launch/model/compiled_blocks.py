@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, Handed
 from flexlora_ds.dropout.apply import columns_of
 from flexlora_ds.errors import UserError
+from flexlora_ds.rounding import round_up
 from launch.model.packed_attention import PACKED_VARLEN
 
 _LONGEST_IN = 128
@@ -106,7 +107,7 @@ class CompiledBlock:
             if hidden_states.dtype not in (torch.bfloat16, torch.float16):
                 return None
             for name in ("max_length_q", "max_length_k"):
-                inputs[name] = -(-inputs[name] // _LONGEST_IN) * _LONGEST_IN
+                inputs[name] = round_up(inputs[name], _LONGEST_IN)
         return inputs
 
     def _run(self, hidden_states: Tensor, **inputs: Any) -> Any:

@@ -16,6 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from flexlora_ds.rounding import ceil_div
 from launch.report.run_data import OTHERS, RunData, group_by_kind, layer_label
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -146,8 +147,8 @@ def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def _grid_of(panels: int) -> tuple[int, int]:
-    lines = -(-panels // _MAX_COLUMNS)
-    return lines, -(-panels // lines)
+    lines = ceil_div(panels, _MAX_COLUMNS)
+    return lines, ceil_div(panels, lines)
 
 
 def _panel_width(columns: int) -> float:
