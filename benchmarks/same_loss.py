@@ -24,21 +24,17 @@ SHOWN = 20  # steps between printed lines
 def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[str, int]]:
     """The mean token loss of every step, and the ranks at the end."""
     from flexlora_ds.adapter.layer import forward_context
+    from launch.data.prepare import cut_batches, load_tokenizer_of, prepare_data
     from launch.distributed.process import join_processes
-    from launch.engine.build import build_engine, cut_batches, load_tokenizer_of, prepare_data
-    from launch.engine.ds_config import resolve_ds_config
-    from launch.model.attention import choose_padding_free
-    from launch.planning.memory_plan import plan_memory
+    from launch.engine.build import build_engine
+    from launch.planning.settle import settle
 
-    plan = plan_memory(options.replace(dtype=options.compute_dtype()), 1)
-    layout = plan.layout()
-    free = choose_padding_free(plan.options, plan.config)
-    options = plan.options.replace(micro_batch_size=layout.micro_batch_size, padding_free=free)
-    ds_config = resolve_ds_config(options.ds, options, 1, hidden_size=plan.config.hidden_size)
+    settled = settle(options, 1)
+    options, layout = settled.options, settled.layout
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
     batches = cut_batches(options, prepare_data(options, tokenizer), layout, process, tokenizer.pad_token_id)
-    engine, method = build_engine(options, ds_config, batches.steps, process)
+    engine, method = build_engine(options, settled.ds_config, batches.steps, process)
     forward_context(engine.module).plain = plain
     method.attach(engine, batches.steps, None)
     losses = []

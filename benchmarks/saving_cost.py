@@ -104,18 +104,15 @@ def report(found: list[tuple[Block, Block]], steps: int, checkpoint: Path) -> st
 
 def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     """Open a run as the training command does, and measure in it."""
+    from launch.data.prepare import cut_batches, load_tokenizer_of, prepare_data
     from launch.distributed.process import join_processes, world_size_of_environment
-    from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data
-    from launch.engine.ds_config import resolve_ds_config
     from launch.loop.session import begin, identify, run_folder
-    from launch.planning.memory_plan import plan_memory
+    from launch.planning.settle import settle
     from launch.run_folder.resume import Start
 
     world_size = world_size_of_environment()
-    plan = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)
-    layout = plan.layout()
-    options = plan.options.replace(micro_batch_size=layout.micro_batch_size)
-    ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
+    settled = settle(options, world_size)
+    options, layout = settled.options, settled.layout
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     process = join_processes()
@@ -123,7 +120,7 @@ def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
         batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
-        session = begin(options, ds_config, folder, process, batches, identity, Start(), watch)
+        session = begin(options, settled.ds_config, folder, process, batches, identity, Start(), watch)
         found = measure(session, pairs, steps)
         if process.first:
             newest = max(folder.checkpoints.glob("step_*"))

@@ -35,31 +35,18 @@ def train(options: TrainOptions, watch: Watch) -> None:
     Raises:
         UserError, DataError: what the user must change. RunError: what failed.
     """
+    from launch.data.prepare import cut_batches, load_tokenizer_of, prepare_data
     from launch.distributed.agreement import alike
     from launch.distributed.process import join_processes, world_size_of_environment
-    from launch.engine.build import cut_batches, load_tokenizer_of, prepare_data, require_dtype, settle_prompt
-    from launch.engine.ds_config import resolve_ds_config
     from launch.loop.finish import finish, stop
     from launch.loop.session import begin, identify, run_folder
-    from launch.model.attention import choose_padding_free
-    from launch.model.liger import choose_kernels
-    from launch.model.torch_compile import require_compiler, require_stage
-    from launch.planning.memory_plan import plan_memory
+    from launch.planning.settle import settle
     from launch.run_folder.resume import continue_files, find_start
 
-    world_size = world_size_of_environment()
-    options = settle_prompt(options)
-    plan = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)
-    repeatable, layout = plan.options, plan.layout()
-    kernels = choose_kernels(repeatable, plan.config)
-    require_compiler(repeatable, plan.config)
-    free = choose_padding_free(repeatable, plan.config)
-    options = repeatable.replace(micro_batch_size=layout.micro_batch_size, kernels=kernels, padding_free=free)
-    ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=plan.config.hidden_size)
-    require_stage(options, ds_config)
+    settled = settle(options, world_size_of_environment())
+    options, layout = settled.options, settled.layout
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
-    require_dtype(options)
     watch.follow(process)
     data = alike(process, lambda: prepare_data(options, tokenizer))
     with run_folder(options, process) as folder:
@@ -67,9 +54,9 @@ def train(options: TrainOptions, watch: Watch) -> None:
         start = find_start(options, folder, process, identity)
         watch.say_ready(process)
         batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
-        session = begin(options, ds_config, folder, process, batches, identity, start, watch)
+        session = begin(options, settled.ds_config, folder, process, batches, identity, start, watch)
         continue_files(start, folder, process)
-        folder.write_options(repeatable.to_yaml())
+        folder.write_options(settled.repeatable.to_yaml())
         introduce(session, start)
         run_steps(session, start.step)
         if session.control.stopping:

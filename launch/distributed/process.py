@@ -38,9 +38,7 @@ def join_processes() -> Process:
     Raises:
         UserError, RunError: as `prepare_extensions` (a CPU run without a C++ compiler).
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not gpus:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    gpus = choose_accelerator()
     threads = limit_threads()
     prepare_extensions()
     import deepspeed
@@ -56,6 +54,14 @@ def join_processes() -> Process:
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False)
     return Process(comm.get_rank(), comm.get_world_size(), device, threads)
+
+
+def choose_accelerator() -> int:
+    """The number of GPUs here; where there is none, DeepSpeed is told so before it is imported."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return gpus
 
 
 def leave_processes(*, done: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexlora_ds.errors import UserError
+from launch.options.train_options import TrainOptions
 
 Settings = Mapping[str, Any]
 
@@ -36,6 +37,22 @@ def check_refusals(settings: Settings, origin: str) -> None:
         if lookup(settings, key) is not None:
             raise UserError(f"DeepSpeed has removed this setting ({origin}, key {key}); remove it")
     _check_stage(settings, origin)
+
+
+def require_dtype(options: TrainOptions) -> None:
+    """See that DeepSpeed computes in the precision; after `choose_accelerator`.
+
+    Raises:
+        UserError: fp16 where the device has none.
+    """
+    if options.compute_dtype() != "fp16":
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"DeepSpeed computes no fp16 on this device ({options.place('dtype')}); choose dtype bf16 or fp32"
+        )
 
 
 def lookup(settings: Settings, dotted: str) -> Any:

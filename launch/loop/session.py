@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 from flexlora_ds.base_model.fingerprint import base_fingerprint, base_revision
 from flexlora_ds.checkpoint.adapter import NOTES, adapter_notes
 from launch.data.examples import TokenisedData
+from launch.data.prepare import Data, steps_of
 from launch.distributed.agreement import on_first
 from launch.distributed.process import Process
 from launch.distributed.signals import Watch
-from launch.engine.build import Data, build_engine, steps_of
+from launch.engine.build import build_engine
 from launch.engine.methods import Method
 from launch.loop.finite_guard import Guard
 from launch.loop.run_log import Journal
@@ -89,7 +90,7 @@ def identify(options: TrainOptions, data: TokenisedData, process: Process) -> Id
 
 def begin(
     options: TrainOptions,
-    ds_config: dict[str, Any],
+    ds_config: Mapping[str, Any],
     folder: RunFolder,
     process: Process,
     batches: Data,

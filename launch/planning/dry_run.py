@@ -6,13 +6,11 @@ import os
 from typing import Any
 
 from launch.data.examples import IGNORED, TokenisedData
+from launch.data.prepare import load_tokenizer_of, prepare_data, steps_of
 from launch.distributed.process import world_size_of_environment
-from launch.engine.build import load_tokenizer_of, prepare_data, settle_prompt, steps_of
-from launch.engine.ds_config import resolve_ds_config
-from launch.model.attention import choose_padding_free
 from launch.options.train_options import TrainOptions
-from launch.planning.memory_plan import plan_memory
 from launch.planning.page import RunPlan, render_plan
+from launch.planning.settle import settle
 
 
 def dry_run(options: TrainOptions) -> None:
@@ -21,15 +19,11 @@ def dry_run(options: TrainOptions) -> None:
     Raises:
         UserError, DataError: what would also stop the run itself.
     """
-    options = settle_prompt(options)
-    processes = world_size_of_environment()
-    resolve_ds_config(options.ds, options, processes)
-    plan = plan_memory(options, processes)
+    settled = settle(options, world_size_of_environment())
+    options, layout, plan = settled.repeatable, settled.layout, settled.memory
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
-    layout = plan.layout()
-    free = choose_padding_free(plan.options, plan.config)
-    laid = f"examples {'lie end to end' if free else 'are padded to a multiple of 8 tokens'}"
+    laid = f"examples {'lie end to end' if settled.options.padding_free else 'are padded to a multiple of 8 tokens'}"
     dropped = data.dropped_line()
     page = RunPlan(
         options=options,

@@ -74,8 +74,8 @@ def test_falls_back_from_damage_and_never_starts_anew_silently(
 
 def every_damage(words: list[str], checkpoints: str) -> list[list[str]]:
     """[file, kind, folder chosen, warning] for every damage to every file of the newest checkpoint; and none left."""
+    from launch.data.prepare import load_tokenizer_of, prepare_data
     from launch.distributed.process import join_processes
-    from launch.engine.build import load_tokenizer_of, prepare_data
     from launch.loop.session import identify
     from launch.options.train_options import parse_options
     from launch.run_folder.folder import RunFolder

@@ -54,14 +54,14 @@ def hook(moment: str, hold: Hold) -> Any:
     """The patch that holds at a moment."""
     from flexlora_ds.checkpoint import state
     from flexlora_ds.partitions import rebuild
-    from launch.engine import build
+    from launch.data import prepare
     from launch.loop import run_log, session, validation
 
     kind, _, number = moment.rpartition(" ")
     step = int(number) if number.isdigit() else 0
     always: Callable[..., bool] = lambda *_: True  # noqa: E731
     places: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-        "data": (build, "prepare_data", always),
+        "data": (prepare, "prepare_data", always),
         "start-up": (session, "build_engine", always),
         "step": (
             run_log.Journal,

@@ -1,0 +1,109 @@
+"""From the data file to this process's batches: read, tokenise, hold out, share over the processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.prompt import CHAT
+from data_prep.records import is_chat, load_entries
+from flexlora_ds.base_model.loading import load_tokenizer
+from flexlora_ds.errors import UserError
+from flexlora_ds.schedule import resolve_calendar
+from launch.data.bar import Bar
+from launch.data.batch_layout import BatchLayout
+from launch.data.batches import Cut, TrainingBatches, ValidationBatches, total_steps
+from launch.data.encoding import Encoding, all_cores, tokenise
+from launch.data.examples import TokenisedData, arrange
+from launch.data.token_cache import Tokenised, cached, content_key
+from launch.distributed.process import Process
+from launch.options.train_options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: this process's batches, and how many steps they make."""
+
+    tokenised: TokenisedData
+    train: TrainingBatches
+    validation: ValidationBatches | None
+    steps: int
+
+
+def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
+    """Tokenise the records, or find them tokenised already, and see that rank changes fit the steps they make.
+
+    Raises:
+        UserError, DataError: the file is missing or malformed, nothing is left to train on, or the freeze would begin
+            before the start of the rank changes.
+        RunError: the cache of tokenised data cannot be written.
+    """
+    path = require_data(options)
+    how = Encoding(options.prompt, options.cutoff_len, options.train_on_inputs, place=str(path))
+    settings = {"prompt": how.prompt, "cutoff_len": how.cutoff_len, "train_on_inputs": how.train_on_inputs}
+
+    def make() -> Tokenised:
+        entries = load_entries(path)
+        with all_cores():
+            return tokenise(entries, tokenizer, how, Bar("tokenising", len(entries)).show)
+
+    examples, dropped = cached(content_key(path, tokenizer, settings), make)
+    data = arrange(
+        examples, dropped, cutoff_len=options.cutoff_len, val_size=options.val_size, seed=options.seed
+    )
+    if options.method == "flexlora":
+        resolve_calendar(steps_of(options, data), options.to_flexlora_config())
+    return data
+
+
+def resolve_prompt(options: TrainOptions) -> TrainOptions:
+    """The options with the prompt that the data needs: chats are always read through the tokenizer's chat template.
+
+    Raises:
+        UserError, DataError: the file is missing, or its beginning is malformed.
+    """
+    return options.replace(prompt=CHAT) if is_chat(require_data(options)) else options
+
+
+def steps_of(options: TrainOptions, data: TokenisedData) -> int:
+    """The steps of a run."""
+    return total_steps(len(data.train), options.epochs, options.batch_size, options.max_steps)
+
+
+def require_data(options: TrainOptions) -> Path:
+    """The data file; said at once where it is missing, before a model is loaded for nothing."""
+    path = Path(options.data)
+    if not path.exists():
+        raise UserError(
+            f"no training data at {path} ({options.place('data')}); build it with `python -m data_prep --out data`, "
+            "or name another file with --data"
+        )
+    return path
+
+
+def cut_batches(
+    options: TrainOptions, data: TokenisedData, layout: BatchLayout, process: Process, pad: int
+) -> Data:
+    """Share the data over the processes."""
+    cut = Cut(process.world_size, process.rank, layout.micro_batch_size)
+    steps = steps_of(options, data)
+    free = options.padding_free is True
+    validation = None
+    if len(data.validation):
+        validation = ValidationBatches(data.validation, cut, pad, padding_free=free)
+    train = TrainingBatches(
+        data.train,
+        options.batch_size,
+        options.seed,
+        cut,
+        pad,
+        padding_free=free,
+        group_by_length=options.group_by_length,
+    )
+    return Data(data, train, validation, steps)
+
+
+def load_tokenizer_of(options: TrainOptions) -> Any:
+    """The model's tokenizer."""
+    return load_tokenizer(options.model)
