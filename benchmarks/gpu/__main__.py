@@ -5,7 +5,8 @@
 
 Each section runs in a process of its own with a share of the time, prints its figures as soon as it has them, and
 stops none of the others. A table comes last. With --json everything goes into a file, with the card and versions.
-The exit code is 1 where a proof does not hold or a section fails.
+The exit code is 1 where a proof does not hold, a section fails, or with --compare a figure is worse than before: beyond
+15 % in speed or 2 % in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.compare import baseline_of, read_figures, worse
 from benchmarks.gpu.sections import SECTIONS, run_section
 
 GRACE = 15.0
@@ -42,6 +44,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--proofs", default="", help="only proofs whose names contain one of these; a list")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        help="fail where a figure is worse than in this file, or than what is kept for this card",
+    )
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -51,6 +60,8 @@ def parse() -> argparse.Namespace:
     for name in args.sections:
         if name not in SECTIONS:
             parser.error(f"--sections: there is no {name!r}; there are {names}")
+    if args.compare not in (None, Path()) and not args.compare.is_file():
+        parser.error(f"--compare: there is no file {args.compare}")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.parent}; make it, or name another")
     return args
@@ -84,7 +95,16 @@ def main() -> int:
     broken = [row["name"] for row in rows if row.get("proof") and not row["holds"]]
     if failed or broken:
         print(f"sections that failed: {', '.join(failed) or 'none'}; proofs that do not hold: {len(broken)}")
-    return 1 if failed or broken else 0
+    lost = worse(rows, read_figures(baseline_for(args, rows))) if args.compare is not None else []
+    print("\n".join(f"worse: {line}" for line in lost))
+    return 1 if failed or broken or lost else 0
+
+
+def baseline_for(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
+    """The file asked for; else that of the card, which `facts` names."""
+    if args.compare != Path():
+        return Path(args.compare)
+    return baseline_of(next((row["value"] for row in rows if row["name"] == "device"), "unknown"))
 
 
 def in_a_process(name: str, share: float, args: argparse.Namespace, figures: Path) -> int:

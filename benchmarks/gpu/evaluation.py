@@ -74,7 +74,7 @@ def run(conditions: Conditions, report: Report) -> None:
             return
         rate = sum(n for n, _ in seconds) / sum(s for _, s in seconds)
         rates[name] = rate
-        report.figure(f"{name}: items/s", rate, items=sum(n for n, _ in seconds), **details)
+        report.figure(f"{name}: speed", rate, "items/s", items=sum(n for n, _ in seconds), **details)
         report.figure(f"{name}: all {ALL_ITEMS:,} items", ALL_ITEMS / rate / 3600, "h")
 
     def loop(name: str, count: int, tokens: int, reserve: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.gpu.proofs import resuming, worker
 from benchmarks.gpu.section import Conditions, Report
 from tests.helpers import rank_worker, tiny, twin
+from tests.helpers.compiled_run import run_beside_plain
 from tests.helpers.processes import Processes, on_gpus
 
 DUE = {15: 4, 25: 4, 35: 3, 45: 2}
@@ -28,6 +29,7 @@ LEFT_OUT = (
     "stage 3 in bf16",
     "stage 3: two",
     "stage 3: offload",
+    "compiled layers",
 )
 """Beginnings of the proofs that the tiny form leaves out: their code runs at another stage."""
 
@@ -88,6 +90,7 @@ def run(conditions: Conditions, report: Report, teams: Teams) -> None:
         ("stage 3: a change while fetches are in flight", 12.0, busy),
         *((f"stage {s}: changes leave memory flat", 10.0, partial(memory, s)) for s in (2, 3)),
         *((f"stage {s}: offload to the host changes rounding only", 4.0, partial(offload, s)) for s in (2, 3)),
+        ("compiled layers compute what plain ones do, and rank changes compile nothing", 40.0, compiled),
         ("Liger's kernels compute what the base does", 6.0, liger),
         ("a resumed run is the run, bit for bit", 20.0, resuming.resumed),
         *((f"stage {s}: two processes on one card over gloo are one", 8.0, partial(pair, s)) for s in (2, 3)),
@@ -227,6 +230,20 @@ def offload(stage: int, name: str, conditions: Conditions, report: Report, teams
     detail = f"losses {apart:.1e} apart, bound 1e-4; ranks {'the same' if same else 'part'}"
     test = "tests/distributed/test_resume.py::test_another_stage_and_number_of_processes_continue_within_rounding"
     report.proof(name, apart < 1e-4 and same, detail, test=test)
+
+
+def compiled(name: str, conditions: Conditions, report: Report, teams: Teams) -> None:
+    (found,) = teams.one.run(run_beside_plain, {"stage": 2, "backend": "inductor"}, timeout=90)
+    plain, blocks = found["plain"], found["compiled"]
+    apart, same = relative(blocks["losses"], plain["losses"]), blocks["ranks"] == plain["ranks"]
+    graphs = blocks["graphs"]
+    detail = f"losses {apart:.1e} apart with dropout, bound 1e-4; ranks {'the same' if same else 'part'}; "
+    detail += f"{graphs[0]} graph after the first step, {graphs[-1]} after {blocks['changes']} changes"
+    holds = apart < 1e-4 and same and graphs[0] == graphs[-1] == 1 and not found["breaks"]
+    test = "tests/distributed/test_compiled_blocks.py::"
+    report.proof(
+        name, holds, detail, test=test + "test_every_layer_runs_one_graph_that_no_rank_change_compiles_again"
+    )
 
 
 def liger(name: str, conditions: Conditions, report: Report, teams: Teams) -> None:
