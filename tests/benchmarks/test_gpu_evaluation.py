@@ -18,7 +18,6 @@ def test_all_figures_are_reported(tmp_path: Path) -> None:
     run(TINY, Report("eval", tmp_path / "figures"))
     rows = [json.loads(line) for line in (tmp_path / "figures").read_text().splitlines()]
     assert not [row for row in rows if row.get("absent")]
-    names = [row["name"] for row in rows]
     assert len([row for row in rows if row["unit"] == "items/s"]) == 5
     assert len([row for row in rows if row["unit"] == "h"]) == 5
     assert {row["aim"] for row in rows if row["unit"] == "x"} == {">= 25", ">= 15", ""}
