@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eval.answering.answerer import Asker
+from eval.answering.answerer import Answerer
 from eval.answering.batching import Batch, order_batches, plan_batches
 from eval.answering.library_generate import generate_with_library
 from eval.items import Item, TaskItems
@@ -56,23 +56,25 @@ def in_rounds(work: Sequence[Work]) -> list[list[Work]]:
     return [list(work[number::ROUNDS]) for number in range(ROUNDS)]
 
 
-def plan(asker: Asker, tasks: dict[str, TaskItems]) -> list[Batch]:
+def plan(answerer: Answerer, tasks: dict[str, TaskItems]) -> list[Batch]:
     """The batches that the harness would make."""
-    budget = asker.default_tokens()
-    return order_batches(b for t in tasks.values() for b in plan_batches(t.task, t.items, asker.cost, budget))
+    budget = answerer.default_tokens()
+    return order_batches(
+        b for t in tasks.values() for b in plan_batches(t.task, t.items, answerer.cost, budget)
+    )
 
 
 def ours(
     lm: LanguageModel, tasks: dict[str, TaskItems], mode: str, found: dict[Key, Prediction], name: str
 ) -> Contender:
     """A protocol of the harness, as `python -m eval` runs it."""
-    asker = Asker(lm, PROTOCOLS[mode], tasks)
+    answerer = Answerer(lm, PROTOCOLS[mode], tasks)
 
     def work(batch: Batch) -> int:
-        found.update({(p.task, p.index): p for p in asker.ask(batch)})
+        found.update({(p.task, p.index): p for p in answerer.answer(batch)})
         return len(batch.items)
 
-    return Contender(name, in_rounds([lambda b=b: work(b) for b in plan(asker, tasks)]))  # type: ignore[misc]
+    return Contender(name, in_rounds([lambda b=b: work(b) for b in plan(answerer, tasks)]))  # type: ignore[misc]
 
 
 def reference(
@@ -129,10 +131,10 @@ def greedy(
 def forward(lm: LanguageModel, tasks: dict[str, TaskItems]) -> Contender:
     """Bare forward passes over the tokens that `score` must compute: no padding, mask or cache.
 
-    These are each task's common beginning once, and of each item the rest of its prompt and the answers' common
+    These are each task's shared prefix once, and of each item the rest of its prompt and the answers' common
     start; in batches of the harness's size.
     """
-    asker = Asker(lm, PROTOCOLS["score"], tasks)
+    answerer = Answerer(lm, PROTOCOLS["score"], tasks)
 
     @torch.inference_mode()
     def compute(rows: int, tokens: int) -> int:
@@ -143,11 +145,11 @@ def forward(lm: LanguageModel, tasks: dict[str, TaskItems]) -> Contender:
         return rows
 
     def shape(batch: Batch) -> tuple[int, int]:
-        shared, rows = len(tasks[batch.task].shared), len(batch.items)
+        shared, rows = len(tasks[batch.task].shared_prefix), len(batch.items)
         tokens = sum(len(i.prompt) - shared + i.longest_candidate - 1 for i in batch.items)
         return rows, round(tokens / rows)
 
-    shapes = [shape(batch) for batch in plan(asker, tasks)]
+    shapes = [shape(batch) for batch in plan(answerer, tasks)]
     work: list[Work] = [lambda s=s: compute(*s) for s in shapes]  # type: ignore[misc]
-    work += [lambda t=t: compute(1, len(t.shared)) - 1 for t in tasks.values() if t.shared]  # type: ignore[misc]
+    work += [lambda t=t: compute(1, len(t.shared_prefix)) - 1 for t in tasks.values() if t.shared_prefix]  # type: ignore[misc]
     return Contender("forward", in_rounds(work))

@@ -33,7 +33,7 @@ def _fail(error: Exception, code: int, team: Team, arguments: Sequence[str]) -> 
     """Before the work starts all processes meet the same fault of the user's: the leading one tells it."""
     if _wants_traceback(arguments):
         traceback.print_exception(error)
-    if team.leads or team.started or code == 1:
+    if team.is_rank_zero or team.started or code == 1:
         text = " ".join(str(error).split())
         known = isinstance(error, (UserError, DataError)) or type(error).__name__ == "RunError"
         fault = text if known else f"{type(error).__name__}: {text[:500]}; --debug shows where"

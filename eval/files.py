@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def write_text(path: Path, text: str) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error.strerror}); free or choose another --out") from None
+        raise RunError(
+            f"cannot write {path} ({error.strerror}); free some space or choose another --out"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

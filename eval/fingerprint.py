@@ -1,4 +1,4 @@
-"""Telling whether a model, an adapter or a data file is the one that earlier predictions were made with."""
+"""Fingerprints: whether a model, an adapter or a data file is the one that earlier predictions were made with."""
 
 from __future__ import annotations
 

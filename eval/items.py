@@ -18,7 +18,7 @@ from data_prep.prompt import CHAT, evaluation_prompt
 from data_prep.records import ChatRecord, load_entries
 from data_prep.tasks import TASKS
 from eval.parsing import read_answer
-from eval.protocols import ANSWER_LEAD
+from eval.protocols import ANSWER_PREFIX
 
 Tokens = tuple[int, ...]
 
@@ -39,7 +39,7 @@ class Question:
 
     @cached_property
     def prompt_hash(self) -> str:
-        """The first 16 hex digits of the prompt's SHA-256: tells one item and prompt style from another."""
+        """The first 16 hex digits of the prompt's SHA-256; it identifies an item in a prompt style."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
 
 
@@ -53,7 +53,7 @@ class Item:
 
     @property
     def longest_candidate(self) -> int:
-        """Tokens that must fit behind the prompt."""
+        """Tokens that must fit after the prompt."""
         return max(map(len, self.candidates))
 
 
@@ -61,19 +61,19 @@ class Item:
 class TaskItems:
     """A task's items and what they have in common.
 
-    `shared`: the token ids that every prompt begins with (computed once per task). `lead`: the token ids that
-    every candidate begins with. `single_position`: an item's candidates differ in their last token alone.
+    `shared_prefix`: the token ids that every prompt starts with (computed once per task). `answer_prefix`: the token
+    ids that every candidate starts with. `single_position`: an item's candidates differ in their last token only.
     """
 
     task: str
     pattern: re.Pattern[str]
     items: tuple[Item, ...]
-    shared: Tokens
-    lead: Tokens
+    shared_prefix: Tokens
+    answer_prefix: Tokens
     single_position: bool
 
-    def decides(self, text: str) -> bool:
-        """Whether an answer can be read in a generated text."""
+    def is_answered(self, text: str) -> bool:
+        """Whether a generated text contains an answer."""
         return read_answer(self.pattern, text) is not None
 
     @property
@@ -83,7 +83,7 @@ class TaskItems:
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> Tokens:
-    """The longest common beginning of all rows."""
+    """The longest common prefix of all rows."""
     columns = zip(*rows, strict=False)
     return tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
@@ -115,19 +115,19 @@ def tokenise(task: str, questions: Sequence[Question], tokenizer: Any) -> TaskIt
     else:
         prompts = _prompt_ids(tokenizer, [question.prompt for question in questions])
     texts = sorted({answer for question in questions for answer in question.answers})
-    encoded = tokenizer([ANSWER_LEAD + text for text in texts], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([ANSWER_PREFIX + text for text in texts], add_special_tokens=False)["input_ids"]
     ids: dict[str, Tokens] = {text: tuple(row) for text, row in zip(texts, encoded, strict=True)}
     items = tuple(
         Item(question, prompt, tuple(ids[answer] for answer in question.answers))
         for question, prompt in zip(questions, prompts, strict=True)
     )
-    longest_shareable = min(map(len, prompts)) - 1  # at least one token of each prompt is left to be computed
+    longest_shareable = min(map(len, prompts)) - 1  # at least one token of each prompt must be computed
     return TaskItems(
         task=task,
         pattern=re.compile(TASKS[task].pattern),
         items=items,
-        shared=common_prefix(prompts)[:longest_shareable],
-        lead=common_prefix(list(ids.values())),
+        shared_prefix=common_prefix(prompts)[:longest_shareable],
+        answer_prefix=common_prefix(list(ids.values())),
         single_position=all(_differ_in_last_token(item.candidates) for item in items),
     )
 

@@ -21,7 +21,7 @@ BACKENDS = ("transformers", "vllm")
 
 @dataclass(frozen=True)
 class Options:
-    """What to evaluate and how; `None` for `batch_size` and `batch_tokens` means: find out."""
+    """What to evaluate and how; `None` for `batch_size` and `batch_tokens` means `auto`."""
 
     model: str
     adapter: str | None = None
@@ -71,7 +71,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
 
 
 def default_out(model: str, adapter: str | None, mode: str) -> Path:
-    """`runs/eval/<model>[+<adapter>]-<mode>`, of the names' last parts (`runs/x/adapter` counts as `x`)."""
+    """`runs/eval/<model>[+<adapter>]-<mode>`, from the last parts of their paths (`runs/x/adapter` gives `x`)."""
     parts = [Path(model).stem if model.endswith(".gguf") else Path(model).name]
     if adapter:
         path = Path(adapter)
@@ -119,10 +119,10 @@ def _build_parser() -> _Parser:
     )
     add(
         "--out",
-        help="results' folder (default: runs/eval/<model>[+<adapter>]-<mode>); a broken-off run goes on",
+        help="results' folder (default: runs/eval/<model>[+<adapter>]-<mode>); an interrupted run continues",
     )
     add("--debug", type=_boolean, nargs="?", const=True, default=False, help="show the traceback of an error")
-    # Some launchers pass it; the environment says the same.
+    # Some launchers pass it; the environment has the same number.
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 

@@ -1,7 +1,8 @@
-"""Predictions on disk: one line each, written as they come, kept through a crash, merged per task.
+"""Predictions on disk: one line each, appended as they come, so that a crash loses none that was written.
 
 `predictions/<task>.jsonl` holds a task's predictions in the order of the test file. While an evaluation runs,
-every process appends to a journal of its own, `predictions/journal-<process>.jsonl`; a start folds them in.
+every process appends to a log of its own, `predictions/journal-<process>.jsonl`. The next start, or the end of the
+evaluation, merges the logs into the task files.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from flexlora_ds.errors import RunError, UserError
 class Prediction:
     """What the model answered to one item.
 
-    `prediction` is None where it is unanswered. `margin` is the lead of the best over the second: smallest
-    among the tokens' logits, or that of the answers' log-likelihoods. Rounding matters where it is tiny.
+    `prediction` is None where it is unanswered. `margin` is the gap between the best and the second best: the
+    smallest among the tokens' logits, or that of the answers' log-likelihoods. Rounding matters where it is tiny.
     `per_token` is the answer of highest log-likelihood per token (mode score, answers of several lengths).
-    `note` says why nothing was asked.
+    `note` is the reason why the model was not asked.
     """
 
     task: str
@@ -47,7 +48,7 @@ class Prediction:
         return self.prediction == self.answer
 
     def to_json(self) -> dict[str, Any]:
-        """The object of a line; optional keys only where they say something."""
+        """The object of a line; optional keys only where they have a value."""
         line: dict[str, Any] = {
             "index": self.index,
             "prompt_hash": self.prompt_hash,
@@ -88,7 +89,7 @@ def unanswered(question: Question, note: str) -> Prediction:
 
 
 class PredictionFolder:
-    """The predictions under `--out`, guarded by the settings they were made with."""
+    """The predictions under `--out`, and the settings they were made with."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -98,7 +99,7 @@ class PredictionFolder:
     def lock(self, patience: float = 20.0) -> None:
         """Keep other evaluations out of the folder until this process ends. RunError if another holds it.
 
-        Waits a little first: the processes of a killed evaluation end when they miss their leader.
+        Waits a little first: the processes of a killed evaluation end when their launcher is gone.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = (self.out / ".lock").open("w")
@@ -116,33 +117,33 @@ class PredictionFolder:
                     ) from None
             time.sleep(0.2)
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Record the settings, or check them against those of the predictions that are there.
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Record the settings, or check them against those of existing predictions.
 
         Raises UserError naming what differs: predictions of different settings are never mixed.
         """
         path = self.out / "settings.json"
         if any(self.folder.glob("*.jsonl")):
-            mend = "choose another --out, or remove this one"
+            remedy = "choose another --out, or remove this one"
             if not path.is_file():
                 raise UserError(
-                    f"{self.folder} holds predictions of unknown settings (settings.json is missing); {mend}"
+                    f"{self.folder} holds predictions of unknown settings (settings.json is missing); {remedy}"
                 )
             before = _read_json(path)
             for key in {**before, **settings}:
                 if before.get(key) != settings.get(key):
                     raise UserError(
                         f"results of other settings are in {self.out}: {key} was {before.get(key)!r} "
-                        f"and is {settings.get(key)!r} (--out); {mend}"
+                        f"and is {settings.get(key)!r} (--out); {remedy}"
                     )
         write_json(path, dict(settings))
 
-    def fold(self, tasks: Iterable[TaskItems]) -> None:
-        """Fold the journals into the task files; one process calls this, while none writes."""
-        journals = sorted(self.folder.glob("journal-*.jsonl"))
+    def merge_logs(self, tasks: Iterable[TaskItems]) -> None:
+        """Merge the prediction logs into the task files; one process calls this, while none writes."""
+        logs = sorted(self.folder.glob("journal-*.jsonl"))
         found: defaultdict[str, list[Prediction]] = defaultdict(list)
-        for journal in journals:
-            for line in _read_lines(journal):
+        for log in logs:
+            for line in _read_lines(log):
                 found[line["task"]].append(Prediction.from_json(line["task"], line))
         for task in tasks:
             known = {item.question.index: item.question.prompt_hash for item in task.items}
@@ -150,11 +151,11 @@ class PredictionFolder:
             merged.update({p.index: p for p in found[task.task] if known.get(p.index) == p.prompt_hash})
             lines = [json.dumps(merged[index].to_json()) + "\n" for index in sorted(merged)]
             write_text(self.folder / f"{task.task}.jsonl", "".join(lines))
-        for journal in journals:
-            journal.unlink()
+        for log in logs:
+            log.unlink()
 
     def read(self, task: str) -> dict[int, Prediction]:
-        """The folded predictions of a task by index."""
+        """The merged predictions of a task by index."""
         path = self.folder / f"{task}.jsonl"
         lines = _read_lines(path) if path.is_file() else []
         return {
@@ -162,20 +163,20 @@ class PredictionFolder:
             for prediction in (Prediction.from_json(task, line) for line in lines)
         }
 
-    def journal(self, process: int) -> Journal:
-        """Where one process writes its predictions."""
-        return Journal(self.folder / f"journal-{process}.jsonl")
+    def prediction_log(self, process: int) -> PredictionLog:
+        """The log that one process writes its predictions to."""
+        return PredictionLog(self.folder / f"journal-{process}.jsonl")
 
 
-class Journal:
-    """An append-only file; a batch of predictions reaches it in one write."""
+class PredictionLog:
+    """An append-only file; a batch of predictions is one write."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
 
     def add(self, predictions: Sequence[Prediction]) -> None:
-        """Append predictions. RunError where the disk does not take them."""
+        """Append predictions. RunError where they cannot be written."""
         lines = [json.dumps({"task": p.task, **p.to_json()}) + "\n" for p in predictions]
         data = memoryview("".join(lines).encode())
         try:
@@ -200,7 +201,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file: a kill may have torn the last one, which is then computed again."""
+    """The complete lines of a file: a kill may have truncated the last one, which is then computed again."""
     lines = []
     for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
         if not text:

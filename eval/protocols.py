@@ -1,10 +1,10 @@
-"""The ways to ask a model for its answer, named and versioned: no figure means anything without one."""
+"""The ways to ask a model for its answer, named and versioned: an accuracy means nothing without its protocol."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ANSWER_LEAD = "the correct answer is "
+ANSWER_PREFIX = "the correct answer is "
 """What every training answer starts with (LLM-Adapters' Commonsense170K)."""
 
 MAX_NEW_TOKENS = 32
@@ -22,7 +22,7 @@ class Protocol:
 
     @property
     def label(self) -> str:
-        """How results and tables name it, e.g. `generate v1`."""
+        """Its name in results and tables, e.g. `generate v1`."""
         return f"{self.name} v{self.version}"
 
 
@@ -47,7 +47,7 @@ PROTOCOLS = {
             "score",
             1,
             0,
-            f"of the item's own answers, the '{ANSWER_LEAD}<answer>' of highest log-likelihood",
+            f"of the item's own answers, the '{ANSWER_PREFIX}<answer>' of highest log-likelihood",
         ),
     )
 }

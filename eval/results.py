@@ -1,4 +1,4 @@
-"""From predictions to figures: results.json and the table."""
+"""From predictions to accuracies: results.json and the table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from eval.protocols import Protocol
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task's figures. `unanswered` items count as wrong; `too_long` of them exceeded the model's context.
+    """A task's counts. `unanswered` items count as wrong; `too_long` of them exceeded the model's context.
 
-    `accuracy_per_token`: of the log-likelihood per token; None where answers have the same number of tokens.
+    `accuracy_per_token`: that of the log-likelihood per token; None where answers have the same number of tokens.
     """
 
     task: str
@@ -30,7 +30,7 @@ class TaskResult:
 
     @property
     def accuracy(self) -> float:
-        """A fraction of all items."""
+        """Correct items as a fraction of all."""
         return self.correct / self.total
 
     def to_json(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def summarise(
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures may depend on."""
+    """The versions of everything that results may depend on."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "tokenizers", "peft", "flexlora-ds"):
         try:

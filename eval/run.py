@@ -1,4 +1,4 @@
-"""An evaluation, top to bottom: items, model, batches shared among the processes, results."""
+"""An evaluation from top to bottom: items, model, batches shared among the processes, results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
 
 
 def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
-    """Run an evaluation on this process of a team; the summary on the leading process, None on the others.
+    """Run an evaluation on this process of a team; the summary on rank 0, None on the others.
 
     Raises UserError, DataError or RunError as the design's table of exit codes says.
     """
@@ -41,23 +41,23 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     _require_one_process(options, team)
     backend = open_backend(options, team.device())
     tasks = {task: tokenise(task, found, backend.tokenizer) for task, found in questions.items()}
-    asker = backend.asker(PROTOCOLS[options.mode], tasks)
+    answerer = backend.answerer(PROTOCOLS[options.mode], tasks)
     settings = _settings(options, style, backend, tasks)
     folder = PredictionFolder(options.out)
-    if team.leads:
-        _note(warning and f"warning: {warning}")
+    if team.is_rank_zero:
+        _print_note(warning and f"warning: {warning}")
         folder.lock()
-        folder.claim(settings)
-        folder.fold(tasks.values())
-        _settle_too_long(asker, backend.context, tasks, folder)
+        folder.check_settings(settings)
+        folder.merge_logs(tasks.values())
+        _record_too_long(answerer, backend.context, tasks, folder)
     team.connect()
-    budget = int(team.agree("batch tokens", str(options.batch_tokens or asker.default_tokens())))
+    budget = int(team.broadcast("batch tokens", str(options.batch_tokens or answerer.default_tokens())))
     team.started = True
-    batches = _plan(asker, tasks, folder, budget, backend.most_rows or options.batch_size, team)
-    seconds = _work(asker, batches, folder, team)
-    if not team.leads:
+    batches = _plan(answerer, tasks, folder, budget, backend.most_rows or options.batch_size, team)
+    seconds = _answer_all(answerer, batches, folder, team)
+    if not team.is_rank_zero:
         return None
-    folder.fold(tasks.values())
+    folder.merge_logs(tasks.values())
     settings |= {
         "batch_size": options.batch_size or "auto",
         "batch_tokens": budget,
@@ -72,10 +72,10 @@ def _load_all_questions(options: Options, style: str) -> dict[str, list[Question
     missing = [task for task in options.tasks if not (options.data / task / "test.json").is_file()]
     if missing:
         there = [task for task in options.tasks if task not in missing]
-        mend = f"build it with python -m data_prep --out {options.data}"
+        remedy = f"build it with python -m data_prep --out {options.data}"
         if there:
-            mend += f", or choose --tasks {','.join(there)}"
-        raise DataError(f"no test.json for {', '.join(missing)}", f"--data {options.data}", mend)
+            remedy += f", or choose --tasks {','.join(there)}"
+        raise DataError(f"no test.json for {', '.join(missing)}", f"--data {options.data}", remedy)
     return {task: load_questions(options.data, task, style, options.limit) for task in options.tasks}
 
 
@@ -105,64 +105,66 @@ def _settings(options: Options, style: str, backend: Backend, tasks: dict[str, T
     }
 
 
-def _settle_too_long(
-    asker: Answering, context: int | None, tasks: dict[str, TaskItems], folder: PredictionFolder
+def _record_too_long(
+    answerer: Answering, context: int | None, tasks: dict[str, TaskItems], folder: PredictionFolder
 ) -> None:
-    """Items that the model's context cannot hold are unanswered, and said to be."""
-    too_long = [item for task in tasks.values() for item in task.items if not asker.fits(item)]
+    """Record items that do not fit the model's context as unanswered, with a warning."""
+    too_long = [item for task in tasks.values() for item in task.items if not answerer.fits(item)]
     if not too_long:
         return
     notes = [
         f"{len(item.prompt)} + {item.longest_candidate} tokens in a context of {context}" for item in too_long
     ]
-    journal = folder.journal(0)
-    journal.add([unanswered(item.question, note) for item, note in zip(too_long, notes, strict=True)])
-    journal.close()
-    folder.fold(tasks.values())
+    log = folder.prediction_log(0)
+    log.add([unanswered(item.question, note) for item, note in zip(too_long, notes, strict=True)])
+    log.close()
+    folder.merge_logs(tasks.values())
     first = too_long[0].question
-    _note(
+    _print_note(
         f"warning: {len(too_long)} items do not fit the model's context of {context} tokens and count as unanswered "
         f"(the first: {first.task}, item {first.index})"
     )
 
 
 def _plan(
-    asker: Answering,
+    answerer: Answering,
     tasks: dict[str, TaskItems],
     folder: PredictionFolder,
     budget: int,
     max_rows: int | None,
     team: Team,
 ) -> list[Batch]:
-    """The batches still to do, the same list on every process: nothing is written while any process plans."""
-    left, kept = {}, 0
+    """The batches that remain, the same list on every process: nothing is written while any process plans."""
+    left, finished = {}, 0
     for name, task in tasks.items():
         done = folder.read(name)
         left[name] = [item for item in task.items if item.question.index not in done]
-        kept += len(done)
-    if kept and team.leads:
-        _note(f"continuing: {kept:,} of {kept + sum(map(len, left.values())):,} items are there already")
+        finished += len(done)
+    if finished and team.is_rank_zero:
+        _print_note(
+            f"continuing: {finished:,} of {finished + sum(map(len, left.values())):,} items are finished"
+        )
     if team.size > 1:
-        everything = sum(asker.cost(item) for items in left.values() for item in items)
-        budget = max(1, min(budget, everything // (_BATCHES_PER_PROCESS * team.size)))
-        team.meet("planned")
+        total = sum(answerer.cost(item) for items in left.values() for item in items)
+        budget = max(1, min(budget, total // (_BATCHES_PER_PROCESS * team.size)))
+        team.barrier("planned")
     return order_batches(
         batch
         for name, items in left.items()
-        for batch in plan_batches(name, items, asker.cost, budget, max_rows)
+        for batch in plan_batches(name, items, answerer.cost, budget, max_rows)
     )
 
 
-def _work(asker: Answering, batches: Sequence[Batch], folder: PredictionFolder, team: Team) -> float:
-    """Answer batches until none is left; the seconds it took."""
+def _answer_all(answerer: Answering, batches: Sequence[Batch], folder: PredictionFolder, team: Team) -> float:
+    """Answer batches until none is left; the duration in seconds."""
     progress = Progress(sum(len(batch.items) for batch in batches))
-    journal = folder.journal(team.rank)
-    for number in team.shared_numbers(len(batches)):
-        journal.add(asker.ask(batches[number]))
+    log = folder.prediction_log(team.rank)
+    for number in team.claim_batches(len(batches)):
+        log.add(answerer.answer(batches[number]))
         done = team.add_done(len(batches[number].items))
-        if team.leads:
+        if team.is_rank_zero:
             progress.show(done)
-    journal.close()
+    log.close()
     team.finish()
     return progress.seconds
 
@@ -184,13 +186,13 @@ def _report(
     return summary
 
 
-def _note(text: str | None) -> None:
+def _print_note(text: str | None) -> None:
     if text:
         print(text, file=sys.stderr)
 
 
 def quiet_libraries() -> None:
-    """Their progress bars and hints would bury ours."""
+    """Turn off other libraries' progress bars and hints."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as transformers_logging
 

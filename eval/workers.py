@@ -1,6 +1,6 @@
-"""Several processes on one evaluation: who they are, and how they share the work.
+"""Several processes share one evaluation.
 
-No process group: the launcher's key-value store hands out batches one by one, and nobody waits for others.
+There is no process group. The launcher's key-value store hands out batches one by one, so no process waits for another.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 
 _START_TIMEOUT = timedelta(minutes=30)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_WORK_TIMEOUT = timedelta(days=7)  # the launcher ends the others when one is lost
+_WORK_TIMEOUT = timedelta(days=7)  # the launcher ends the others when one fails
 
 
 class Team:
-    """This process among `size`; alone, it keeps the counters itself."""
+    """The processes of one evaluation, as seen by one of them; a single process keeps the counters itself."""
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         values = os.environ if environment is None else environment
@@ -34,7 +34,7 @@ class Team:
         self.started = self.size == 1
 
     def follow_launcher(self) -> None:
-        """End with the launcher: a killed one must not leave processes that go on writing (Linux only)."""
+        """End with the launcher: a killed one must not leave processes that still write (Linux only)."""
         if self.size > 1 and sys.platform == "linux":
             launcher = os.getppid()
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -42,7 +42,7 @@ class Team:
                 sys.exit(1)
 
     def connect(self) -> None:
-        """Meet the others at the launcher's address."""
+        """Connect to the launcher's key-value store."""
         if self.size > 1:
             from torch.distributed.rendezvous import rendezvous
 
@@ -52,45 +52,45 @@ class Team:
             self._store = PrefixStore(f"eval/{attempt}", store)
 
     @property
-    def leads(self) -> bool:
-        """Whether this process prints, folds and writes results."""
+    def is_rank_zero(self) -> bool:
+        """Whether this process prints, merges prediction logs and writes results."""
         return self.rank == 0
 
-    def tell(self, key: str, value: str) -> None:
-        """Leave a value for the others."""
+    def set(self, key: str, value: str) -> None:
+        """Publish a value under a key."""
         self._store.set(key, value)
 
-    def hear(self, key: str) -> str:
-        """Wait for a value that another process leaves."""
+    def get(self, key: str) -> str:
+        """The value under a key; waits until a process has set it."""
         self._store.wait([key], _START_TIMEOUT)
         return bytes(self._store.get(key)).decode()
 
-    def agree(self, key: str, value: str) -> str:
-        """The leading process's value, on every process."""
-        if self.leads:
-            self.tell(key, value)
-        return self.hear(key)
+    def broadcast(self, key: str, value: str) -> str:
+        """Rank 0's value, on every process."""
+        if self.is_rank_zero:
+            self.set(key, value)
+        return self.get(key)
 
-    def meet(self, place: str) -> None:
-        """Wait until every process has come here."""
-        if self._store.add(f"at {place}", 1) == self.size:
-            self._store.set(f"all at {place}", "1")
-        self._store.wait([f"all at {place}"], _START_TIMEOUT)
+    def barrier(self, name: str) -> None:
+        """Wait until every process has called this with the same name."""
+        if self._store.add(f"at {name}", 1) == self.size:
+            self._store.set(f"all at {name}", "1")
+        self._store.wait([f"all at {name}"], _START_TIMEOUT)
 
-    def shared_numbers(self, end: int) -> Iterator[int]:
-        """Numbers below `end`; every number goes to one process of the team."""
+    def claim_batches(self, end: int) -> Iterator[int]:
+        """Batch numbers below `end`; each goes to one process only."""
         while (number := self._store.add("claimed", 1) - 1) < end:
             yield number
 
     def add_done(self, count: int) -> int:
-        """Count finished items; how many the team has finished."""
+        """Count finished items; how many all processes have finished."""
         return int(self._store.add("done", count))
 
     def finish(self) -> None:
-        """Say that this process has no work left; the leading one waits for all."""
+        """Report that this process has no work left; rank 0 waits for all."""
         if self._store.add("finished", 1) == self.size:
             self._store.set("all finished", "1")
-        if self.leads:
+        if self.is_rank_zero:
             self._store.wait(["all finished"], _WORK_TIMEOUT)
 
     def device(self) -> torch.device:

@@ -30,14 +30,14 @@ from data_prep.build import Options, build
 from data_prep.demo.sample import write_raw
 from data_prep.sources import LocalSource
 from data_prep.tasks import TASKS
-from eval.answering.answerer import Asker
+from eval.answering.answerer import Answerer
 from eval.answering.batching import Batch
 from eval.answering.generate import generate_greedy
-from eval.answering.shared_prefix import Beginning
+from eval.answering.shared_prefix import SharedPrefix
 from eval.items import Question, TaskItems, load_questions, tokenise
 from eval.model.language_model import LanguageModel
 from eval.model.loading import resolve_attention
-from eval.protocols import ANSWER_LEAD, MAX_NEW_TOKENS, PROTOCOLS
+from eval.protocols import ANSWER_PREFIX, MAX_NEW_TOKENS, PROTOCOLS
 from eval.run import quiet_libraries
 
 NEW_TOKENS = 7
@@ -88,16 +88,16 @@ def run(conditions: Conditions, report: Report) -> None:
         room = max(conditions.left, 0.0) * share
         with report.attempt(name):
             torch.cuda.empty_cache()  # what the ways before left would make the batches smaller
-            batches = plan(Asker(lm, PROTOCOLS[mode], tasks), tasks)
+            batches = plan(Answerer(lm, PROTOCOLS[mode], tasks), tasks)
             measured(name, batch_seconds(lm, batches, ask, lambda: time.monotonic() - began < room))
 
     short, published = (
         f"reference loop, beam 4, batch 1, {n} new tokens" for n in (NEW_TOKENS, MAX_NEW_TOKENS)
     )
     decoded, answered = (f"generate, {NEW_TOKENS} tokens in turn", "generate, answers as a trained adapter's")
-    ours("score", "score", Asker(lm, PROTOCOLS["score"], tasks).ask, 0.2)
-    ours(answered, "generate", Scripted(lm, tasks).ask, 0.25)
-    ours(decoded, "generate", InTurn(lm, tasks).ask, 0.3)
+    ours("score", "score", Answerer(lm, PROTOCOLS["score"], tasks).answer, 0.2)
+    ours(answered, "generate", Scripted(lm, tasks).answer, 0.25)
+    ours(decoded, "generate", InTurn(lm, tasks).answer, 0.3)
     loop(short, size.reference, NEW_TOKENS, reserve=8.0 if not conditions.tiny else 0.0)
     loop(published, size.published, MAX_NEW_TOKENS, reserve=2.0 if not conditions.tiny else 0.0)
     for name, aim in (("score", ">= 25"), (answered, ">= 15"), (decoded, "")):
@@ -127,7 +127,7 @@ def tokenizer_of(questions: dict[str, list[Question]]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     texts = [
-        text for asked in questions.values() for q in asked for text in (q.prompt, ANSWER_LEAD + q.answer)
+        text for asked in questions.values() for q in asked for text in (q.prompt, ANSWER_PREFIX + q.answer)
     ]
     made = Tokenizer(models.BPE())
     digits, pieces = (
@@ -174,14 +174,14 @@ class Scripted:
 
     def __init__(self, lm: ScriptedModel, tasks: dict[str, TaskItems]) -> None:
         self._lm, self._tasks = lm, tasks
-        self._asker = Asker(lm, PROTOCOLS["generate"], tasks)
+        self._answerer = Answerer(lm, PROTOCOLS["generate"], tasks)
 
-    def ask(self, batch: Batch) -> None:
+    def answer(self, batch: Batch) -> None:
         """Answer; an answer that cannot be read is an error."""
         lm = self._lm
         lm.script = script_of(self._tasks[batch.task], lm.config.vocab_size, lm.device)
         try:
-            answers = self._asker.ask(batch)
+            answers = self._answerer.answer(batch)
         finally:
             lm.script = None
         if any(answer.prediction is None for answer in answers):
@@ -189,7 +189,7 @@ class Scripted:
 
 
 def script_of(task: TaskItems, vocabulary: int, device: torch.device) -> Tensor:
-    """The first item's first answer and the end, begun behind any token that is not part of it."""
+    """The first item's first answer and the end token; it starts after any token that is not part of it."""
     answer = [*task.items[0].candidates[0], END]
     following = torch.full((vocabulary,), answer[0])
     following[answer[:-1]] = torch.tensor(answer[1:])
@@ -201,18 +201,18 @@ class InTurn:
 
     def __init__(self, lm: LanguageModel, tasks: dict[str, TaskItems]) -> None:
         self._lm, self._tasks = lm, tasks
-        self._beginnings: dict[str, Beginning] = {}
+        self._prefixes: dict[str, SharedPrefix] = {}
 
-    def ask(self, batch: Batch) -> None:
+    def answer(self, batch: Batch) -> None:
         """Compute the tokens."""
         lm = self._lm
-        if batch.task not in self._beginnings:
-            self._beginnings[batch.task] = Beginning(lm, self._tasks[batch.task].shared)
+        if batch.task not in self._prefixes:
+            self._prefixes[batch.task] = SharedPrefix(lm, self._tasks[batch.task].shared_prefix)
         stop_ids, lm.stop_ids = lm.stop_ids, frozenset()
         try:
             prompts = [item.prompt for item in batch.items]
             limits = [NEW_TOKENS] * len(prompts)
-            generate_greedy(lm, self._beginnings[batch.task], prompts, limits, lambda _: False)
+            generate_greedy(lm, self._prefixes[batch.task], prompts, limits, lambda _: False)
         finally:
             lm.stop_ids = stop_ids
 

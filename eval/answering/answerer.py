@@ -1,4 +1,4 @@
-"""Asking a model a batch of questions by one protocol, within the memory there is."""
+"""Answering batches of questions by one protocol, within the available memory."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import torch
 
 from eval.answering.batching import Batch
 from eval.answering.generate import Drafter, generate_greedy
-from eval.answering.library_generate import decode_until_decided, generate_with_library
+from eval.answering.library_generate import decode_until_answered, generate_with_library
 from eval.answering.score import Scores, score_last_token, score_summed
-from eval.answering.shared_prefix import Beginning
+from eval.answering.shared_prefix import SharedPrefix
 from eval.items import Item, TaskItems
 from eval.model.language_model import LanguageModel, memory_is_short
 from eval.parsing import read_answer
 from eval.predictions import Prediction
-from eval.protocols import ANSWER_LEAD, MAX_NEW_TOKENS, Protocol
+from eval.protocols import ANSWER_PREFIX, MAX_NEW_TOKENS, Protocol
 from flexlora_ds.errors import RunError
 
-_CPU_TOKENS = 512  # the activations of more leave the caches of a core, and rows of more lengths meet
+_CPU_TOKENS = 512  # larger batches overflow a core's caches and need more padding
 _MOST_TOKENS = 65_536
-_ALLOWANCE = 8  # generated tokens per row that a batch's cost allows for
+_ALLOWANCE = 8  # generated tokens per row that a batch's cost includes
 
 
-class Asker:
-    """Answers batches; keeps each task's computed beginning and what it learnt about memory and drafts."""
+class Answerer:
+    """Answers batches; keeps each task's cached prefix, the memory limit found so far, and how drafts fared."""
 
     def __init__(self, lm: LanguageModel, protocol: Protocol, tasks: dict[str, TaskItems]) -> None:
         self.lm = lm
         self.protocol = protocol
         self._tasks = tasks
-        self._beginnings: dict[str, Beginning] = {}
+        self._prefixes: dict[str, SharedPrefix] = {}
         self._drafters: dict[str, Drafter] = {}
         self._most_tokens: int | None = None
 
     def fits(self, item: Item) -> bool:
-        """Whether the prompt and the longest answer lie within the model's context."""
-        room = self.lm.room(item.prompt)
-        return room is None or room >= item.longest_candidate
+        """Whether the prompt and the longest answer fit the model's context."""
+        free = self.lm.free_positions(item.prompt)
+        return free is None or free >= item.longest_candidate
 
     def cost(self, item: Item) -> int:
         """Tokens that an item occupies in a batch, for planning."""
         task = self._tasks[item.question.task]
-        own = len(item.prompt) - (len(task.shared) if self.lm.own_loop else 0)
+        own = len(item.prompt) - (len(task.shared_prefix) if self.lm.own_loop else 0)
         if self.protocol.name == "score":
             return (
                 own + item.longest_candidate
@@ -51,54 +51,54 @@ class Asker:
             )
         if self.protocol.beams > 1 or not self.lm.own_loop:
             return (len(item.prompt) + MAX_NEW_TOKENS) * self.protocol.beams
-        return own + len(task.lead) + _ALLOWANCE
+        return own + len(task.answer_prefix) + _ALLOWANCE
 
     def default_tokens(self) -> int:
-        """How many tokens a batch may hold: by the free memory of a GPU; on a CPU, as many as speed it up."""
+        """How many tokens a batch may hold: by the free memory on a GPU; on a CPU, as many as make it faster."""
         if self.lm.device.type != "cuda":
             return _CPU_TOKENS
         free, _ = torch.cuda.mem_get_info(self.lm.device)
         return max(1024, min(_MOST_TOKENS, int(free * 0.6) // self.lm.bytes_per_token))
 
-    def ask(self, batch: Batch) -> list[Prediction]:
-        """One prediction per item; in halves where memory runs out. RunError if one item is too much."""
+    def answer(self, batch: Batch) -> list[Prediction]:
+        """One prediction per item; where memory runs out, the batch is halved. RunError if one item does not fit."""
         if self._most_tokens is None or batch.tokens <= self._most_tokens or len(batch.items) == 1:
             try:
-                return self._ask_at_once(batch)
+                return self._answer_at_once(batch)
             except (RuntimeError, MemoryError) as error:
                 if not memory_is_short(error):
                     raise
             if len(batch.items) == 1:
                 raise RunError(
-                    f"memory does not suffice for item {batch.items[0].question.index} of {batch.task} alone "
+                    f"not enough memory for item {batch.items[0].question.index} of {batch.task} alone "
                     f"({batch.width} tokens); use a smaller --dtype or a larger device"
                 )
             self._most_tokens = batch.tokens // 2
             _free_memory()
         first, second = batch.halves()
-        return self.ask(first) + self.ask(second)
+        return self.answer(first) + self.answer(second)
 
-    def _ask_at_once(self, batch: Batch) -> list[Prediction]:
+    def _answer_at_once(self, batch: Batch) -> list[Prediction]:
         if self.protocol.name == "score":
             return self._score(batch)
         if self.protocol.beams > 1 or not self.lm.own_loop:
             return self._generate_with_library(batch)
         return self._generate(batch)
 
-    def _beginning(self, task: TaskItems) -> Beginning:
-        if task.task not in self._beginnings:
-            self._beginnings[task.task] = Beginning(self.lm, task.shared)
-        return self._beginnings[task.task]
+    def _prefix(self, task: TaskItems) -> SharedPrefix:
+        if task.task not in self._prefixes:
+            self._prefixes[task.task] = SharedPrefix(self.lm, task.shared_prefix)
+        return self._prefixes[task.task]
 
     def _generate(self, batch: Batch) -> list[Prediction]:
         task = self._tasks[batch.task]
         drafter = self._drafters.setdefault(task.task, Drafter(self._draft(task)))
         answers = generate_greedy(
             self.lm,
-            self._beginning(task),
+            self._prefix(task),
             [item.prompt for item in batch.items],
             [self._limit(item) for item in batch.items],
-            task.decides,
+            task.is_answered,
             drafter.draft,
         )
         drafter.learn(answers)
@@ -107,17 +107,17 @@ class Asker:
         ]
 
     def _draft(self, task: TaskItems) -> tuple[int, ...]:
-        draft = task.lead[: MAX_NEW_TOKENS - 1]
+        draft = task.answer_prefix[: MAX_NEW_TOKENS - 1]
         shortest = min((len(candidate) for item in task.items for candidate in item.candidates), default=0)
-        undecided = not task.decides(self.lm.decode(draft))
-        return draft if undecided and len(draft) < shortest and not self.lm.stop_ids & set(draft) else ()
+        unanswered = not task.is_answered(self.lm.decode(draft))
+        return draft if unanswered and len(draft) < shortest and not self.lm.stop_ids & set(draft) else ()
 
     def _limit(self, item: Item) -> int:
-        room = self.lm.room(item.prompt)
-        return MAX_NEW_TOKENS if room is None else min(MAX_NEW_TOKENS, room)
+        free = self.lm.free_positions(item.prompt)
+        return MAX_NEW_TOKENS if free is None else min(MAX_NEW_TOKENS, free)
 
     def _generate_with_library(self, batch: Batch) -> list[Prediction]:
-        """Items with less room than the others go apart: the library has one limit per batch."""
+        """Items of different token limits are generated separately: `generate` has one limit per batch."""
         task, beams = self._tasks[batch.task], self.protocol.beams
         predictions = []
         for limit in sorted({self._limit(item) for item in batch.items}):
@@ -125,14 +125,18 @@ class Asker:
             prompts = [item.prompt for item in items]
             rows = generate_with_library(self.lm, prompts, beams=beams, max_new_tokens=limit)
             for item, row in zip(items, rows, strict=True):
-                text = self.lm.decode(row) if beams > 1 else decode_until_decided(self.lm, row, task.decides)
+                text = (
+                    self.lm.decode(row)
+                    if beams > 1
+                    else decode_until_answered(self.lm, row, task.is_answered)
+                )
                 predictions.append(_generated(task, item, text, None))
         return predictions
 
     def _score(self, batch: Batch) -> list[Prediction]:
         task = self._tasks[batch.task]
         score = score_last_token if task.single_position else score_summed
-        scores = score(self._beginning(task), batch.items)
+        scores = score(self._prefix(task), batch.items)
         return [_scored(item, values) for item, values in zip(batch.items, scores, strict=True)]
 
 
@@ -151,7 +155,7 @@ def _scored(item: Item, scores: Scores) -> Prediction:
         question.task,
         question.index,
         question.prompt_hash,
-        ANSWER_LEAD + best,
+        ANSWER_PREFIX + best,
         best,
         question.answer,
         margin=scores.margin,

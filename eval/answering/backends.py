@@ -1,4 +1,4 @@
-"""What answers the questions: our own batching around transformers, or vLLM; the run is the same with either."""
+"""What answers the questions: our own batching around transformers, or vLLM. `eval.run` treats both alike."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Any, Protocol
 
 import torch
 
-from eval.answering.answerer import Asker
+from eval.answering.answerer import Answerer
 from eval.answering.batching import Batch
-from eval.answering.vllm_backend import VllmAsker, start_vllm
+from eval.answering.vllm_backend import VllmAnswerer, start_vllm
 from eval.items import Item, TaskItems
 from eval.model.loading import load, resolve_attention
 from eval.options import Options
 from eval.predictions import Prediction
-from eval.protocols import Protocol as AskingProtocol
+from eval.protocols import Protocol as EvaluationProtocol
 from flexlora_ds.base_model.loading import load_tokenizer
 
 
 class Answering(Protocol):
-    """What a run needs of whoever answers; `Asker` says what each means."""
+    """What a run needs of a backend; `Answerer` describes each method."""
 
     def fits(self, item: Item) -> bool: ...
     def cost(self, item: Item) -> int: ...
     def default_tokens(self) -> int: ...
-    def ask(self, batch: Batch) -> list[Prediction]: ...
+    def answer(self, batch: Batch) -> list[Prediction]: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A loaded model. `most_rows`: the most items a batch may have (None: any number); `settings`: what of it can
-    change a prediction; `device`: its type."""
+    """A loaded model. `most_rows`: the most items a batch may have (None: any number). `settings`: those of the
+    model that can change a prediction. `device`: its type."""
 
     tokenizer: Any
     context: int | None
     most_rows: int | None
     device: str
     settings: dict[str, Any]
-    asker: Callable[[AskingProtocol, dict[str, TaskItems]], Answering]
+    answerer: Callable[[EvaluationProtocol, dict[str, TaskItems]], Answering]
 
 
 def open_backend(options: Options, device: torch.device) -> Backend:
-    """Load what `--backend` names. UserError for what is missing or does not fit."""
+    """Load the backend that `--backend` names. UserError for what is missing or does not fit."""
     return _with_vllm(options) if options.backend == "vllm" else _with_transformers(options, device)
 
 
@@ -52,14 +52,14 @@ def _with_transformers(options: Options, device: torch.device) -> Backend:
     return Backend(
         tokenizer=lm.tokenizer,
         context=lm.context,
-        most_rows=1 if lm.one_by_one else None,
+        most_rows=1 if lm.unpadded_only else None,
         device=lm.device.type,
         settings={
             "revision": getattr(lm.model.config, "_commit_hash", None),
             "dtype": str(dtype).removeprefix("torch."),
             "attention": resolve_attention(options.attention, dtype, lm.device),
         },
-        asker=lambda protocol, tasks: Asker(lm, protocol, tasks),
+        answerer=lambda protocol, tasks: Answerer(lm, protocol, tasks),
     )
 
 
@@ -71,5 +71,5 @@ def _with_vllm(options: Options) -> Backend:
         most_rows=None,
         device="cuda",
         settings={"dtype": engine.dtype, "attention": "vllm", "backend": f"vllm {engine.version}"},
-        asker=lambda protocol, tasks: VllmAsker(engine, tasks),
+        answerer=lambda protocol, tasks: VllmAnswerer(engine, tasks),
     )

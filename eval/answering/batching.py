@@ -1,4 +1,4 @@
-"""Cutting the items into batches of similar length, and laying token rows out as tensors."""
+"""Splitting items into batches of similar length, and padding token rows into tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from eval.items import Item
 from flexlora_ds.rounding import ceil_div
 
 _ENOUGH = 8  # a batch of an eighth of the budget is large enough to be fast
-_WORTHWHILE = 0.9  # the least length, as a share of the batch's width, for which such a batch goes on
+_WORTHWHILE = (
+    0.9  # the least length, as a share of the batch's width, for which such a batch is filled further
+)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Items of one task that are computed together; `width` is the cost in tokens of its widest row."""
+    """Items of one task that are computed together; `width` is the cost of the widest row, in tokens."""
 
     task: str
     items: tuple[Item, ...]
@@ -25,11 +27,11 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """What the batch occupies, padding included."""
+        """Tokens in the batch, padding included."""
         return self.width * len(self.items)
 
     def halves(self) -> tuple[Batch, Batch]:
-        """The batch cut in two, for a retry in less memory."""
+        """The batch split in two, for a retry in less memory."""
         middle = (len(self.items) + 1) // 2
         return (
             Batch(self.task, self.items[:middle], self.width),
@@ -42,7 +44,7 @@ def plan_batches(
 ) -> list[Batch]:
     """Sort by length, longest first, and fill batches up to `budget` tokens and `max_rows` rows.
 
-    A batch's tokens are its rows times the widest of them; an item wider than the budget is a batch alone. A batch
+    A batch's tokens are its rows times the widest of them; an item wider than the budget is a batch of its own. A batch
     that is large enough to be fast ends early where the next item would be mostly padding.
     """
     ordered = sorted(items, key=lambda item: (-cost(item), item.question.index))
@@ -63,7 +65,7 @@ def plan_batches(
 
 
 def order_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """Widest first, across tasks: memory runs out at the start or never, and short batches come last."""
+    """Widest first, across tasks: memory runs out at the start or never, and processes finish on short batches."""
     return sorted(batches, key=lambda batch: (-batch.width, batch.task, batch.items[0].question.index))
 
 

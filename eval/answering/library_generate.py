@@ -14,7 +14,7 @@ from eval.model.language_model import LanguageModel
 def generate_with_library(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], *, beams: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """The generated tokens, without prompts and end tokens; the model's own sampling settings are not used."""
+    """The generated tokens, without prompts and end tokens; the model's own sampling settings are ignored."""
     from transformers import GenerationConfig
 
     ids, mask = left_pad(prompts, lm.pad_id, lm.device)
@@ -30,16 +30,18 @@ def generate_with_library(
     return [_until_stop(row, lm.stop_ids) for row in rows.tolist()]
 
 
-def decode_until_decided(lm: LanguageModel, tokens: Sequence[int], decided: Callable[[str], bool]) -> str:
-    """The text of the fewest leading tokens that decide an answer, or of all: where `generate_greedy` ends."""
+def decode_until_answered(
+    lm: LanguageModel, tokens: Sequence[int], is_answered: Callable[[str], bool]
+) -> str:
+    """The text up to the first token that completes an answer, or of all tokens: where `generate_greedy` ends."""
     for count in range(1, len(tokens)):
         text = lm.decode(tokens[:count])
-        if decided(text):
+        if is_answered(text):
             return text
     return lm.decode(tokens)
 
 
 def _until_stop(row: list[int], stop_ids: frozenset[int]) -> list[int]:
-    """Cut at the end token: behind it lies padding, which may be the id of a real word."""
+    """The tokens before the end token: after it comes padding, which may be the id of a real word."""
     end = next((place for place, token in enumerate(row) if token in stop_ids), len(row))
     return row[:end]

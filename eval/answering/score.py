@@ -1,4 +1,4 @@
-"""Scoring an item's own answers by their log-likelihood behind the prompt."""
+"""Scoring an item's own answers by their log-likelihood after the prompt."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
-from eval.answering.shared_prefix import Beginning
+from eval.answering.shared_prefix import SharedPrefix
 from eval.items import Item
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`total[i]`: log-likelihood of the i-th candidate (up to a term that all candidates of the item share);
-    `per_token[i]`: the same over its number of tokens, None where all have the same number."""
+    """`total[i]`: log-likelihood of the i-th candidate, up to a term that all candidates of the item share.
+    `per_token[i]`: the same divided by its number of tokens; None where all have the same number."""
 
     total: tuple[float, ...]
     per_token: tuple[float, ...] | None = None
 
     @property
     def best(self) -> int:
-        """The candidate of highest log-likelihood (the first of equals)."""
+        """The candidate of highest log-likelihood (the first one on ties)."""
         return self.total.index(max(self.total))
 
     @property
@@ -32,18 +32,18 @@ class Scores:
 
     @property
     def margin(self) -> float:
-        """The lead of the best candidate over the second."""
+        """The log-likelihood of the best candidate minus that of the second."""
         first, second = sorted(self.total, reverse=True)[:2]
         return first - second
 
 
 @torch.inference_mode()
-def score_last_token(beginning: Beginning, items: Sequence[Item]) -> list[Scores]:
-    """For candidates that differ in their last token alone: one row per item, one column of logits."""
-    opened = beginning.open(
+def score_last_token(prefix: SharedPrefix, items: Sequence[Item]) -> list[Scores]:
+    """For candidates that differ in their last token only: one row per item, one column of logits."""
+    output = prefix.forward(
         [item.prompt + item.candidates[0][:-1] for item in items], keep=1, use_cache=False
     )
-    log_likelihoods = opened.logits[:, -1].log_softmax(-1)
+    log_likelihoods = output.logits[:, -1].log_softmax(-1)
     scores = []
     for row, item in zip(log_likelihoods, items, strict=True):
         last = torch.tensor([candidate[-1] for candidate in item.candidates], device=row.device)
@@ -52,13 +52,13 @@ def score_last_token(beginning: Beginning, items: Sequence[Item]) -> list[Scores
 
 
 @torch.inference_mode()
-def score_summed(beginning: Beginning, items: Sequence[Item]) -> list[Scores]:
+def score_summed(prefix: SharedPrefix, items: Sequence[Item]) -> list[Scores]:
     """The sum over each candidate's tokens, one row per candidate, all in one padded pass."""
     candidates = [candidate for item in items for candidate in item.candidates]
     rows = [item.prompt + candidate for item in items for candidate in item.candidates]
     longest = max(map(len, candidates))
-    opened = beginning.open(rows, keep=longest + 1, use_cache=False)
-    log_likelihoods = opened.logits[:, :-1].log_softmax(-1)  # column j predicts the j-th of `longest` tokens
+    output = prefix.forward(rows, keep=longest + 1, use_cache=False)
+    log_likelihoods = output.logits[:, :-1].log_softmax(-1)  # column j predicts the j-th of `longest` tokens
     targets = torch.tensor(
         [[0] * (longest - len(row)) + list(row) for row in candidates], device=log_likelihoods.device
     )

@@ -1,4 +1,4 @@
-"""Answers through vLLM, where it is installed: its public API, greedy, the adapter at one uniform rank."""
+"""Answers through vLLM, where it is installed: its public API, greedy decoding, the adapter at one uniform rank."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.export import export_uniform, read_peft_adapter, server_rank
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_AT_ONCE = 1 << 18  # prompt tokens handed over together: vLLM makes its own batches of them
+_AT_ONCE = 1 << 18  # prompt tokens per call: vLLM makes its own batches of them
 
 
 @dataclass
 class VllmEngine:
-    """A running vLLM: its `LLM`, what it needs for every request, and the folder of the adapter it serves."""
+    """A running vLLM: its `LLM`, the arguments of every request, and the folder of the adapter it serves."""
 
     llm: Any
     sampling: Any
@@ -46,7 +46,7 @@ class VllmEngine:
         return [answer.outputs[0].text for answer in answers]
 
 
-class VllmAsker:
+class VllmAnswerer:
     """Answers batches by the protocol `generate`."""
 
     def __init__(self, engine: VllmEngine, tasks: dict[str, TaskItems]) -> None:
@@ -54,8 +54,8 @@ class VllmAsker:
         self._tasks = tasks
 
     def fits(self, item: Item) -> bool:
-        """Whether the prompt and the longest answer lie within the model's context."""
-        return self._room(item) >= item.longest_candidate
+        """Whether the prompt and the longest answer fit the model's context."""
+        return self._free_positions(item) >= item.longest_candidate
 
     def cost(self, item: Item) -> int:
         """Tokens of the prompt."""
@@ -65,14 +65,14 @@ class VllmAsker:
         """How many tokens a batch may hold."""
         return _AT_ONCE
 
-    def ask(self, batch: Batch) -> list[Prediction]:
+    def answer(self, batch: Batch) -> list[Prediction]:
         """One prediction per item."""
         stop = TASKS[batch.task].pattern.split("|")
-        limits = [min(MAX_NEW_TOKENS, self._room(item)) for item in batch.items]
+        limits = [min(MAX_NEW_TOKENS, self._free_positions(item)) for item in batch.items]
         texts = self._engine.generate([item.prompt for item in batch.items], limits, stop)
         return [self._prediction(item, text) for item, text in zip(batch.items, texts, strict=True)]
 
-    def _room(self, item: Item) -> int:
+    def _free_positions(self, item: Item) -> int:
         return self._engine.context - len(item.prompt)
 
     def _prediction(self, item: Item, text: str) -> Prediction:
@@ -82,7 +82,7 @@ class VllmAsker:
 
 
 def start_vllm(options: Options) -> VllmEngine:
-    """Start vLLM on a model and adapter. UserError for what it cannot do, or where it is not installed."""
+    """Start vLLM with a model and an adapter. UserError for what it cannot do, or where it is not installed."""
     _require(options)
     import vllm
     from vllm.lora.request import LoRARequest

@@ -1,7 +1,7 @@
 """`python -m eval.compare DIR DIR …`: one table of several evaluations, with differences to the first.
 
 A setting is `DIR`, or `NAME=DIR,DIR,…` for several seeds, which are averaged. Directories that
-differ only in the number behind `seed` in the adapter's path count as seeds of one setting by themselves.
+differ only in the number after `seed` in the adapter's path count as seeds of one setting by themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eval.results import markdown
 from flexlora_ds.errors import RunError, UserError
 
 _SEED = re.compile(r"seed[-_=]?\d+")
-_FREE = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
+_MAY_DIFFER = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
             settings.append(Setting(name, tuple(runs)))
             continue
         for run in runs:
-            _place(settings, run)
+            _add_run(settings, run)
     names = [setting.name for setting in settings]
     for name in names:
         if names.count(name) > 1:
@@ -48,8 +48,8 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
     return settings
 
 
-def _place(settings: list[Setting], run: Run) -> None:
-    """Put a run beside the seeds of its own setting, or on its own."""
+def _add_run(settings: list[Setting], run: Run) -> None:
+    """Add a run to the setting whose other seeds are there, or as a new setting."""
     adapter = run.summary.get("adapter") or ""
     for index, setting in enumerate(settings):
         if _SEED.search(adapter) and _identity(setting.runs[0]) == _identity(run):
@@ -59,8 +59,8 @@ def _place(settings: list[Setting], run: Run) -> None:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    kept = {key: value for key, value in run.summary["settings"].items() if key not in _FREE}
-    return kept | {"adapter": _SEED.sub("seed*", run.summary.get("adapter") or "")}
+    same = {key: value for key, value in run.summary["settings"].items() if key not in _MAY_DIFFER}
+    return same | {"adapter": _SEED.sub("seed*", run.summary.get("adapter") or "")}
 
 
 def report(settings: Sequence[Setting], paper: bool) -> str:
@@ -100,7 +100,7 @@ def _accuracy(setting: Setting, tasks: Sequence[str]) -> str:
 
 
 def _interval(value: Difference) -> str:
-    mark = " *" if value.clear else ""
+    mark = " *" if value.excludes_zero else ""
     return f"{100 * value.value:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]{mark}"
 
 
@@ -110,7 +110,7 @@ def _percent(value: float) -> str:
 
 def _notes(settings: Sequence[Setting], tasks: Sequence[str]) -> str:
     lines = [
-        "Differences: 95 % intervals of the paired bootstrap over items (10,000 draws); * leaves zero out."
+        "Differences: 95 % intervals of the paired bootstrap over items (10,000 draws); * excludes zero."
     ]
     lines.append("Agreement with the first: same prediction, of the items that either answered.")
     if any(len(setting.runs) > 1 for setting in settings):

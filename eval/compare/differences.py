@@ -69,13 +69,13 @@ class Difference:
     high: float
 
     @property
-    def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+    def excludes_zero(self) -> bool:
+        """Whether the interval does not contain zero."""
         return self.low > 0 or self.high < 0
 
 
 def read_run(folder: Path) -> Run:
-    """Read what an evaluation left. UserError where it is unfinished or something else."""
+    """Read a finished evaluation. UserError where it is unfinished or something else."""
     try:
         summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         tasks = list(summary["tasks"])
@@ -118,10 +118,10 @@ def common_tasks(settings: Sequence[Setting]) -> list[str]:
 
 
 def difference(first: Setting, second: Setting, tasks: Sequence[str], seed: int = 0) -> Difference:
-    """Of the unweighted mean over `tasks`; items are resampled within each task, in pairs.
+    """The difference of the unweighted mean over `tasks`; items are resampled within each task, in pairs.
 
-    Differences per item take few values, so their counts are drawn (multinomial) in place of the items: the
-    same distribution as resampling items (Efron & Tibshirani 1993, percentile interval), in no time.
+    Differences per item take few values. So their counts are drawn (multinomial) instead of the items. That is the
+    same distribution as resampling items (Efron & Tibshirani 1993, percentile interval), and much faster.
     """
     rng = np.random.default_rng(seed)
     value, draws = 0.0, np.zeros(RESAMPLES)

@@ -1,4 +1,4 @@
-"""One narrow door to a causal language model: padded token rows in, the last logits out."""
+"""The interface to any causal language model: padded token rows in, the last logits out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from eval.model.last_layer import LastLayer, agrees
 
 
 class LanguageModel:
-    """A model (with or without a PEFT adapter) and its tokenizer, ready to be asked.
+    """A model (with or without a PEFT adapter) and its tokenizer, ready to answer.
 
-    `pad_id` fills masked places only, so any id of the vocabulary is right. `stop_ids` end an answer.
-    `context` is the number of positions the model has (None: no limit). `own_loop` says whether its cache is
-    plain keys and values that rows may share and leave; others use transformers' `generate`. `one_by_one`: rows
-    must not be padded (prompt-learning adapters put virtual tokens before the padding and ignore positions).
+    `pad_id` fills masked positions only, so any id of the vocabulary will do. `stop_ids` end an answer.
+    `context` is the number of positions the model has (None: no limit). `own_loop`: its cache is plain keys and
+    values, which rows may share and leave early; other models use transformers' `generate`. `unpadded_only`: rows
+    must not be padded, because prompt-learning adapters put virtual tokens before the padding and ignore positions.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -35,9 +35,9 @@ class LanguageModel:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = frozenset(inspect.signature(base.forward).parameters)
         peft_config = getattr(model, "active_peft_config", None)
-        self.one_by_one = bool(getattr(peft_config, "is_prompt_learning", False))
+        self.unpadded_only = bool(getattr(peft_config, "is_prompt_learning", False))
         plain = "position_ids" in self._accepts and _has_plain_cache(model.config)
-        self.own_loop = plain and not self.one_by_one
+        self.own_loop = plain and not self.unpadded_only
         self._last_layer = self._try_last_layer() if self.own_loop else None
 
     def _try_last_layer(self) -> LastLayer | None:
@@ -57,14 +57,14 @@ class LanguageModel:
     ) -> tuple[Tensor, Any]:
         """Logits of the last `keep` columns, fp32 [rows, keep, vocabulary]; the cache, if `use_cache`.
 
-        `ids` and `positions` [rows, new tokens]; `mask` [rows, cached + new tokens], 0 where none is.
+        `ids` and `positions` [rows, new tokens]; `mask` [rows, cached + new tokens], 0 at padding.
         """
         arguments: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": mask,
             "use_cache": use_cache or cache is not None,
         }
-        if "position_ids" in self._accepts and not self.one_by_one:
+        if "position_ids" in self._accepts and not self.unpadded_only:
             arguments["position_ids"] = positions
         if cache is not None:
             arguments["past_key_values"] = cache
@@ -76,16 +76,16 @@ class LanguageModel:
         return out.logits[:, -keep:].float(), out.past_key_values if use_cache else None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of generated tokens, special ones left out."""
+        """The text of generated tokens, without special ones."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def room(self, prompt: Sequence[int]) -> int | None:
-        """How many tokens fit behind a prompt; None: any number."""
+    def free_positions(self, prompt: Sequence[int]) -> int | None:
+        """How many tokens fit after a prompt; None: any number."""
         return None if self.context is None else self.context - len(prompt)
 
     @property
     def bytes_per_token(self) -> int:
-        """A generous estimate of the memory a batch takes per token: cache, activations, share of logits."""
+        """An upper estimate of a batch's memory per token: cache, activations, share of logits."""
         config, size = self.config, int(next(self.model.parameters()).element_size())
         hidden = int(config.hidden_size)
         heads = int(config.num_attention_heads)
@@ -118,5 +118,5 @@ def _has_plain_cache(config: Any) -> bool:
 
 
 def memory_is_short(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
+    """Whether an exception means that memory ran out, on a GPU or on the CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

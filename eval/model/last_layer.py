@@ -1,7 +1,7 @@
-"""Leaving out of a decoder's last layer what none of the wanted logits needs.
+"""Skipping work in a decoder's last layer that no requested logit depends on.
 
-Behind the last layer's attention nothing flows from one position to another. Where only the logits of the last
-positions are wanted, its queries, its output projection and its MLP are needed at those positions alone.
+After the last layer's attention nothing flows from one position to another. Where only the logits of the last
+positions are requested, its queries, output projection and MLP are needed at those positions only.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _PER_POSITION = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 class LastLayer:
     """Narrows the modules of a model's last layer to the last positions while `only` is open.
 
-    A narrowed module gives zeros at the other positions. `modules` is empty where the model has none that are
-    known by name; whether narrowing them is right, `agrees` has to show.
+    A narrowed module gives zeros at the other positions. `modules` is empty where the model has none of the
+    known names. `agrees` checks that narrowing them changes no logit.
     """
 
     def __init__(self, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Loading what is to be evaluated: any causal language model, any PEFT adapter, its prompt style."""
+"""Loading any causal language model, any PEFT adapter and its prompt style."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_attention(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """`auto` is flash attention where it is installed and can run, else PyTorch's own."""
+    """`auto` is flash attention where it is installed and supported, else PyTorch's own."""
     if name != "auto":
         return name
     can_flash = (
@@ -37,7 +37,7 @@ def resolve_attention(name: str, dtype: torch.dtype, device: torch.device) -> st
 
 
 def load(options: Options, device: torch.device) -> LanguageModel:
-    """The model on `device`, its adapter attached or merged. UserError names what is missing or misfits."""
+    """The model on `device`, its adapter attached or merged. UserError names what is missing or does not fit."""
     dtype = resolve_dtype(options.dtype, device)
     tokenizer = load_tokenizer(options.model)
     model: Any = load_causal_lm(
@@ -65,10 +65,10 @@ def attach_adapter(model: Any, adapter: str) -> Any:
         try:
             adapted = PeftModel.from_pretrained(model, adapter)
         except (ValueError, RuntimeError, KeyError, OSError) as error:
-            raise UserError(_misfit(adapter, model, str(error))) from error
+            raise UserError(_mismatch(adapter, model, str(error))) from error
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
-            raise UserError(_misfit(adapter, model, str(warning.message)))
+            raise UserError(_mismatch(adapter, model, str(warning.message)))
     return adapted
 
 
@@ -82,20 +82,20 @@ def _require_adapter(adapter: str) -> None:
         raise UserError(f"no adapter folder {adapter} (--adapter); train one, or give a hub id")
 
 
-def _misfit(adapter: str, model: Any, fault: str) -> str:
+def _mismatch(adapter: str, model: Any, fault: str) -> str:
     lines = [line.strip() for line in fault.splitlines() if line.strip()]
     detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else "unreadable")
     base = ""
     config = Path(adapter) / "adapter_config.json"
     if config.is_file():
         base = str(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
-    mend = f"it was trained on {base!r}" if base else "give the model it was trained on"
+    remedy = f"it was trained on {base!r}" if base else "give the model it was trained on"
     name = model.config.name_or_path
-    return f"the adapter does not fit {name!r}: {detail[:300]} (--adapter {adapter}); {mend}"
+    return f"the adapter does not fit {name!r}: {detail[:300]} (--adapter {adapter}); {remedy}"
 
 
 def recorded_prompt(adapter: str | None) -> str | None:
-    """The prompt style that the training run wrote beside the adapter (`prompt.json`), if it did."""
+    """The prompt style that the training run wrote next to the adapter (`prompt.json`), if it did."""
     path = Path(adapter) / "prompt.json" if adapter is not None else None
     if path is None or not path.is_file():
         return None

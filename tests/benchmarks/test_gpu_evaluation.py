@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.gpu.evaluation import NEW_TOKENS, model_of, questions_of, run, script_of, tokenizer_of
 from benchmarks.gpu.section import Conditions, Report
 from eval.answering.generate import generate_greedy
-from eval.answering.shared_prefix import Beginning
+from eval.answering.shared_prefix import SharedPrefix
 from eval.items import tokenise
 
 TINY = Conditions("tiny", 60.0, tiny=True)
@@ -31,9 +31,9 @@ def test_questions_are_as_long_as_real_ones_and_a_script_is_the_answer() -> None
     assert all(60 < len(item.prompt) < 130 for item in task.items)
     lm.script = script_of(task, 512, lm.device)
     prompts = [item.prompt for item in task.items]
-    beginning = Beginning(lm, task.shared)
-    for draft in ((), task.lead):
-        answers = generate_greedy(lm, beginning, prompts, [32] * 3, lambda _: False, draft)
+    prefix = SharedPrefix(lm, task.shared_prefix)
+    for draft in ((), task.answer_prefix):
+        answers = generate_greedy(lm, prefix, prompts, [32] * 3, lambda _: False, draft)
         assert [tuple(a.tokens) for a in answers] == [task.items[0].candidates[0]] * 3
         assert [a.drafted for a in answers] == [len(draft)] * 3
     assert len(task.items[0].candidates[0]) + 1 == NEW_TOKENS

@@ -121,8 +121,8 @@ def test_limit_and_batch_size(place: Path, tmp_path: Path) -> None:
     }
 
 
-def test_a_broken_off_run_continues(place: Path, tmp_path: Path) -> None:
-    """Finished items are kept as they are, torn lines and missing items computed again."""
+def test_an_interrupted_run_continues(place: Path, tmp_path: Path) -> None:
+    """Finished items are kept as they are; truncated lines and missing items are computed again."""
     out, options = tmp_path / "out", ["--tasks", "boolq,piqa"]
     assert main(arguments(place, out, *options)) == 0
     whole = [lines(out, task) for task in ("boolq", "piqa")]
@@ -130,16 +130,14 @@ def test_a_broken_off_run_continues(place: Path, tmp_path: Path) -> None:
     kept, moved, torn = file.read_text().splitlines(keepends=True)[:3]
     marked = json.loads(kept) | {"output": "kept from before"}
     file.write_text(json.dumps(marked) + "\n")
-    journal = (
-        json.dumps({"task": "boolq", **json.loads(moved), "output": "from a journal"}) + "\n" + torn[:20]
-    )
-    (out / "predictions" / "journal-1.jsonl").write_text(journal)
+    log = json.dumps({"task": "boolq", **json.loads(moved), "output": "from a log"}) + "\n" + torn[:20]
+    (out / "predictions" / "journal-1.jsonl").write_text(log)
     (out / "results.json").unlink()
     assert main(arguments(place, out, *options)) == 0
     again = lines(out, "boolq")
     for line in [*again, *whole[0]]:
         line.pop("margin")  # rounding depends on the batch
-    assert [p["output"] for p in again[:2]] == ["kept from before", "from a journal"]
+    assert [p["output"] for p in again[:2]] == ["kept from before", "from a log"]
     assert again[2:] == whole[0][2:]
     assert lines(out, "piqa") == whole[1]
     assert results(out)["tasks"]["boolq"]["total"] == 5

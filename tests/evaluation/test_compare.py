@@ -65,7 +65,7 @@ def test_pairing_counts() -> None:
     """Equal runs differ by nothing, surely; an unpaired interval would be wide."""
     run: dict[str, list[str | None]] = {"boolq": ["true", "false"] * 20}
     same = difference(setting("a", run), setting("b", run), ["boolq"])
-    assert (same.value, same.low, same.high, same.clear) == (0, 0, 0, False)
+    assert (same.value, same.low, same.high, same.excludes_zero) == (0, 0, 0, False)
 
 
 def test_tasks_count_the_same_whatever_their_size() -> None:

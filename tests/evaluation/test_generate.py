@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from eval.answering.answerer import Asker
+from eval.answering.answerer import Answerer
 from eval.answering.batching import order_batches, plan_batches
 from eval.answering.generate import Drafter, generate_greedy
-from eval.answering.shared_prefix import Beginning
+from eval.answering.shared_prefix import SharedPrefix
 from eval.items import TaskItems
 from eval.model.language_model import LanguageModel
 from eval.predictions import Prediction
@@ -37,9 +37,11 @@ def untaught() -> LanguageModel:
 def ask_all(
     lm: LanguageModel, tasks: list[TaskItems], mode: str, budget: int, rows: int | None
 ) -> list[Prediction]:
-    asker = Asker(lm, PROTOCOLS[mode], {task.task: task for task in tasks})
-    batches = order_batches(b for t in tasks for b in plan_batches(t.task, t.items, asker.cost, budget, rows))
-    found = {(p.task, p.index): p for batch in batches for p in asker.ask(batch)}
+    answerer = Answerer(lm, PROTOCOLS[mode], {task.task: task for task in tasks})
+    batches = order_batches(
+        b for t in tasks for b in plan_batches(t.task, t.items, answerer.cost, budget, rows)
+    )
+    found = {(p.task, p.index): p for batch in batches for p in answerer.answer(batch)}
     return [found[task.task, item.question.index] for task in tasks for item in task.items]
 
 
@@ -99,10 +101,10 @@ def test_a_draft_changes_nothing(taught: LanguageModel, draft: str) -> None:
     def generate(draft_ids: list[int]) -> Any:
         return generate_greedy(
             taught,
-            Beginning(taught, task.shared),
+            SharedPrefix(taught, task.shared_prefix),
             [item.prompt for item in task.items],
             [32] * len(task.items),
-            task.decides,
+            task.is_answered,
             draft_ids,
         )
 
@@ -117,10 +119,10 @@ def test_a_draft_changes_nothing(taught: LanguageModel, draft: str) -> None:
 
 def test_a_useless_draft_is_given_up(untaught: LanguageModel) -> None:
     task = eval_tiny.task_items(untaught, "ARC-Easy", 40)
-    drafter = Drafter(task.lead)
+    drafter = Drafter(task.answer_prefix)
     assert drafter.draft
     answers = generate_greedy(
-        untaught, Beginning(untaught, ()), [i.prompt for i in task.items], [2] * 40, lambda _: False
+        untaught, SharedPrefix(untaught, ()), [i.prompt for i in task.items], [2] * 40, lambda _: False
     )
     drafter.learn(answers)
     assert not drafter.draft
@@ -129,11 +131,11 @@ def test_a_useless_draft_is_given_up(untaught: LanguageModel) -> None:
 def test_the_end_token_and_the_limit_end_an_answer(taught: LanguageModel) -> None:
     task = eval_tiny.task_items(taught, "ARC-Easy", 12)
     prompts = [item.prompt for item in task.items]
-    whole = generate_greedy(taught, Beginning(taught, ()), prompts, [32] * 12, lambda _: False)
+    whole = generate_greedy(taught, SharedPrefix(taught, ()), prompts, [32] * 12, lambda _: False)
     assert any(len(answer.tokens) < 32 for answer in whole)
     assert all(1 not in answer.tokens for answer in whole)
     limits = [1 + row % 5 for row in range(12)]
-    short = generate_greedy(taught, Beginning(taught, ()), prompts, limits, lambda _: False)
+    short = generate_greedy(taught, SharedPrefix(taught, ()), prompts, limits, lambda _: False)
     assert [a.tokens for a in short] == [a.tokens[:n] for a, n in zip(whole, limits, strict=True)]
 
 
@@ -156,10 +158,10 @@ def test_adapters_with_virtual_tokens_are_never_padded() -> None:
     torch.manual_seed(1)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     lm = LanguageModel(get_peft_model(eval_tiny.make_model(seed=4), config), eval_tiny.make_tokenizer())
-    assert lm.one_by_one and not lm.own_loop
+    assert lm.unpadded_only and not lm.own_loop
     task = eval_tiny.task_items(lm, "ARC-Easy", 6)
     rows = [item.prompt for item in task.items]
-    together = Beginning(lm, task.shared).open(rows, keep=1, use_cache=False).logits[:, 0]
+    together = SharedPrefix(lm, task.shared_prefix).forward(rows, keep=1, use_cache=False).logits[:, 0]
     for logits, prompt in zip(together, rows, strict=True):
         alone = lm.model(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt))).logits[
             0, -1
@@ -192,13 +194,13 @@ def test_memory_running_out_halves_the_batch(taught: LanguageModel, monkeypatch:
         return forward(ids, *rest, **named)
 
     monkeypatch.setattr(taught, "forward", short_of_memory)
-    asker = Asker(taught, PROTOCOLS["generate"], {task.task: task})
-    (batch,) = plan_batches(task.task, task.items, asker.cost, 100_000)
-    found = sorted(asker.ask(batch), key=lambda p: p.index)
+    answerer = Answerer(taught, PROTOCOLS["generate"], {task.task: task})
+    (batch,) = plan_batches(task.task, task.items, answerer.cost, 100_000)
+    found = sorted(answerer.answer(batch), key=lambda p: p.index)
     assert [p.output for p in found] == [p.output for p in expected]
     assert {12, 6, 3} <= set(sizes)
     sizes.clear()
-    asker.ask(batch)
+    answerer.answer(batch)
     assert max(sizes) <= 6  # what did not fit once is not tried again
 
 

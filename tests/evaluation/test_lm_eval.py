@@ -11,7 +11,7 @@ import yaml
 from data_prep.prompt import evaluation_prompt
 from data_prep.tasks import TASKS
 from eval.__main__ import main
-from eval.protocols import ANSWER_LEAD
+from eval.protocols import ANSWER_PREFIX
 from tests.helpers import eval_tiny
 
 FOLDER = Path(__file__).parents[2] / "eval" / "lm_eval_tasks"
@@ -44,7 +44,7 @@ def test_templates_render_our_prompt_and_answers() -> None:
             return str(jinja2.Template(shared[key], keep_trailing_newline=True).render(record))
 
         assert render("doc_to_text") == evaluation_prompt(record, "alpaca")
-        assert ast.literal_eval(render("doc_to_choice")) == [ANSWER_LEAD + answer for answer in answers]
+        assert ast.literal_eval(render("doc_to_choice")) == [ANSWER_PREFIX + answer for answer in answers]
         assert int(render("doc_to_target")) == answers.index(record["answer"])
         assert shared["target_delimiter"] == ""
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.answering.answerer import Asker
+from eval.answering.answerer import Answerer
 from eval.answering.batching import Batch
 from eval.answering.score import Scores, score_last_token, score_summed
-from eval.answering.shared_prefix import Beginning
+from eval.answering.shared_prefix import SharedPrefix
 from eval.items import Item, TaskItems, common_prefix, load_questions, tokenise
 from eval.model.language_model import LanguageModel
 from eval.protocols import PROTOCOLS
@@ -55,7 +55,7 @@ def test_one_column_of_logits_orders_the_candidates(lm: LanguageModel) -> None:
     task = eval_tiny.task_items(lm, "ARC-Easy", 16)
     assert task.single_position
     assert {len(item.candidates) for item in task.items} == {3, 4, 5}
-    scores = score_last_token(Beginning(lm, task.shared), task.items)
+    scores = score_last_token(SharedPrefix(lm, task.shared_prefix), task.items)
     assert worst_error(scores, lm, task.items) < 1e-3
     assert [len(s.total) for s in scores] == [len(item.candidates) for item in task.items]
 
@@ -69,7 +69,7 @@ def test_summed_log_likelihoods(lm: LanguageModel, task_name: str) -> None:
         Item(item.question, item.prompt, tuple(c + c[-1:] * (i % 3) for i, c in enumerate(item.candidates)))
         for item in task.items
     )
-    scores = score_summed(Beginning(lm, task.shared), longer)
+    scores = score_summed(SharedPrefix(lm, task.shared_prefix), longer)
     for ours, item in zip(scores, longer, strict=True):
         exact = brute_force(lm, item)
         assert ours.total == pytest.approx(exact, abs=1e-3)
@@ -84,9 +84,11 @@ def test_a_tokenizer_without_the_shortcut_takes_the_sum(lm: LanguageModel) -> No
         Item(i.question, i.prompt, tuple(c if n else c + c[-1:] for n, c in enumerate(i.candidates)))
         for i in task.items
     )
-    uneven = TaskItems(task.task, task.pattern, items, task.shared, task.lead, single_position=False)
-    asker = Asker(lm, PROTOCOLS["score"], {task.task: uneven})
-    predictions = asker.ask(Batch(task.task, items, max(map(asker.cost, items))))
+    uneven = TaskItems(
+        task.task, task.pattern, items, task.shared_prefix, task.answer_prefix, single_position=False
+    )
+    answerer = Answerer(lm, PROTOCOLS["score"], {task.task: uneven})
+    predictions = answerer.answer(Batch(task.task, items, max(map(answerer.cost, items))))
     for prediction, item in zip(predictions, items, strict=True):
         exact = brute_force(lm, item)
         assert prediction.prediction == item.question.answers[exact.index(max(exact))]
@@ -99,8 +101,8 @@ def test_shortcut_is_recognised_per_tokenizer(lm: LanguageModel, whole_words: La
             task = eval_tiny.task_items(model, name, 4)
             differ_in_last = all(len({c[:-1] for c in item.candidates}) == 1 for item in task.items)
             assert task.single_position == differ_in_last
-            asker = Asker(model, PROTOCOLS["score"], {name: task})
-            for item, p in zip(task.items, asker.ask(Batch(name, task.items, 1)), strict=True):
+            answerer = Answerer(model, PROTOCOLS["score"], {name: task})
+            for item, p in zip(task.items, answerer.answer(Batch(name, task.items, 1)), strict=True):
                 exact = brute_force(model, item)
                 assert p.prediction == item.question.answers[exact.index(max(exact))]
 
@@ -114,7 +116,7 @@ def test_common_prefix() -> None:
 def test_every_prompt_keeps_a_token_of_its_own(lm: LanguageModel) -> None:
     question = eval_tiny.make_questions("boolq", 1)
     task = tokenise("boolq", question * 2, lm.tokenizer)  # equal prompts share everything
-    assert len(task.shared) == len(task.items[0].prompt) - 1
+    assert len(task.shared_prefix) == len(task.items[0].prompt) - 1
 
 
 def test_a_record_without_its_answer_among_the_choices_is_named(tmp_path: Path) -> None:

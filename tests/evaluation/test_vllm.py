@@ -18,7 +18,7 @@ from tests.helpers import eval_tiny
 
 
 class StandIn:
-    """vLLM's `LLM`: continues token ids greedily, ends behind the first of the `stop` strings."""
+    """vLLM's `LLM`: continues token ids greedily, ends after the first of the `stop` strings."""
 
     made: dict[str, Any]
     asked: list[Any]

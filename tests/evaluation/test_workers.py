@@ -85,7 +85,7 @@ def assert_same(out: Path, reference: Path) -> None:
 
 
 def lines_written(out: Path) -> int:
-    """Predictions on disk; a journal may be merged, and go, between the listing and the reading."""
+    """Predictions on disk; a log may be merged, and removed, between listing and reading."""
     count = 0
     for path in (out / "predictions").glob("*.jsonl"):
         with contextlib.suppress(FileNotFoundError):
@@ -120,7 +120,7 @@ def test_a_killed_evaluation_continues(place: Path, tmp_path: Path) -> None:
     assert_same(out, place / "alone")
 
 
-def test_a_fault_is_told_once(place: Path, tmp_path: Path) -> None:
+def test_an_error_is_printed_once(place: Path, tmp_path: Path) -> None:
     process = launch(place, tmp_path / "out", 2, "--adapter", str(tmp_path / "none"))
     _, error = process.communicate(timeout=300)
     assert process.returncode != 0
