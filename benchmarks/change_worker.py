@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, setting: Setting, process: Any) -> None:
         from benchmarks.contenders import KINDS, Contender, options_of
         from benchmarks.shapes import SHAPES, random_model
-        from launch.engine.build import TORCH_DTYPES
+        from flexlora_ds.base_model.precision import TORCH_DTYPES
         from launch.model.packed_attention import register_packed_sdpa
 
         self.setting, self.process, self.steps = setting, process, 0

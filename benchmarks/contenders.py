@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
+from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.partitions import fuse_gradient_checks
 from launch.data.batches import MicroBatch, collate, end_to_end
 from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
-from launch.engine.build import TORCH_DTYPES
 from launch.engine.ds_config import adam_settings, resolve_ds_config
 from launch.engine.methods import FlexLoRA, PeftLoRA
 from launch.model.compiled_blocks import compile_blocks

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.dropout.apply import Drop, FusedMasking
 from flexlora_ds.dropout.cpu_kernel import HostKernel
-from launch.engine.build import TORCH_DTYPES
 
 
 def contenders(rows: int, features: int, p: float, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

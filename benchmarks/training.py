@@ -33,8 +33,8 @@ from benchmarks.contenders import KINDS, LORA, Contender, options_of
 from benchmarks.intervals import paired_ratio
 from benchmarks.kernels import count_kernels
 from benchmarks.shapes import SHAPES, random_model, records
+from flexlora_ds.base_model.precision import TORCH_DTYPES
 from launch.distributed.process import join_processes
-from launch.engine.build import TORCH_DTYPES
 from launch.model.packed_attention import register_packed_sdpa
 
 WARM_UP = 2  # uncounted rounds

@@ -94,7 +94,12 @@ def _build_parser() -> _Parser:
         help="most items in a batch (default: auto, no limit but --batch_tokens)",
     )
     add("--batch_tokens", default="auto", help="most tokens in a batch, padding included (default: auto)")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: bf16 on a GPU, fp32 on a CPU")
+    add(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="auto: bf16 on a GPU (fp16 on an old one), fp32 on a CPU",
+    )
     add(
         "--prompt",
         default="auto",

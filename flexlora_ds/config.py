@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.fields import (
+    Bounds,
+    Group,
+    OnResume,
+    OptionSpec,
+    choices,
+    convert,
+    nearest,
+    option_specs,
+    remedy,
+    show,
+)
 
 Importance = Literal[
     "entropy",
@@ -35,102 +44,138 @@ Auto = Literal["auto"]
 
 ALL_LINEAR = "all-linear"
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "importance": get_args(Importance),
-    "direction": get_args(Direction),
-    "new_direction": get_args(NewDirection),
-    "new_moment": get_args(NewMoment),
-    "schedule": get_args(Schedule),
-    "budget": get_args(Budget),
-    "rank_one": get_args(RankOne),
-    "spectrum": get_args(Spectrum),
-    "orth_form": get_args(OrthForm),
-}
-"""The allowed words of every option that is a choice, for help texts and error messages."""
+Count = Annotated[int, Bounds(least=0)]
+Positive = Annotated[int, Bounds(least=1)]
+AboveZero = Annotated[float, Bounds(above=0)]
+NotNegative = Annotated[float, Bounds(least=0)]
+Fraction = Annotated[float, Bounds(least=0, most=1)]
+
+ADAPTER = Group("Adapter")
+RANK_CHANGES = Group("Rank changes")
+OPTIMIZATION = Group("Optimization")
+MUST_MATCH = OnResume.MUST_MATCH
 
 
 @dataclass(frozen=True)
 class FlexLoRAConfig:
     """What is adapted, how ranks change, and how the adapter is kept orthogonal.
 
+    The line under a field is its help text; what an option may be stands in its type (`flexlora_ds.fields`).
+
     Raises:
         UserError: a value has the wrong type, is out of range, or contradicts another option.
     """
 
-    rank: int = 8
-    """Rank of every matrix at the start; it also fixes the scale `alpha / rank` of the whole run."""
-    alpha: float = 16.0
+    given_as_text: ClassVar[bool] = False
+    """Whether values may be words of a command line."""
+
+    rank: Annotated[Positive, ADAPTER, MUST_MATCH] = 8
+    """Rank of every matrix at the start. The scale is alpha / rank for the run, whatever ranks become."""
+    alpha: Annotated[AboveZero, ADAPTER, MUST_MATCH] = 16.0
     """Numerator of the scale."""
-    dropout: float = 0.05
-    """Probability of dropping an element of the adapter's input."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    """Module name suffixes (an entry that no name ends in is a regular expression for whole names), or
-    `all-linear`."""
+    dropout: Annotated[float, Bounds(least=0, below=1), ADAPTER] = 0.05
+    """Probability of dropping an element of an adapter's input."""
+    target_modules: Annotated[tuple[str, ...], ADAPTER, MUST_MATCH] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Which linear layers are adapted: name suffixes, regular expressions for whole names, or all-linear."""
 
-    importance: Importance = "entropy"
-    """How a matrix is scored: high scores gain directions, low scores lose them."""
-    direction: Direction = "both"
+    adjust_size: Annotated[Count, RANK_CHANGES] = 4
+    """The most directions that one rank change moves; 0 keeps all ranks fixed."""
+    adjust_start: Annotated[Count | Auto, RANK_CHANGES] = "auto"
+    """Steps before changes may begin; auto is 15.66 % of the run."""
+    adjust_freeze: Annotated[Count | Auto, RANK_CHANGES] = "auto"
+    """Steps at the end without a change; auto is 15.66 % of the run."""
+    adjust_interval: Annotated[Positive | Auto, RANK_CHANGES] = "auto"
+    """Steps from one change to the next; auto is 3.13 % of the run."""
+    schedule: Annotated[Schedule, RANK_CHANGES] = "cubic"
+    """How the size of a change falls from adjust_size over the calendar."""
+    importance: Annotated[Importance, RANK_CHANGES] = "entropy"
+    """The score of a matrix, read from its λ: high scores gain directions, low scores lose them."""
+    direction: Annotated[Direction, RANK_CHANGES] = "both"
     """Whether a change prunes, expands, or does both."""
-    new_direction: NewDirection = "zero_impact"
-    """How a new direction begins."""
-    new_direction_std: float | None = None
-    """Standard deviation of a new direction's P and Q; None follows `init_std`."""
-    new_moment: NewMoment = "own_age"
-    """The optimizer state a new direction begins with."""
-    schedule: Schedule = "cubic"
-    """How the size of a change falls from `adjust_size` over the calendar."""
-    adjust_size: int = 4
-    """The most directions that one change may move; 0 = ranks never change."""
-    adjust_start: int | Auto = "auto"
-    """Steps before the calendar begins; auto = 15.66 % of the run."""
-    adjust_freeze: int | Auto = "auto"
-    """Steps at the end without a change; auto = 15.66 % of the run."""
-    adjust_interval: int | Auto = "auto"
-    """Steps between changes; auto = 3.13 % of the run."""
-    budget: Budget = "ranks"
-    """What a change conserves: the sum of the ranks, or (as an upper limit) the number of parameters."""
-    grace: int = 0
-    """Changes for which a new direction neither counts in the entropy nor is pruned."""
-    rank_one: RankOne = "neutral"
-    """How a matrix of rank 1, whose entropy is undefined, is scored."""
-    min_rank: int = 1
+    budget: Annotated[Budget, RANK_CHANGES] = "ranks"
+    """What changes conserve: the sum of all ranks, or the number of parameters as an upper limit."""
+    spectrum: Annotated[Spectrum, RANK_CHANGES] = "lambda"
+    """Scores come from λ, or from the exact singular values of P diag(λ) Q."""
+    min_rank: Annotated[Positive, RANK_CHANGES] = 1
     """No matrix is pruned below this rank."""
-    max_rank: int | None = None
-    """No matrix grows above this rank (nor above its own shape); None = 4 · rank."""
-    spectrum: Spectrum = "lambda"
-    """Scores are read from λ, or from the true singular values of P diag(λ) Q."""
-    expand_min_energy: float = 0.0
-    """Matrices whose Σλ² lies below this quantile of all matrices are not expanded."""
+    max_rank: Annotated[Positive | None, RANK_CHANGES] = None
+    """No matrix grows above this rank, nor above its own shape; none is 4 · rank."""
+    rank_one: Annotated[RankOne, RANK_CHANGES] = "neutral"
+    """How a matrix of rank 1 is scored, whose entropy is undefined."""
+    grace: Annotated[Count, RANK_CHANGES] = 0
+    """Changes during which a new direction neither counts in the entropy nor is pruned."""
+    expand_min_energy: Annotated[Fraction, RANK_CHANGES] = 0.0
+    """A quantile: matrices whose Σλ² lies below it are not expanded."""
+    new_direction: Annotated[NewDirection, RANK_CHANGES] = "zero_impact"
+    """How a new direction begins; all but small leave the model's output unchanged, zero never learns."""
+    new_direction_std: Annotated[AboveZero | None, RANK_CHANGES] = None
+    """Standard deviation of a new direction's P and Q; none follows init_std."""
+    new_moment: Annotated[NewMoment, RANK_CHANGES] = "own_age"
+    """The optimizer state that a new direction begins with."""
+    orth_form: Annotated[OrthForm, RANK_CHANGES] = "decoupled"
+    """How P and Q stay orthonormal: by a step of its own after the update, or by a term in the loss."""
+    orth_weight: Annotated[NotNegative | None, RANK_CHANGES] = None
+    """Strength of that; none is 0.05 for decoupled and 0.1 for the other two."""
 
-    orth_form: OrthForm = "decoupled"
-    """How P's columns and Q's rows are kept orthonormal."""
-    orth_weight: float | None = None
-    """Strength of that; None = 0.05 for decoupled, 0.1 for the two that add to the loss."""
-    init_std: Literal["unit"] | float = "unit"
-    """Standard deviation of P and Q at the start; unit = directions of expected norm 1."""
-    lambda_lr: Auto | float = "auto"
-    """Learning rate of λ as a multiple of the run's; auto = √min(in, out) of its layer."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of λ (P and Q have none)."""
-    seed: int = 42
-    """Seed of everything the method draws."""
+    init_std: Annotated[Literal["unit"] | AboveZero, ADAPTER] = "unit"
+    """Standard deviation of P and Q at the start; unit gives every direction an expected norm of 1."""
+    lambda_lr: Annotated[Auto | AboveZero, ADAPTER] = "auto"
+    """Learning rate of λ as a multiple of lr: auto is √min(in, out) of the layer, 1 is the paper's."""
+    weight_decay: Annotated[NotNegative, ADAPTER] = 0.0
+    """Decoupled weight decay, of λ only (method lora: of all that it trains)."""
+    seed: Annotated[int, Bounds(least=0, below=2**63), OPTIMIZATION, MUST_MATCH] = 42
+    """Seed of the data order, the dropout masks and everything that the method draws."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
-        for name, choices in CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
-        for name, bounds in _RANGES.items():
-            object.__setattr__(self, name, bounds.checked(name, getattr(self, name)))
+        for spec in option_specs(type(self)):
+            object.__setattr__(self, spec.name, self._converted(spec, getattr(self, spec.name)))
+        object.__setattr__(self, "target_modules", self._checked_targets())
         self._check_together()
+
+    def place(self, key: str) -> str:
+        """Where the value of a key was given, for a message's parentheses."""
+        return f"key {key}"
+
+    def _converted(self, spec: OptionSpec, value: object) -> Any:
+        text = self.given_as_text
+        try:
+            return convert(value, spec.kind, text=text)
+        except ValueError as error:
+            shown = show(value) if text else repr(value)
+            todo = remedy(value, spec.kind, text=text)
+            raise UserError(f"{spec.name} {shown} {error} ({self.place(spec.name)}); {todo}") from error
+
+    def _checked_targets(self) -> tuple[str, ...]:
+        """`target_modules` without repetitions."""
+        entries, place = self.target_modules, self.place("target_modules")
+        for entry in entries:
+            try:
+                re.compile(entry)
+            except re.error as error:
+                raise UserError(
+                    f"target_modules entry {entry!r} is neither a name nor a regular expression: {error} "
+                    f"({place}); correct it"
+                ) from error
+        if ALL_LINEAR in entries and len(entries) > 1:
+            raise UserError(f"{ALL_LINEAR} stands beside other entries ({place}); give it alone")
+        return tuple(dict.fromkeys(entries))
 
     def _check_together(self) -> None:
         if self.min_rank > self.rank:
-            raise UserError(f"min_rank {self.min_rank} is above rank {self.rank} (key min_rank); lower it")
+            place = self.place("min_rank")
+            raise UserError(f"min_rank {self.min_rank} is above rank {self.rank} ({place}); lower it")
         if self.max_rank is not None and self.max_rank < self.rank:
-            raise UserError(f"max_rank {self.max_rank} is below rank {self.rank} (key max_rank); raise it")
+            place = self.place("max_rank")
+            raise UserError(f"max_rank {self.max_rank} is below rank {self.rank} ({place}); raise it")
         if self.orth_form == "decoupled" and self.orth_strength > 0.5:
             raise UserError(
-                f"orth_weight {self.orth_weight} overshoots with orth_form decoupled (key orth_weight); "
+                f"orth_weight {self.orth_weight} overshoots with orth_form decoupled ({self.place('orth_weight')}); "
                 "give at most 0.5"
             )
 
@@ -153,7 +198,7 @@ class FlexLoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values; `from_dict` gives an equal config back."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {spec.name: getattr(self, spec.name) for spec in option_specs(type(self))}
         return values | {"target_modules": list(self.target_modules)}
 
     @classmethod
@@ -163,10 +208,12 @@ class FlexLoRAConfig:
         Raises:
             UserError: an unknown key (the nearest known one is named), or a value as in the constructor.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [spec.name for spec in option_specs(cls)]
         for key in values:
             if key not in known:
-                raise UserError(f"unknown option {key!r} (key {key}); {_nearest(str(key), known)}")
+                close = nearest(str(key), known)
+                todo = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
+                raise UserError(f"unknown option {key!r} (key {key}); {todo}")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -191,97 +238,9 @@ class FlexLoRAConfig:
         return cls.from_dict(values)
 
 
-_HUGE = 1e300  # nothing beyond is a sensible number, and whole numbers beyond do not fit a float
-
-
-@dataclass(frozen=True)
-class _Range:
-    """The values a numeric option may take: an interval, open or closed, perhaps a word or None beside it."""
-
-    kind: type[int] | type[float]
-    low: float
-    high: float = math.inf
-    low_open: bool = False
-    high_open: bool = False
-    word: str | None = None
-    none: bool = False
-
-    def checked(self, name: str, value: object) -> int | float | str | None:
-        """The value, whole numbers made float where a float is meant."""
-        if (value is None and self.none) or (self.word is not None and value == self.word):
-            assert value is None or isinstance(value, str)
-            return value
-        meant = int if self.kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, meant):
-            raise UserError(f"{name} is {value!r} (key {name}); give {self}")
-        assert isinstance(value, (int, float))
-        if self.kind is float:
-            value = float(value) if abs(value) < _HUGE else math.nan
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        if not (above and below):
-            raise UserError(f"{name} {value!r} is out of range (key {name}); give {self}")
-        return value
-
-    def __str__(self) -> str:
-        what = "a whole number" if self.kind is int else "a number"
-        text = f"{what} {'above' if self.low_open else 'of at least'} {self.low:g}"
-        if self.high < math.inf:
-            text += f" and {'below' if self.high_open else 'at most'} {self.high:g}"
-        text += f", or {self.word!r}" if self.word else ""
-        return text + (", or none" if self.none else "")
-
-
-_RANGES: dict[str, _Range] = {
-    "rank": _Range(int, 1),
-    "alpha": _Range(float, 0, low_open=True),
-    "dropout": _Range(float, 0, 1, high_open=True),
-    "new_direction_std": _Range(float, 0, low_open=True, none=True),
-    "adjust_size": _Range(int, 0),
-    "adjust_start": _Range(int, 0, word="auto"),
-    "adjust_freeze": _Range(int, 0, word="auto"),
-    "adjust_interval": _Range(int, 1, word="auto"),
-    "grace": _Range(int, 0),
-    "min_rank": _Range(int, 1),
-    "max_rank": _Range(int, 1, none=True),
-    "expand_min_energy": _Range(float, 0, 1),
-    "orth_weight": _Range(float, 0, none=True),
-    "init_std": _Range(float, 0, low_open=True, word="unit"),
-    "lambda_lr": _Range(float, 0, low_open=True, word="auto"),
-    "weight_decay": _Range(float, 0),
-    "seed": _Range(int, 0, 2**63, high_open=True),
+CHOICES: dict[str, tuple[str, ...]] = {
+    spec.name: choices(spec.kind)
+    for spec in option_specs(FlexLoRAConfig)
+    if len(choices(spec.kind)) > 1  # one word, such as auto, stands beside a number
 }
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """The mend of a misspelt word: the nearest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = _nearest(str(value), choices)
-        listed = "" if hint.startswith("known") else f" (one of {', '.join(choices)})"
-        raise UserError(f"{name} {value!r} is unknown (key {name}); {hint}{listed}")
-
-
-def _checked_targets(value: object) -> tuple[str, ...]:
-    """`target_modules` as a tuple without repetitions; a single string is one entry."""
-    entries = [value] if isinstance(value, str) else value
-    if not isinstance(entries, (list, tuple)) or not entries:
-        raise UserError(f"target_modules is {value!r} (key target_modules); give a list of module names")
-    for entry in entries:
-        if not isinstance(entry, str) or not entry:
-            raise UserError(f"target_modules holds {entry!r} (key target_modules); give module names")
-        try:
-            re.compile(entry)
-        except re.error as error:
-            raise UserError(
-                f"target_modules entry {entry!r} is neither a name nor a regular expression: {error} "
-                "(key target_modules); correct it"
-            ) from error
-    if ALL_LINEAR in entries and len(entries) > 1:
-        raise UserError(f"{ALL_LINEAR} stands beside other entries (key target_modules); give it alone")
-    return tuple(dict.fromkeys(entries))
+"""The allowed words of every option that is a choice among words."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer, native_dtype
+from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import replacing_folder
@@ -52,7 +53,6 @@ __all__ = [
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for `max_lora_rank`."""
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UPDATE_TOLERANCE = 1e-5  # of max |ΔW|: fp32 products of the same numbers, summed in another order
 
 
@@ -214,7 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=("peft", "peft-uniform", "merged"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new or empty")
     parser.add_argument("--base", help="the base model, if it is not where the run found it (merged only)")
-    parser.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="of the merged model")
+    parser.add_argument(
+        "--dtype", choices=("auto", *TORCH_DTYPES), default="auto", help="of the merged model"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -245,7 +247,7 @@ def _export(options: argparse.Namespace) -> str:
         )
     else:
         _hide_progress_bars()
-        check = export_merged(adapter, out, options.base, _DTYPES.get(options.dtype))
+        check = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
         told[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
     return "\n".join([*told, f"checked: {check}"])
 

@@ -41,6 +41,7 @@ FLOORS = {
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files"),
+        ("fields",),
         ("errors", "rounding"),
     ),
 }

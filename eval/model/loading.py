@@ -14,14 +14,8 @@ from data_prep.prompt import PROMPTS
 from eval.model.language_model import LanguageModel
 from eval.options import Options
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
+from flexlora_ds.base_model.precision import TORCH_DTYPES, resolve_dtype
 from flexlora_ds.errors import UserError
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU and fp32 on a CPU."""
-    return _DTYPES["bf16" if device.type == "cuda" else "fp32"] if name == "auto" else _DTYPES[name]
 
 
 def resolve_attention(name: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -38,7 +32,7 @@ def resolve_attention(name: str, dtype: torch.dtype, device: torch.device) -> st
 
 def load(options: Options, device: torch.device) -> LanguageModel:
     """The model on `device`, its adapter attached or merged. UserError names what is missing or does not fit."""
-    dtype = resolve_dtype(options.dtype, device)
+    dtype = TORCH_DTYPES[resolve_dtype(options.dtype, gpu=device.type == "cuda")]
     tokenizer = load_tokenizer(options.model)
     model: Any = load_causal_lm(
         options.model,

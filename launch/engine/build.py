@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flexlora_ds.base_model.loading import load_causal_lm
+from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.state import set_ranks
 from flexlora_ds.partitions import fuse_gradient_checks
 from launch.distributed.process import Process
@@ -20,8 +21,6 @@ from launch.model.head_loss import install_head_loss
 from launch.model.liger import apply_liger
 from launch.model.torch_compile import compile_pieces
 from launch.options.train_options import TrainOptions
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_engine(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flexlora_ds.errors import UserError
-from launch.options.fields import show
+from flexlora_ds.fields import show
 from launch.options.train_options import Kernels, TrainOptions
 
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

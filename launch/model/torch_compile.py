@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.fields import show
 from launch.model.liger import foreign_base
-from launch.options.fields import show
 from launch.options.train_options import TrainOptions
 
 

@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launch.options.fields import describe_kind, show
-from launch.options.train_options import GROUPS, SPECS, TrainOptions
+from flexlora_ds.fields import describe_kind, show
+from launch.options.train_options import TrainOptions, by_group
 
 WIDTH = 100
 
@@ -52,22 +52,32 @@ class Entry:
 def entries() -> Iterator[tuple[str, list[Entry]]]:
     """The headings, each with its options in order."""
     meanings = field_lines(TrainOptions)
-    group: list[Entry] = []
-    heading = ""
-    for spec in SPECS:
-        if spec.name in GROUPS:
-            if group:
-                yield heading, group
-            heading, group = GROUPS[spec.name], []
-        default = SHOWN_DEFAULTS.get(spec.name, show(spec.default))
-        group.append(Entry(spec.name, default, describe_kind(spec.kind), meanings[spec.name]))
-    yield heading, group
+    for heading, specs in by_group():
+        yield (
+            heading.title,
+            [
+                Entry(
+                    spec.name,
+                    SHOWN_DEFAULTS.get(spec.name, show(spec.default)),
+                    describe_kind(spec.kind),
+                    meanings[spec.name],
+                )
+                for spec in specs
+            ],
+        )
 
 
 def field_lines(options_class: type) -> dict[str, str]:
-    """The documentation line under each field of a class, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(options_class))).body[0]
-    assert isinstance(body, ast.ClassDef)
+    """The documentation line under each field of a class, inherited ones included, read from the sources."""
+    lines: dict[str, str] = {}
+    for base in reversed(options_class.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        lines |= _documented(body)
+    return lines
+
+
+def _documented(body: ast.ClassDef) -> dict[str, str]:
     lines: dict[str, str] = {}
     for statement, follower in zip(body.body, body.body[1:], strict=False):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):

@@ -10,11 +10,39 @@ from typing import Any
 import yaml
 
 from flexlora_ds.errors import UserError
-from launch.options.fields import nearest
+from flexlora_ds.fields import nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
 """What DeepSpeed's and torch's launchers append for every process; the environment says the same."""
+
+
+FOREIGN_KEYS: Mapping[str, str] = {
+    "base_model": "model",
+    "bf16": "dtype",
+    "data_path": "data",
+    "deepspeed": "ds",
+    "deepspeed_config": "ds",
+    "fp16": "dtype",
+    "gradient_accumulation_steps": "batch_size",
+    "learning_rate": "lr",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_r": "rank",
+    "lora_target_modules": "target_modules",
+    "lr_scheduler_type": "lr_schedule",
+    "model_name_or_path": "model",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "output_dir": "out",
+    "per_device_train_batch_size": "micro_batch_size",
+    "r": "rank",
+    "resume_from_checkpoint": "resume",
+    "train_batch_size": "batch_size",
+    "train_sampling_strategy": "group_by_length",
+    "val_set_size": "val_size",
+}
+"""What other trainers call our keys: hints only, never accepted in their place."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +67,7 @@ def read_arguments(argv: Sequence[str], known: Collection[str]) -> Given:
             raise UserError(f"{word!r} belongs to no key (command line); write --key value")
         key, equals, value = word[2:].partition("=")
         if key not in known and key not in LAUNCHER_FLAGS:
-            raise UserError(f"unknown key --{key} (command line); {nearest(key, known)}")
+            raise UserError(f"unknown key --{key} (command line); {_meant(key, known)}")
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{key} has no value (command line); write --{key} VALUE")
@@ -93,11 +121,16 @@ def read_yaml(text: str, origin: str, known: Collection[str]) -> Given:
     for key_node, _ in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key not in known:
-            raise UserError(f"unknown key {key!r} ({origin}, line {line}); {nearest(key, known)}")
+            raise UserError(f"unknown key {key!r} ({origin}, line {line}); {_meant(key, known)}")
         if key in places:
             raise UserError(f"key {key} stands twice ({origin}, line {line}); remove one of them")
         places[key] = f"{origin}, line {line}"
     return Given(values, places)
+
+
+def _meant(key: str, known: Collection[str]) -> str:
+    close = nearest(key, known, FOREIGN_KEYS)
+    return f"did you mean {close}?" if close else "--help lists all keys"
 
 
 def _yaml_fault(error: yaml.YAMLError, origin: str) -> str:

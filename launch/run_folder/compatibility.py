@@ -8,48 +8,9 @@ from typing import Any
 
 from flexlora_ds.checkpoint.state import Checkpoint
 from flexlora_ds.errors import RunError
+from flexlora_ds.fields import OnResume
 from launch.options.train_options import SPECS, TrainOptions
 from launch.run_folder.json_files import to_json
-
-FREE = (
-    "model",
-    "data",
-    "out",
-    "recipe",
-    "ds",
-    "micro_batch_size",
-    "dtype",
-    "attention",
-    "gradient_checkpointing",
-    "padding_free",
-    "kernels",
-    "compile",
-    "epochs",
-    "max_steps",
-    "log_every",
-    "val_every",
-    "save_every",
-    "keep_checkpoints",
-    "resume",
-    "dry_run",
-    "debug",
-)
-"""Options that may differ: where and how the run is computed. Model, data and steps are compared by content."""
-
-BOUND = (
-    "method",
-    "rank",
-    "alpha",
-    "target_modules",
-    "seed",
-    "batch_size",
-    "group_by_length",
-    "prompt",
-    "cutoff_len",
-    "train_on_inputs",
-    "val_size",
-)
-"""Options without which the saved state, or its position in the data, means something else."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +59,9 @@ class Identity:
         options = {spec.name: spec.default for spec in SPECS}  # an option younger than the checkpoint
         options.update(saved.get("options", {}))
         names = [name for name in self.options if to_json(self.options[name]) != to_json(options.get(name))]
+        on_resume = {spec.name: spec.on_resume for spec in SPECS}
         for name in names:
-            if name in BOUND:
+            if on_resume[name] is OnResume.MUST_MATCH:
                 _refuse(checkpoint, name, options.get(name), self.options[name])
         base = _base_of(saved)
         if base.fingerprint != self.base.fingerprint:
@@ -111,7 +73,7 @@ class Identity:
                 options.get("data"),
                 f"{self.options['data']} (its examples differ)",
             )
-        changed = [n for n in names if n not in FREE]
+        changed = [n for n in names if on_resume[n] is OnResume.IS_SAID]
         told = [f"{name} {_show(options.get(name))} → {_show(self.options[name])}" for name in changed]
         if saved.get("total_steps") != self.total_steps:
             told.append(f"steps {saved.get('total_steps')} → {self.total_steps}")

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
+from flexlora_ds.fields import OnResume, option_specs
+from flexlora_ds.schedule import resolve_calendar
 from launch.data.batch_layout import batch_layout
 from launch.options.help import field_lines, help_text, options_markdown
-from launch.options.train_options import GROUPS, SPECS, TrainOptions, parse_options
+from launch.options.train_options import GROUPS, SPECS, TrainOptions, by_group, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +91,28 @@ def test_defaults_are_those_of_the_contract() -> None:
 
 def test_defaults_agree_with_the_library() -> None:
     assert TrainOptions().to_flexlora_config() == FlexLoRAConfig()
+
+
+def test_the_method_declares_its_options_for_both() -> None:
+    own = {spec.name for spec in SPECS if spec.owner is TrainOptions}
+    inherited = {spec.name for spec in option_specs(FlexLoRAConfig)}
+    assert not own & inherited and own | inherited == {spec.name for spec in SPECS}
+    lines, library = field_lines(TrainOptions), field_lines(FlexLoRAConfig)
+    assert all(lines[name] == library[name] for name in inherited)
+
+
+@pytest.mark.parametrize("key", ["adjust_start", "adjust_freeze", "adjust_interval"])
+def test_the_shares_of_the_calendar_in_help_are_those_that_auto_takes(key: str) -> None:
+    calendar = resolve_calendar(10**6, FlexLoRAConfig())
+    taken = getattr(calendar, key.removeprefix("adjust_")) / 10**6
+    assert f"auto is {100 * taken:.2f} % of the run" in field_lines(FlexLoRAConfig)[key]
+
+
+def test_what_a_resumed_run_may_change_stands_on_the_field() -> None:
+    on_resume = {spec.name: spec.on_resume for spec in SPECS}
+    assert on_resume["rank"] is on_resume["seed"] is on_resume["cutoff_len"] is OnResume.MUST_MATCH
+    assert on_resume["dtype"] is on_resume["model"] is on_resume["max_steps"] is OnResume.MAY_CHANGE
+    assert on_resume["lr"] is on_resume["dropout"] is on_resume["adjust_size"] is OnResume.IS_SAID
 
 
 def test_without_a_recipe_the_main_job_runs() -> None:
@@ -212,7 +236,8 @@ def test_a_written_options_file_is_a_recipe(tmp_path: Path, recipe: Path) -> Non
 
 def test_every_option_has_a_help_line_and_a_group() -> None:
     lines = field_lines(TrainOptions)
-    assert SPECS[0].name in GROUPS
+    assert [group for group, specs in by_group() if specs] == list(GROUPS)
+    assert {spec.name for spec in SPECS} == {spec.name for spec in option_specs(TrainOptions)}
     page = help_text()
     for spec in SPECS:
         assert lines[spec.name].endswith(".")
