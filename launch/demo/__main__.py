@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flexlora_ds.errors import RunError, UserError
-from launch.demo.commands import run_step, training_command
+from launch.demo.commands import run_command, training_command
 
 DEFAULT_OUT = Path("runs/demo")
 RECIPE = Path("launch/recipes/demo.yaml")
@@ -54,7 +54,7 @@ def run(out: Path, processes: int | None) -> None:
     started = time.monotonic()
     make_room(out)
     for title, command in commands(out, processes=processes):
-        run_step(title, command)
+        run_command(title, command)
     print(f"\nthe demo took {time.monotonic() - started:.0f} s")
     print(f"report  {out}/report/index.html")
     print(f"adapter {out}/adapter")

@@ -14,7 +14,7 @@ from pathlib import Path
 from flexlora_ds.errors import RunError
 
 
-def run_step(title: str, command: Sequence[str]) -> None:
+def run_command(title: str, command: Sequence[str]) -> None:
     """Run `python *command` and print what it took. Raises RunError naming the step when it fails."""
     print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
     started = time.monotonic()

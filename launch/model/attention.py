@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flexlora_ds.errors import UserError
-from launch.model.liger import PLAIN_DECODERS
+from launch.model.liger import LLAMA_LIKE
 from launch.model.packed_attention import Varlen, register_packed_sdpa, register_packed_varlen, working_varlen
 from launch.options.train_options import TrainOptions
 
@@ -77,7 +77,7 @@ def settle_padding_free(options: TrainOptions, config: Any, *, attention: str, g
     """
     if options.padding_free != "auto":
         return options.padding_free
-    known = config.model_type in PLAIN_DECODERS
+    known = config.model_type in LLAMA_LIKE
     return known and (attention in ("flash", "varlen") or (attention == "sdpa" and not gpu))
 
 

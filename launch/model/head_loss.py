@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from launch.model.liger import PLAIN_DECODERS
+from launch.model.liger import LLAMA_LIKE
 
 CHUNK_BYTES = 2**27
 """Of the fp32 logits that exist at once."""
@@ -28,7 +28,7 @@ def computes_losses(config: Any, *, fp16: bool) -> bool:
 
     Not in fp16: the gradient would be rounded before the loss scale reaches it.
     """
-    return config.model_type in PLAIN_DECODERS and not fp16
+    return config.model_type in LLAMA_LIKE and not fp16
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -14,7 +14,7 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.fields import show
 from launch.options.train_options import Kernels, TrainOptions
 
-PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """transformers' model types whose layers are RMSNorm, rotary embedding and down(act(gate(x)) · up(x)), and no more."""
 
 
@@ -50,8 +50,8 @@ def _obstacle(options: TrainOptions, config: Any, *, gpu: bool, installed: bool)
 
 def foreign_base(config: Any) -> str | None:
     """What of a model is not the pieces known here; None where nothing is."""
-    if config.model_type not in PLAIN_DECODERS:
-        return f"knows no models of type {config.model_type}, only {', '.join(PLAIN_DECODERS)}"
+    if config.model_type not in LLAMA_LIKE:
+        return f"knows no models of type {config.model_type}, only {', '.join(LLAMA_LIKE)}"
     if config.hidden_act not in ("silu", "swish"):
         return f"knows the activation silu, not {config.hidden_act}"
     return None

@@ -9,7 +9,7 @@ from launch.data.examples import IGNORED, TokenisedData
 from launch.data.prepare import load_tokenizer_of, prepare_data, steps_of
 from launch.distributed.process import world_size_of_environment
 from launch.options.train_options import TrainOptions
-from launch.planning.page import RunPlan, render_plan
+from launch.planning.page import DryRunPage, render_plan
 from launch.planning.settle import settle
 
 
@@ -25,7 +25,7 @@ def dry_run(options: TrainOptions) -> None:
     data = prepare_data(options, tokenizer)
     laid = f"examples {'lie end to end' if settled.options.padding_free else 'are padded to a multiple of 8 tokens'}"
     dropped = data.dropped_line()
-    page = RunPlan(
+    page = DryRunPage(
         options=options,
         shapes=plan.shapes,
         base_parameters=plan.base_parameters,

@@ -30,7 +30,7 @@ class ModuleGroup:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class DryRunPage:
     """What is known of a run before it begins."""
 
     options: TrainOptions
@@ -63,7 +63,7 @@ def group_modules(shapes: Shapes) -> list[ModuleGroup]:
     return [ModuleGroup(pattern, count, shape) for (pattern, shape), count in counts.items()]
 
 
-def render_plan(plan: RunPlan) -> str:
+def render_plan(plan: DryRunPage) -> str:
     """The page, ending in a line break."""
     sections = {
         "Run": _run_lines(plan),
@@ -78,7 +78,7 @@ def render_plan(plan: RunPlan) -> str:
     return "\n".join(lines)
 
 
-def _run_lines(plan: RunPlan) -> Iterator[str]:
+def _run_lines(plan: DryRunPage) -> Iterator[str]:
     options, layout = plan.options, plan.layout
     yield f"{options.method} on {options.model} -> {options.out}"
     yield f"{plan.records:,} records of {options.data}, prompt {options.prompt}, {plan.total_steps:,} steps"
@@ -93,7 +93,7 @@ def _run_lines(plan: RunPlan) -> Iterator[str]:
     yield from plan.notes
 
 
-def _module_lines(plan: RunPlan) -> Iterator[str]:
+def _module_lines(plan: DryRunPage) -> Iterator[str]:
     rank, with_lambda = plan.options.rank, plan.options.method == "flexlora"
     for group in group_modules(plan.shapes):
         out, into = group.shape
@@ -107,7 +107,7 @@ def _module_lines(plan: RunPlan) -> Iterator[str]:
     )
 
 
-def _memory_lines(plan: RunPlan) -> Iterator[str]:
+def _memory_lines(plan: DryRunPage) -> Iterator[str]:
     for what, size in plan.memory.parts():
         if size:
             yield f"{size / GIB:8.2f} GiB  {what}"
@@ -119,7 +119,7 @@ def _memory_lines(plan: RunPlan) -> Iterator[str]:
         yield f"{plan.memory_limit / GIB:8.2f} GiB  available: {verdict}"
 
 
-def _calendar_lines(plan: RunPlan) -> Iterator[str]:
+def _calendar_lines(plan: DryRunPage) -> Iterator[str]:
     if plan.options.method != "flexlora":
         yield f"none: ranks are fixed with method {plan.options.method}"
         return

@@ -19,7 +19,7 @@ from launch.planning.memory_estimate import (
     estimate_memory,
     layer_bytes_per_token,
 )
-from launch.planning.page import RunPlan, group_modules, mark_loss, render_plan, trainable_parameters
+from launch.planning.page import DryRunPage, group_modules, mark_loss, render_plan, trainable_parameters
 
 LLAMA3_8B = ModelShape(8_030_261_248, 32, 4096, 14336, 1024, 128_256)
 KINDS = {
@@ -38,7 +38,7 @@ def estimate(**changes: Any) -> MemoryEstimate:
     return estimate_memory(LLAMA3_8B, MemorySetting(**setting), 14_156_800, tokens)
 
 
-def plan(**changes: Any) -> RunPlan:
+def plan(**changes: Any) -> DryRunPage:
     options = TrainOptions(model="meta-llama/Meta-Llama-3-8B", **changes.pop("options", {}))
     values: dict[str, Any] = {
         "options": options,
@@ -50,7 +50,7 @@ def plan(**changes: Any) -> RunPlan:
         "memory": estimate(),
         "example": [("Question\n", False), ("the", True), (" answer", True)],
     }
-    return RunPlan(**(values | changes))
+    return DryRunPage(**(values | changes))
 
 
 @pytest.mark.parametrize(("rank", "millions"), [(8, 14.2), (12, 21.2), (32, 56.6)])

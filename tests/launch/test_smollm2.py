@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.tasks import TASKS
 from flexlora_ds.errors import RunError, UserError
-from launch.demo.commands import run_step
+from launch.demo.commands import run_command
 from launch.demo.smollm2 import Plan, find_gguf, main, preparation, run_commands, tasks_with_tests
 
 
@@ -89,7 +89,7 @@ def test_another_runs_folder_is_not_overwritten(package: Path, tmp_path: Path) -
 
 
 def test_a_failing_step_ends_the_path(capfd: pytest.CaptureFixture[str]) -> None:
-    run_step("fine", ["-c", "print('done')"])
+    run_command("fine", ["-c", "print('done')"])
     with pytest.raises(RunError, match="the step 'broken' ended with exit code 3"):
-        run_step("broken", ["-c", "raise SystemExit(3)"])
+        run_command("broken", ["-c", "raise SystemExit(3)"])
     assert "== broken" in capfd.readouterr().out
