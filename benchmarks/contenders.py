@@ -14,7 +14,7 @@ from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.partitions import fuse_gradient_checks
-from launch.data.batches import MicroBatch, collate, end_to_end
+from launch.data.batches import MicroBatch, collate, pack
 from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
 from launch.engine.ds_config import adam_settings, resolve_ds_config
@@ -151,7 +151,7 @@ class Contender:
     def lay(self, rows: list[Example], number: int) -> MicroBatch:
         """The records as this contender takes them."""
         if self.kind.packed:
-            return end_to_end(rows, seed=0, step=number)
+            return pack(rows, seed=0, step=number)
         return collate(rows, pad_token_id=0, seed=0, step=number)
 
     def _regularised(self, loss: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ SHOWN = 20  # steps between printed lines
 def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[str, int]]:
     """The mean token loss of every step, and the ranks at the end."""
     from flexlora_ds.adapter.layer import forward_context
-    from launch.data.prepare import cut_batches, load_tokenizer_of, prepare_data
+    from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
     from launch.distributed.process import join_processes
     from launch.engine.build import build_engine
     from launch.planning.settle import settle
@@ -33,7 +33,9 @@ def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[
     options, layout = settled.options, settled.layout
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
-    batches = cut_batches(options, prepare_data(options, tokenizer), layout, process, tokenizer.pad_token_id)
+    batches = share_batches(
+        options, prepare_data(options, tokenizer), layout, process, tokenizer.pad_token_id
+    )
     engine, method = build_engine(options, settled.ds_config, batches.steps, process)
     forward_context(engine.module).plain = plain
     method.attach(engine, batches.steps, None)
@@ -54,8 +56,9 @@ def one_step(engine: Any, method: Any, batches: Any, step: int, device: Any) -> 
     from launch.model.token_loss import head_of, token_loss
 
     head = head_of(engine.module)
-    targets, total = batches.target_tokens(step), 0.0
-    for batch in batches.micro_batches(step):
+    step_batch, total = batches.batch(step), 0.0
+    targets = step_batch.target_tokens
+    for batch in step_batch.micro_batches:
         method.before_forward(batch, device)
         loss = token_loss(engine, batch, device, head)
         engine.backward(loss * (engine.gradient_accumulation_steps() / targets))

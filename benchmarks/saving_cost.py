@@ -26,7 +26,7 @@ from launch.command import guarded, quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
-    from launch.distributed.signals import Watch
+    from launch.distributed.signals import SignalWatcher
     from launch.loop.session import Session
 
 WARM_UP = 3  # steps
@@ -55,11 +55,13 @@ def run_block(session: Session, first: int, steps: int, *, save: bool) -> Block:
         saver.begin(first)
         copied = time.perf_counter() - clock
     for step in range(first, first + steps):
-        saver.settle(bool(largest(session.process, [saver.busy])[0]))
-        train_step(session, step, session.batches.train.micro_batches(step))
+        if not largest(session.process, [saver.busy])[0]:
+            saver.complete()
+        batch = session.data.train.batch(step)
+        train_step(session, batch)
         session.guard.after_step(step)
         session.method.after_step(step)
-        session.journal.count(step)
+        session.log.count(batch)
     saver.complete()
     if session.process.device.type == "cuda":
         import torch
@@ -102,9 +104,9 @@ def report(found: list[tuple[Block, Block]], steps: int, checkpoint: Path) -> st
     return "\n".join(lines)
 
 
-def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
+def body(options: TrainOptions, pairs: int, steps: int, watcher: SignalWatcher) -> None:
     """Open a run as the training command does, and measure in it."""
-    from launch.data.prepare import cut_batches, load_tokenizer_of, prepare_data
+    from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
     from launch.distributed.process import join_processes, world_size_of_environment
     from launch.loop.session import begin, identify, run_folder
     from launch.planning.settle import settle
@@ -116,13 +118,13 @@ def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     process = join_processes()
-    watch.follow(process)
+    watcher.follow(process)
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
-        batches = cut_batches(options, data, layout, process, tokenizer.pad_token_id)
-        session = begin(options, settled.ds_config, folder, process, batches, identity, Start(), watch)
+        batches = share_batches(options, data, layout, process, tokenizer.pad_token_id)
+        session = begin(options, settled.ds_config, folder, process, batches, identity, Start(), watcher)
         found = measure(session, pairs, steps)
-        if process.first:
+        if process.is_rank_zero:
             newest = max(folder.checkpoints.glob("step_*"))
             print(
                 f"\n{Path(options.model).name}, {session.method.trainable_parameters:,} trainable parameters, "
@@ -130,7 +132,7 @@ def body(options: TrainOptions, pairs: int, steps: int, watch: Watch) -> None:
                 f"batch {options.batch_size}; {pairs} pairs of {steps} steps"
             )
             print(report(found, steps, newest))
-        watch.part(process)
+        watcher.part(process)
 
 
 def demo_place(root: Path) -> dict[str, Any]:
@@ -156,9 +158,9 @@ def main() -> int:
     fixed = ["--adjust_size=0", f"--max_steps={steps}", "--save_every=0", "--resume=auto"]
 
     def run() -> None:
-        from launch.distributed.signals import Watch
+        from launch.distributed.signals import SignalWatcher
 
-        with tempfile.TemporaryDirectory() as scratch, Watch() as watch:
+        with tempfile.TemporaryDirectory() as scratch, SignalWatcher() as watcher:
             words = list(rest)
             if not any(word.startswith("--model") for word in words):
                 words = [
@@ -168,7 +170,7 @@ def main() -> int:
                 ]
             if not any(word.startswith("--out") for word in words):
                 words.append(f"--out={scratch}/run")
-            body(parse_options([*words, *fixed]), own.pairs, own.block, watch)
+            body(parse_options([*words, *fixed]), own.pairs, own.block, watcher)
 
     return guarded(run, debug=lambda: False)
 

@@ -1,4 +1,4 @@
-"""The order of the data and the batches cut from it: pure functions of (seed, step) at any world size.
+"""The order of the data, and the batches made of it: pure functions of (seed, step) at any world size.
 
 The training data is one endless stream: the examples of epoch 0 in a seeded order (arranged into batches of like
 length, where that is asked for), then those of epoch 1 in another, and so on. Step t (from 1) takes
@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from flexlora_ds.errors import UserError
 from flexlora_ds.rounding import ceil_div, round_up
-from launch.data.examples import IGNORED, Example, Examples
+from launch.data.examples import IGNORED, Example, Examples, Ints
 from launch.data.hashing import hash64, seeded_order
 from launch.data.length_groups import grouped_by_length
 
@@ -30,10 +29,10 @@ PAD_MULTIPLE = 8  # lengths are rounded up to it: tensor cores prefer it, and fe
 class MicroBatch:
     """What one process feeds the model at once: int64 tensors [rows, T], T a multiple of 8, padded right.
 
-    With `segment_lengths` its examples lie end to end instead, without padding, in one row of T = Σ lengths.
+    With `segment_lengths` it is packed instead: its examples follow each other in one row of T = Σ lengths.
     `row_keys` holds one key per token for the seeded dropout: hash64(seed, step, record id, position in the
-    record), so a token's mask depends neither on the padding nor on how the global batch was cut (at padding:
-    any value). `target_tokens` counts the targets, the label at position 0 being none: position i is
+    record), so a token's mask depends neither on the padding nor on how the global batch is shared out (at
+    padding: any value). `target_tokens` counts the targets, the label at position 0 being none: position i is
     predicted from those before.
     """
 
@@ -59,8 +58,24 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a batch is shared: process `rank` of `world_size` takes `micro_batch_size` records at once."""
+class GlobalBatch:
+    """What one step learns from, over all processes; known on each of them without communication."""
+
+    step: int
+    epoch: float
+    """How many times the data has been seen after this step."""
+    indices: Ints
+    """Of all its examples [batch_size], longest first (then as in the stream)."""
+    target_tokens: int
+    tokens: int
+    """Padding is not counted."""
+    micro_batches: Iterator[MicroBatch]
+    """Those of this process, to be taken once."""
+
+
+@dataclass(frozen=True)
+class ProcessShare:
+    """How a batch is shared out: process `rank` of `world_size` takes `micro_batch_size` records at once."""
 
     world_size: int = 1
     rank: int = 0
@@ -75,9 +90,7 @@ def total_steps(examples: int, epochs: float, batch_size: int, max_steps: int | 
 class DataOrder:
     """The stream of indices into `count` examples, and the piece of it that each step takes."""
 
-    def __init__(
-        self, count: int, batch_size: int, seed: int, lengths: npt.NDArray[np.int64] | None = None
-    ) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, lengths: Ints | None = None) -> None:
         """With `lengths`, one an example, batches are of like length (`launch.data.length_groups`)."""
         self.count = count
         self.batch_size = batch_size
@@ -85,14 +98,14 @@ class DataOrder:
         self._lengths = lengths
         self._epoch = lru_cache(maxsize=2)(self._order_of)
 
-    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _order_of(self, epoch: int) -> Ints:
         order = seeded_order(self.count, self._seed, "order", epoch)
         if self._lengths is None:
             return order
         head = -epoch * self.count % self.batch_size
         return grouped_by_length(order, self._lengths, self.batch_size, head, self._seed, epoch)
 
-    def indices(self, step: int) -> npt.NDArray[np.int64]:
+    def indices(self, step: int) -> Ints:
         """Return the batch_size indices of step `step` (from 1), in the order of the stream."""
         first, last = (step - 1) * self.batch_size, step * self.batch_size
         pieces = []
@@ -107,64 +120,62 @@ class DataOrder:
 
 
 class TrainingBatches:
-    """The micro-batches of one process, step by step; padded, or end to end (`padding_free`)."""
+    """The batches of a run, step by step, with this process's micro-batches; padded, or packed (`padding_free`)."""
 
     def __init__(
         self,
         examples: Examples,
         batch_size: int,
         seed: int,
-        cut: Cut,
+        share: ProcessShare,
         pad_token_id: int,
         *,
         padding_free: bool = False,
         group_by_length: bool = False,
     ):
         """Raise UserError where the global batch is no multiple of the micro-batch times the processes."""
-        share = cut.world_size * cut.micro_batch_size
-        if batch_size % share:
+        at_once = share.world_size * share.micro_batch_size
+        if batch_size % at_once:
             raise UserError(
-                f"batch_size {batch_size} is not a multiple of micro_batch_size {cut.micro_batch_size} × "
-                f"{cut.world_size} processes (batch_size); choose a multiple of {share}"
+                f"batch_size {batch_size} is not a multiple of micro_batch_size {share.micro_batch_size} × "
+                f"{share.world_size} processes (batch_size); choose a multiple of {at_once}"
             )
-        self.accumulation = batch_size // share
+        self.accumulation = batch_size // at_once
         lengths = examples.lengths if group_by_length else None
-        self.order = DataOrder(len(examples), batch_size, seed, lengths)
+        self._order = DataOrder(len(examples), batch_size, seed, lengths)
         self._examples = examples
         self._seed = seed
-        self._cut = cut
-        self._lay = end_to_end if padding_free else partial(collate, pad_token_id=pad_token_id)
+        self._share = share
+        self._arrange = pack if padding_free else partial(collate, pad_token_id=pad_token_id)
 
-    def global_batch(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the indices of the whole batch of a step, longest first (then as in the stream).
+    def batch(self, step: int, micro_batches: Iterator[MicroBatch] | None = None) -> GlobalBatch:
+        """Return the batch of a step; `micro_batches` where they are being made already, else made when asked for.
 
-        Within a step the order is free, and this one gives every micro-step records of like length: less
-        padding, and processes that wait less for each other.
+        Within a step the order of the records is free. Longest first gives every micro-step records of like length:
+        less padding, and processes that wait less for each other.
         """
-        indices = self.order.indices(step)
-        return indices[np.argsort(-self._examples.lengths[indices], kind="stable")]
-
-    def target_tokens(self, step: int) -> int:
-        """Return the target tokens of the whole global batch: known without communication."""
-        return int(self._examples.target_counts[self.order.indices(step)].sum())
-
-    def tokens(self, step: int) -> int:
-        """Return the tokens of the whole global batch, padding not counted."""
-        return int(self._examples.lengths[self.order.indices(step)].sum())
-
-    def record_ids(self, step: int) -> list[int]:
-        """Return the ids of the records in the whole global batch."""
-        ids: list[int] = self._examples.record_ids[self.global_batch(step)].tolist()
-        return ids
+        indices = self._indices(step)
+        return GlobalBatch(
+            step=step,
+            epoch=self._order.epoch(step),
+            indices=indices,
+            target_tokens=int(self._examples.target_counts[indices].sum()),
+            tokens=int(self._examples.lengths[indices].sum()),
+            micro_batches=self.micro_batches(step) if micro_batches is None else micro_batches,
+        )
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """Yield this process's micro-batches: number j is `global_batch[(j·W + p)·m : …+ m]`."""
-        indices = self.global_batch(step)
-        size = self._cut.micro_batch_size
+        """Yield this process's micro-batches: number j is `indices[(j·W + p)·m : …+ m]`."""
+        indices = self._indices(step)
+        size = self._share.micro_batch_size
         for micro_step in range(self.accumulation):
-            first = (micro_step * self._cut.world_size + self._cut.rank) * size
+            first = (micro_step * self._share.world_size + self._share.rank) * size
             rows = [self._examples[int(index)] for index in indices[first : first + size]]
-            yield self._lay(rows, seed=self._seed, step=step)
+            yield self._arrange(rows, seed=self._seed, step=step)
+
+    def _indices(self, step: int) -> Ints:
+        indices = self._order.indices(step)
+        return indices[np.argsort(-self._examples.lengths[indices], kind="stable")]
 
 
 class ValidationBatches:
@@ -176,28 +187,30 @@ class ValidationBatches:
     NaN.
     """
 
-    def __init__(self, examples: Examples, cut: Cut, pad_token_id: int, *, padding_free: bool = False):
+    def __init__(
+        self, examples: Examples, share: ProcessShare, pad_token_id: int, *, padding_free: bool = False
+    ):
         self.target_tokens = int(examples.target_counts.sum())
         self._examples = examples
-        self._cut = cut
+        self._share = share
         self._pad = pad_token_id
-        self._lay = end_to_end if padding_free else partial(collate, pad_token_id=pad_token_id)
+        self._arrange = pack if padding_free else partial(collate, pad_token_id=pad_token_id)
         self._sorted = np.argsort(-examples.lengths, kind="stable")
 
     def __len__(self) -> int:
         """The number of forward passes, the same on every process."""
-        share = self._cut.world_size * self._cut.micro_batch_size
-        return ceil_div(len(self._examples), share)
+        at_once = self._share.world_size * self._share.micro_batch_size
+        return ceil_div(len(self._examples), at_once)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        size = self._cut.micro_batch_size
+        size = self._share.micro_batch_size
         for turn in range(len(self)):
-            first = (turn * self._cut.world_size + self._cut.rank) * size
+            first = (turn * self._share.world_size + self._share.rank) * size
             rows = [self._examples[int(index)] for index in self._sorted[first : first + size]]
             if rows:
-                yield self._lay(rows, seed=0, step=0)
+                yield self._arrange(rows, seed=0, step=0)
             else:
-                yield replace(self._lay([nothing(self._pad)], seed=0, step=0), record_ids=(), tokens=0)
+                yield replace(self._arrange([nothing(self._pad)], seed=0, step=0), record_ids=(), tokens=0)
 
 
 def collate(rows: list[Example], *, pad_token_id: int, seed: int, step: int) -> MicroBatch:
@@ -226,8 +239,8 @@ def collate(rows: list[Example], *, pad_token_id: int, seed: int, step: int) -> 
     )
 
 
-def end_to_end(rows: list[Example], *, seed: int, step: int) -> MicroBatch:
-    """Lay examples one behind the other into one row of step `step`: no padding, every position counted anew."""
+def pack(rows: list[Example], *, seed: int, step: int) -> MicroBatch:
+    """Put examples one behind the other into one row of step `step`: no padding, every position counted anew."""
     lengths = tuple(len(row.input_ids) for row in rows)
     ids = np.repeat(np.asarray([row.record_id for row in rows], dtype=np.int64), lengths)
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])

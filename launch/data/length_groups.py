@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from flexlora_ds.rounding import ceil_div
+from launch.data.examples import Ints
 from launch.data.hashing import seeded_order
 
-Ints = npt.NDArray[np.int64]
 POOL = 50
 """At most so many batches have their records sorted together; in a small epoch a quarter of its batches."""
 
@@ -17,8 +16,8 @@ def grouped_by_length(order: Ints, lengths: Ints, batch_size: int, head: int, se
     """Return `order`, an epoch's indices, with the records of every whole batch of like length.
 
     The first `head` records, which fill up the batch that the epoch before began, and those left behind the last whole
-    batch stay as they are: random. Between them pools of batches are sorted by length and cut, and the batches of
-    the whole epoch shuffled, so that a step's lengths say nothing of when it comes.
+    batch stay as they are: random. Between them pools of batches are sorted by length and divided again. The batches
+    of the whole epoch are then shuffled, so that a step's lengths say nothing of when it comes.
     """
     count = max(0, len(order) - head) // batch_size
     if not count:

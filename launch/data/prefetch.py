@@ -7,27 +7,32 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 import torch
 
-from launch.data.batches import MicroBatch, TrainingBatches
+from launch.data.batches import GlobalBatch, MicroBatch, TrainingBatches
 
 T = TypeVar("T")
 AHEAD = 2
-"""Micro-batches that lie ready or are being made: one step's last is followed by the next step's first."""
+"""Micro-batches that are ready or are being made: one step's last is followed by the next step's first."""
 
 
 @contextmanager
 def training_feed(
     batches: TrainingBatches, done: int, last: int, device: torch.device
-) -> Iterator[Iterator[MicroBatch]]:
-    """The micro-batches of the steps after `done` to `last`, one behind the other; pinned where `device` is a GPU."""
+) -> Iterator[Iterator[GlobalBatch]]:
+    """The batches of the steps after `done` to `last`; pinned where `device` is a GPU.
+
+    Their micro-batches come from one thread, over the bounds of steps: take all of a batch before the next batch.
+    """
     on_gpu = device.type == "cuda"
-    stream = (batch for step in range(done + 1, last + 1) for batch in batches.micro_batches(step))
+    steps = range(done + 1, last + 1)
+    stream = (micro_batch for step in steps for micro_batch in batches.micro_batches(step))
     made = map(MicroBatch.pinned, stream) if on_gpu else stream
     with prefetched(made, device if on_gpu else None) as feed:
-        yield feed
+        yield (batches.batch(step, islice(feed, batches.accumulation)) for step in steps)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.schedule import resolve_calendar
 from launch.data.bar import Bar
 from launch.data.batch_layout import BatchLayout
-from launch.data.batches import Cut, TrainingBatches, ValidationBatches, total_steps
+from launch.data.batches import ProcessShare, TrainingBatches, ValidationBatches, total_steps
 from launch.data.encoding import Encoding, all_cores, tokenise
 from launch.data.examples import TokenisedData, arrange
 from launch.data.token_cache import Tokenised, cached, content_key
@@ -82,23 +82,23 @@ def require_data(options: TrainOptions) -> Path:
     return path
 
 
-def cut_batches(
+def share_batches(
     options: TrainOptions, data: TokenisedData, layout: BatchLayout, process: Process, pad: int
 ) -> Data:
     """Share the data over the processes."""
-    cut = Cut(process.world_size, process.rank, layout.micro_batch_size)
+    share = ProcessShare(process.world_size, process.rank, layout.micro_batch_size)
     steps = steps_of(options, data)
-    free = options.padding_free is True
+    packed = options.padding_free is True
     validation = None
     if len(data.validation):
-        validation = ValidationBatches(data.validation, cut, pad, padding_free=free)
+        validation = ValidationBatches(data.validation, share, pad, padding_free=packed)
     train = TrainingBatches(
         data.train,
         options.batch_size,
         options.seed,
-        cut,
+        share,
         pad,
-        padding_free=free,
+        padding_free=packed,
         group_by_length=options.group_by_length,
     )
     return Data(data, train, validation, steps)

@@ -36,7 +36,7 @@ def gather(process: Process, value: Any) -> list[Any]:
     return [_decode(text, int(size)) for text, size in zip(texts, sizes, strict=True)]
 
 
-def together(process: Process, work: Callable[[], Any]) -> list[Any]:
+def gather_results(process: Process, work: Callable[[], Any]) -> list[Any]:
     """Each process does its part; the JSON results by rank, or the first failure raised on all of them alike.
 
     Raises:
@@ -49,18 +49,18 @@ def together(process: Process, work: Callable[[], Any]) -> list[Any]:
     return [answer["result"] for answer in answers]
 
 
-def on_first(process: Process, work: Callable[[], Any]) -> Any:
-    """Process 0 does the work; its JSON result, or its failure, on all processes. Raises as `together`."""
-    return together(process, work if process.first else lambda: None)[0]
+def on_rank_zero(process: Process, work: Callable[[], Any]) -> Any:
+    """Process 0 does the work; its JSON result, or its failure, on all processes. Raises as `gather_results`."""
+    return gather_results(process, work if process.is_rank_zero else lambda: None)[0]
 
 
-def alike(process: Process, work: Callable[[], T]) -> T:
+def on_all_ranks(process: Process, work: Callable[[], T]) -> T:
     """Every process does the same work; its own result, or the first failure on all of them alike.
 
-    So none leaves while another, slower one has yet to find the same fault. Raises as `together`.
+    So none leaves while another, slower one has yet to find the same fault. Raises as `gather_results`.
     """
     results: list[T] = []
-    together(process, lambda: results.append(work()))
+    gather_results(process, lambda: results.append(work()))
     return results[0]
 
 

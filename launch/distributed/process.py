@@ -22,7 +22,7 @@ class Process:
     threads: int
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is process 0, which prints and writes."""
         return self.rank == 0
 

@@ -37,7 +37,7 @@ class Peer:
     entry: Entry
 
 
-class Watch:
+class SignalWatcher:
     """While active, the first SIGTERM, SIGUSR1 or SIGINT asks for a stop; the second ends the process at once.
 
     A launcher that dies asks for a stop as well: its processes would go on as orphans. A process of the run that dies
@@ -58,7 +58,7 @@ class Watch:
         """Whether a stop is asked for on this process."""
         return self.reason is not None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> SignalWatcher:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._old = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
@@ -99,7 +99,7 @@ class Watch:
 
     def say_ready(self, process: Process) -> None:
         """Tell who sends signals that from now on one ends in a stop that can be continued."""
-        if process.first:
+        if process.is_rank_zero:
             print("signals: ready", file=sys.stderr, flush=True)
 
     def part(self, process: Process) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from launch.distributed.agreement import alike, on_first
+from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.signals import stop_line
 from launch.loop.run_log import peak_memory_gb
 from launch.loop.session import Session
-from launch.report.__main__ import build_report
+from launch.report.build import build_report
 from launch.run_folder.folder import Summary, trainable_params_mean
 
 
@@ -17,9 +17,9 @@ def finish(session: Session) -> None:
         RunError: the disk refuses; on all processes alike.
     """
     process, folder = session.process, session.folder
-    session.saver.save(session.control.done)
-    spectra = alike(process, lambda: session.method.save(folder.adapter, session.options.model))
-    session.journal.progress.close()
+    session.saver.save(session.done)
+    spectra = on_all_ranks(process, lambda: session.method.save(folder.adapter, session.options.model))
+    session.log.progress.close()
 
     def write() -> None:
         folder.raise_fault()
@@ -29,38 +29,38 @@ def finish(session: Session) -> None:
         report = build_report(folder.path)
         print(f"adapter: {folder.adapter}\nreport: {report}", flush=True)
 
-    on_first(process, write)
+    on_rank_zero(process, write)
 
 
 def stop(session: Session, reason: str | None) -> None:
-    """Leave a run that was told to stop so that it can be continued: one complete checkpoint; collective.
+    """Leave a run that was asked to stop so that it can be continued: one complete checkpoint; collective.
 
     Raises:
         RunError: the disk refuses; on all processes alike.
     """
-    done, journal = session.control.done, session.journal
-    journal.progress.message(stop_line(reason, done))
+    done, progress = session.done, session.log.progress
+    progress.message(stop_line(reason, done))
     if done:
         session.saver.save(done)
-    journal.progress.close()
-    on_first(session.process, lambda: session.folder.write_summary(summary_of(session, "stopped")))
+    progress.close()
+    on_rank_zero(session.process, lambda: session.folder.write_summary(summary_of(session, "stopped")))
 
 
 def summary_of(session: Session, state: str) -> Summary:
     """What summary.json says after the steps done so far."""
-    journal, done = session.journal, session.control.done
-    changes = session.folder.rank_changes.read() if session.folder.writes else []
-    wall = journal.wall_seconds
+    log, done = session.log, session.done
+    changes = session.folder.rank_changes.read() if session.folder.is_rank_zero else []
+    wall = log.wall_seconds
     return Summary(
         state=state,
         steps=done,
-        final_loss=journal.last_loss,
+        final_loss=log.last_loss,
         wall_seconds=wall,
-        tokens=journal.tokens,
-        tokens_per_s=journal.tokens / wall,
-        peak_mem_gb=peak_memory_gb(journal.device),
+        tokens=log.tokens,
+        tokens_per_s=log.tokens / wall,
+        peak_mem_gb=peak_memory_gb(log.device),
         trainable_params_final=session.method.trainable_parameters,
-        trainable_params_mean=trainable_params_mean(journal.initial_parameters, changes, done),
+        trainable_params_mean=trainable_params_mean(log.initial_parameters, changes, done),
         rank_changes=sum(bool(c["pruned"] or c["expanded"]) for c in changes),
-        warnings=journal.warnings,
+        warnings=log.warnings,
     )

@@ -7,7 +7,7 @@ gradient here, and the engine checks the reduced gradients. So the guard needs n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,17 @@ from launch.data.batches import MicroBatch
 from launch.distributed.agreement import gather
 from launch.distributed.process import Process
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 LIMIT = 3
 """This many skipped updates in a row end the run."""
 
 
-class Guard:
+class FiniteGuard:
     """Watches the losses and gradients of this process; every process has one."""
 
-    def __init__(self, engine: Any, process: Process, say: Callable[[str], None]) -> None:
+    def __init__(self, engine: DeepSpeedEngine, process: Process, say: Callable[[str], None]) -> None:
         self._engine = engine
         self._process = process
         self._say = say
@@ -81,6 +84,7 @@ class Guard:
             if total is not None and not bool(torch.isfinite(total))
             for id in batch.record_ids
         ]
+        # Each process knows of its own micro-batches only, and process 0 says it.
         answers = gather(self._process, {"losses": losses, "gradients": gradients})
         if self._by_loss_scale(answers):
             scale = loss_scale(self._engine)
@@ -102,7 +106,7 @@ class Guard:
             )
 
     def _by_loss_scale(self, answers: list[Any]) -> bool:
-        """Whether only fp16's scaled gradients overflowed, which a smaller scale mends."""
+        """Whether only fp16's scaled gradients overflowed, which a smaller scale avoids."""
         dynamic = bool(getattr(self._engine, "dynamic_loss_scale", lambda: False)())
         return dynamic and self._engine.fp16_enabled() and not any(a["losses"] for a in answers)
 

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: the metrics file, the progress line, the controller's warnings."""
+"""What a run says of its steps: the metrics file, the rank changes, the progress line, the warnings."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import math
 import resource
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm
 
 from flexlora_ds.rank_change import RankChange
-from launch.data.batches import TrainingBatches
+from launch.data.batches import GlobalBatch
 from launch.engine.methods import Method
-from launch.options.train_options import TrainOptions
 from launch.progress import Progress
 from launch.run_folder.folder import RunFolder, StepMetrics
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -32,14 +34,17 @@ def finite_or_none(value: float | None) -> float | None:
 
 
 @dataclass
-class Journal:
-    """Counts and reports the steps of a run; every process has one, process 0's writes."""
+class RunLog:
+    """Counts the steps of a run and logs them every `every`; every process has one, that of process 0 writes."""
 
-    options: TrainOptions
     folder: RunFolder
-    batches: TrainingBatches
+    engine: DeepSpeedEngine
+    method: Method
     progress: Progress
     device: torch.device
+    every: int
+    last: int
+    """The run's last step, which is logged in any case."""
     tokens: int = 0
     warnings: list[str] = field(default_factory=list)
     last_loss: float | None = None
@@ -74,55 +79,69 @@ class Journal:
         self.initial_parameters = int(state["initial_parameters"])
         self.started = time.perf_counter() - float(state["wall_seconds"])
 
-    def due(self, step: int, last: int) -> bool:
-        """Whether this step is logged."""
-        return step == 1 or step == last or step % self.options.log_every == 0
-
-    def before_update(self, engine: Any) -> None:
+    def before_update(self) -> None:
         """Between backward and step: note what the step takes away.
 
         The learning rate that it uses, and the gradients' norm where the engine keeps none (stage 0 in fp32).
         """
+        engine = self.engine
         self._lr = float(engine.basic_optimizer.param_groups[0]["lr"])
         if engine.optimizer is engine.basic_optimizer and engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
 
-    def count(self, step: int) -> None:
-        """Count a step's real tokens (padding left out)."""
-        tokens = self.batches.tokens(step)
-        self.tokens += tokens
-        self._tokens_since += tokens
+    def step(
+        self, batch: GlobalBatch, loss_sum: torch.Tensor, skipped: bool, change: RankChange | None
+    ) -> None:
+        """Count a step, and log it where that is due: the first, the last, each `every`-th, and one skipped.
+
+        Collective where it is due, and that is the same on all processes.
+        """
+        self.count(batch)
+        if change is not None:
+            self._rank_change(change)
+        if skipped or batch.step in (1, self.last) or batch.step % self.every == 0:
+            self._log(batch, loss_sum, skipped)
+
+    def count(self, batch: GlobalBatch) -> None:
+        """Count a step's tokens, without padding."""
+        self.tokens += batch.tokens
+        self._tokens_since += batch.tokens
         self._steps_since += 1
 
-    def log(self, step: int, loss_sum: torch.Tensor, engine: Any, method: Method, skipped: bool) -> None:
-        """Write the line of a step; collective: the loss is summed over all processes here."""
-        comm.all_reduce(loss_sum)
-        loss = float(loss_sum) / self.batches.target_tokens(step)
+    def warn(self, text: str) -> None:
+        """Say a warning now and again in the summary."""
+        if text not in self.warnings:  # a run that goes on says some again
+            self.warnings.append(text)
+        self.progress.message(f"warning: {text}")
+
+    def _log(self, batch: GlobalBatch, loss_sum: torch.Tensor, skipped: bool) -> None:
+        comm.all_reduce(loss_sum)  # each process has the losses of its own micro-batches
+        loss = float(loss_sum) / batch.target_tokens
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        norm = engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm()
         norm = self._norm if norm is None else norm
         metrics = StepMetrics(
-            step=step,
-            epoch=self.batches.order.epoch(step),
+            step=batch.step,
+            epoch=batch.epoch,
             loss=loss,
-            orth=method.orthogonality(),
+            orth=self.method.orthogonality(),  # gathers the masters: each process holds a part of them
             lr=self._lr,
             grad_norm=None if norm is None else float(norm),
             tokens=self.tokens,
             tokens_per_s=self._tokens_since / seconds,
             step_s=seconds / self._steps_since,
             peak_mem_gb=peak_memory_gb(self.device),
-            total_rank=method.total_rank,
+            total_rank=self.method.total_rank,
             skipped=skipped,
         )
         self._tokens_since = self._steps_since = 0
         self.last_loss = loss
         self.folder.log_step(metrics)
-        self.progress.update(step, loss=loss, tokens_per_s=metrics.tokens_per_s, lr=self._lr)
+        self.progress.update(batch.step, loss=loss, tokens_per_s=metrics.tokens_per_s, lr=self._lr)
 
-    def rank_change(self, change: RankChange) -> None:
+    def _rank_change(self, change: RankChange) -> None:
         """Write a rank change, and say its warnings."""
         self.folder.log_rank_change(change.to_dict())
         self.progress.rank_change(change.step, len(change.pruned), len(change.expanded))
@@ -130,9 +149,3 @@ class Journal:
             self.folder.log_validation(change.step, change.loss_after)
         for text in change.warnings:
             self.warn(f"step {change.step}: {text}")
-
-    def warn(self, text: str) -> None:
-        """Say a warning now and again in the summary."""
-        if text not in self.warnings:  # a run that goes on says some again
-            self.warnings.append(text)
-        self.progress.message(f"warning: {text}")

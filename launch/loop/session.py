@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexlora_ds.base_model.fingerprint import base_fingerprint, base_revision
 from flexlora_ds.checkpoint.adapter import NOTES, adapter_notes
+from launch.data.batches import GlobalBatch
 from launch.data.examples import TokenisedData
+from launch.data.prefetch import training_feed
 from launch.data.prepare import Data, steps_of
-from launch.distributed.agreement import on_first
+from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process
-from launch.distributed.signals import Watch
+from launch.distributed.signals import SignalWatcher
 from launch.engine.build import build_engine
 from launch.engine.methods import Method
-from launch.loop.finite_guard import Guard
-from launch.loop.run_log import Journal
-from launch.loop.stopping import Control
+from launch.loop.finite_guard import FiniteGuard
+from launch.loop.run_log import RunLog
+from launch.loop.stopping import StopAgreement
 from launch.loop.validation import Validator
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
@@ -28,22 +30,39 @@ from launch.run_folder.lock import locked
 from launch.run_folder.resume import Start
 from launch.run_folder.saver import Saver
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
-@dataclass(frozen=True)
+
+@dataclass
 class Session:
     """One run in one process."""
 
     options: TrainOptions
     process: Process
     folder: RunFolder
-    engine: Any
+    engine: DeepSpeedEngine
     method: Method
-    batches: Data
-    journal: Journal
+    data: Data
+    log: RunLog
     validator: Validator
-    guard: Guard
-    control: Control
+    guard: FiniteGuard
+    stop: StopAgreement
     saver: Saver
+    done: int = 0
+    """The last step that was completed."""
+
+    def batches(self, *, after: int) -> Iterator[GlobalBatch]:
+        """The batches of the steps after `after`, to the last or until the processes agree to stop; collective.
+
+        Raises:
+            RunError: a log or a save could not be written; on all processes alike.
+        """
+        self.done = after
+        with training_feed(self.data.train, after, self.data.steps, self.process.device) as feed:
+            while not self.stop.before_step(self.saver) and self.done < self.data.steps:
+                yield next(feed)
+                self.done += 1
 
     def resume(self, start: Start) -> None:
         """Put everything back to where the checkpoint was taken; nothing to do without one.
@@ -52,10 +71,10 @@ class Session:
             RunError: the checkpoint does not fit the engine; nothing has been changed then.
         """
         if start.checkpoint is None:
-            self.journal.initial_parameters = self.method.trainable_parameters
+            self.log.initial_parameters = self.method.trainable_parameters
             return
         start.checkpoint.restore(self.engine, controller=self.method.controller)
-        self.journal.load_state_dict(start.checkpoint.run["journal"])
+        self.log.load_state_dict(start.checkpoint.run["journal"])
         self.guard.load_state_dict(start.checkpoint.run["guard"])
         if start.checkpoint.folder.parent.resolve() == self.folder.checkpoints.resolve():
             self.saver.saved = start.step
@@ -68,22 +87,18 @@ def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
     Raises:
         UserError: it cannot be written, or `resume none` finds it in use. RunError: another run holds it.
     """
-    folder = RunFolder(options.out, writes=process.first)
-    on_first(process, lambda: folder.prepare(options.resume))
-    lock = locked(folder.path)
-    on_first(process, lock.__enter__)
-    try:
+    folder = RunFolder(options.out, is_rank_zero=process.is_rank_zero)
+    on_rank_zero(process, lambda: folder.prepare(options.resume))
+    with ExitStack() as held:
+        on_rank_zero(process, lambda: held.enter_context(locked(folder.path)))
         yield folder
-    finally:
-        if process.first:
-            lock.__exit__(None, None, None)
 
 
 def identify(options: TrainOptions, data: TokenisedData, process: Process) -> Identity:
     """What this run is a run of; process 0 looks at the model's files."""
     steps = steps_of(options, data)
     model = options.model
-    fingerprint, revision = on_first(process, lambda: [base_fingerprint(model), base_revision(model)])
+    fingerprint, revision = on_rank_zero(process, lambda: [base_fingerprint(model), base_revision(model)])
     base = Base(model, revision, fingerprint)
     return Identity.of(options, base, data.train.digest(), steps)
 
@@ -96,7 +111,7 @@ def begin(
     batches: Data,
     identity: Identity,
     start: Start,
-    watch: Watch,
+    watcher: SignalWatcher,
 ) -> Session:
     """Build the engine and all that lives around it, at the place where the run begins; collective.
 
@@ -104,20 +119,23 @@ def begin(
         UserError: as `launch.engine.build.build_engine`. RunError: the checkpoint does not fit.
     """
     engine, method = build_engine(options, ds_config, batches.steps, process, start.ranks)
-    progress = Progress(batches.steps, log_every=options.log_every, start=start.step, shows=process.first)
-    journal = Journal(options, folder, batches.train, progress, process.device)
-    control = Control(process, watch, folder, start.step)
+    steps, log_every = batches.steps, options.log_every
+    progress = Progress(steps, log_every=log_every, start=start.step, shows=process.is_rank_zero)
+    log = RunLog(folder, engine, method, progress, process.device, every=log_every, last=steps)
+    stop = StopAgreement(process, watcher, folder)
     held_out = batches.validation if options.val_every != 0 else None
-    validator = Validator(engine, method, held_out, process, control.interrupted)
-    method.attach(engine, batches.steps, validator or None)
-    guard = Guard(engine, process, journal.warn)
+    validator = Validator(
+        engine, method, held_out, process, folder, stop.interrupted, every=options.val_every, last=steps
+    )
+    method.attach(engine, steps, validator or None)
+    guard = FiniteGuard(engine, process, log.warn)
 
     def notes() -> dict[str, Any]:
         """What a checkpoint says beside the engine's state."""
         return {
             "identity": identity.to_dict(),
             "origin": start.origin,
-            "journal": journal.state_dict(),
+            "journal": log.state_dict(),
             "guard": guard.state_dict(),
             "versions": library_versions(),
             NOTES: None
@@ -125,10 +143,17 @@ def begin(
             else adapter_notes(controller.config, options.model, options.prompt),
         }
 
-    controller, every, keep = method.controller, options.save_every, options.keep_checkpoints
-    saver = Saver(folder, process, engine, controller, notes, every=every, keep=keep)
-    session = Session(
-        options, process, folder, engine, method, batches, journal, validator, guard, control, saver
+    controller = method.controller
+    saver = Saver(
+        folder,
+        process,
+        engine,
+        controller,
+        notes,
+        every=options.save_every,
+        keep=options.keep_checkpoints,
+        last=steps,
     )
+    session = Session(options, process, folder, engine, method, batches, log, validator, guard, stop, saver)
     session.resume(start)
     return session

@@ -1,46 +1,42 @@
-"""The steps of a run, until the last one or until the processes agree to stop."""
+"""Whether a run stops before its last step: the processes agree on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from launch.distributed.agreement import largest, on_first
+from launch.distributed.agreement import largest, on_rank_zero
 from launch.distributed.process import Process
-from launch.distributed.signals import Watch
+from launch.distributed.signals import SignalWatcher
 from launch.run_folder.folder import RunFolder
 from launch.run_folder.saver import Saver
 
 
-class Control:
-    """Asks, before every step and wherever something takes long, whether any process was told to stop."""
+class StopAgreement:
+    """Asked before every step, and wherever something takes long: a stop on one process is a stop on all."""
 
-    def __init__(self, process: Process, watch: Watch, folder: RunFolder, start: int) -> None:
+    def __init__(self, process: Process, watcher: SignalWatcher, folder: RunFolder) -> None:
         self._process = process
+        self._watcher = watcher
         self._folder = folder
-        self._watch = watch
-        self.done = start
-        """The last step that was completed."""
-        self.stopping = False
+        self.reached = False
 
-    def steps(self, total: int, saver: Saver) -> Iterator[int]:
-        """The steps still to do; ends early when a stop is agreed. Completes background saves between them.
+    def before_step(self, saver: Saver) -> bool:
+        """Whether the run stops here; completes a background save that all processes have written. Collective.
 
         Raises:
             RunError: a log or a save could not be written; on all processes alike.
         """
-        while True:
-            faulty = self._folder.fault is not None
-            stop, busy, fault = largest(self._process, [self._watch.stop, saver.busy, faulty])
-            if fault:
-                on_first(self._process, self._folder.raise_fault)
-            self.stopping = self.stopping or bool(stop)
-            saver.settle(bool(busy))
-            if self.stopping or self.done >= total:
-                return
-            yield self.done + 1
-            self.done += 1
+        faulty = self._folder.fault is not None
+        # A signal, a slow disk or a full one meets one process, and concerns all: one small message a step.
+        stop, busy, fault = largest(self._process, [self._watcher.stop, saver.busy, faulty])
+        if fault:
+            on_rank_zero(
+                self._process, self._folder.raise_fault
+            )  # process 0 writes the logs, so it knows why
+        self.reached = self.reached or bool(stop)
+        if not busy:
+            saver.complete()
+        return self.reached
 
     def interrupted(self) -> bool:
         """Whether a stop is agreed by now; collective, for loops inside a step."""
-        self.stopping = self.stopping or bool(largest(self._process, [self._watch.stop])[0])
-        return self.stopping
+        self.reached = self.reached or bool(largest(self._process, [self._watcher.stop])[0])
+        return self.reached

@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm
 
 from launch.data.batches import ValidationBatches
-from launch.distributed.agreement import on_first
+from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process
 from launch.engine.methods import Method
 from launch.model.token_loss import head_of, token_loss
@@ -17,7 +17,10 @@ from launch.run_folder.folder import RunFolder
 
 
 class Validator:
-    """Computes Σ token losses / target tokens over the records held out; collective."""
+    """Computes Σ token losses / target tokens over the records held out, every `every` steps of `last`; collective.
+
+    `every` "auto": before the first step and after the last, and around every rank change.
+    """
 
     def __init__(
         self,
@@ -25,14 +28,21 @@ class Validator:
         method: Method,
         batches: ValidationBatches | None,
         process: Process,
+        folder: RunFolder,
         interrupted: Callable[[], bool],
+        *,
+        every: int | str,
+        last: int,
     ) -> None:
         self._engine = engine
         self._method = method
         self._batches = batches
         self._process = process
         self._device = process.device
+        self._folder = folder
         self._interrupted = interrupted
+        self._every = every
+        self._last = last
         self._head = head_of(engine.module)
 
     def __bool__(self) -> bool:
@@ -41,40 +51,45 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """The loss in evaluation mode (no dropout); NaN where the run is told to stop meanwhile."""
+        """The loss in evaluation mode (no dropout); NaN where the run is asked to stop meanwhile."""
         assert self._batches is not None, "no records are held out"
         self._engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for batch in self._batches:
-            if self._interrupted():
+            if self._interrupted():  # agreed, so that all leave the forward passes after the same one
                 total += float("nan")
                 break
             self._method.before_forward(batch, self._device)
             total += token_loss(self._engine, batch, self._device, self._head).double()
         self._engine.train()
-        comm.all_reduce(total)
+        comm.all_reduce(total)  # each process has the losses of its own share of the records
         return float(total) / self._batches.target_tokens
 
-    def log(self, folder: RunFolder, step: int) -> None:
-        """Validate and write the line, where records are held out and none stops it."""
+    def before_first_step(self, done: int) -> None:
+        """Before a run goes on after step `done`: the validation due there, where its line is not written yet."""
+        validations, changes = on_rank_zero(  # which has the logs, and whose answer decides for all
+            self._process,
+            lambda: [self._folder.validation.read()[-1:], self._folder.rank_changes.read()[-1:]],
+        )
+        due = done in (0, self._last) or self._due(done) or _broken_off(changes, done)
+        if due and not (validations and validations[0]["step"] >= done):
+            self.log(done)
+
+    def after_step(self, step: int) -> None:
+        """Validate where that is due; the validation after the last step is the run's own."""
+        if self._due(step):
+            self.log(step)
+
+    def log(self, step: int) -> None:
+        """Validate and write the line, where records are held out and no stop is asked for."""
         if self:
             loss = self()
             if not self._interrupted():
-                folder.log_validation(step, loss)
+                self._folder.log_validation(step, loss)
 
-    @staticmethod
-    def due(step: int, last: int, every: int | str) -> bool:
-        """Whether a validation comes after `step`; the one after the last step is the run's own."""
-        return isinstance(every, int) and every > 0 and step % every == 0 and step != last
-
-    def catch_up(self, folder: RunFolder, step: int, last: int, every: int | str) -> None:
-        """Before a run goes on after `step`: the validation due there, where its line is not written yet."""
-        validations, changes = on_first(
-            self._process, lambda: [folder.validation.read()[-1:], folder.rank_changes.read()[-1:]]
-        )
-        due = step in (0, last) or self.due(step, last, every) or _broken_off(changes, step)
-        if due and not (validations and validations[0]["step"] >= step):
-            self.log(folder, step)
+    def _due(self, step: int) -> bool:
+        every = self._every
+        return isinstance(every, int) and every > 0 and step % every == 0 and step != self._last
 
 
 def _broken_off(changes: list[dict[str, Any]], step: int) -> bool:

@@ -1,7 +1,4 @@
-"""The report of a run: three plots and a page that holds them, made from the run folder's files alone.
-
-`python -m launch.report RUN` builds it again at any time, also while the run is going on.
-"""
+"""`python -m launch.report RUN`: build the report of a run again, at any time, also while the run is going on."""
 
 from __future__ import annotations
 
@@ -10,36 +7,7 @@ import sys
 from pathlib import Path
 
 from flexlora_ds.errors import RunError, UserError
-from launch.report.page import page
-from launch.report.plots import draw_loss, draw_rank_heatmap, draw_singular_values
-from launch.report.run_data import read_run
-from launch.run_folder.json_files import write_text_atomically
-
-
-def build_report(path: str | Path) -> Path:
-    """Write `report/` into the run folder `path` and return its index.html.
-
-    A plot is left out where there is nothing to draw: no matrices (`method: lora`), no λ yet (spectra.json).
-    Raises UserError where `path` is no run folder, RunError where one of its files is damaged or cannot be
-    written.
-    """
-    run = read_run(path)
-    folder = Path(path) / "report"
-    try:
-        folder.mkdir(exist_ok=True)
-        plots = {"Loss": folder / "loss.png"}
-        draw_loss(run, plots["Loss"])
-        if run.changes or run.spectra:
-            plots["Ranks"] = folder / "rank_heatmap.png"
-            draw_rank_heatmap(run, plots["Ranks"])
-        if run.spectra:
-            plots["Singular values"] = folder / "singular_values.png"
-            draw_singular_values(run, plots["Singular values"])
-    except OSError as error:
-        raise RunError(f"cannot write: {error.strerror} ({folder}); free some space") from error
-    index = folder / "index.html"
-    write_text_atomically(index, page(run, {title: plot.read_bytes() for title, plot in plots.items()}))
-    return index
+from launch.report.build import build_report
 
 
 def main(argv: list[str] | None = None) -> int:

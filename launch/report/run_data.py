@@ -61,7 +61,7 @@ class RunData:
 
 def read_run(path: str | Path) -> RunData:
     """Read a run folder. Raises UserError where there is no run, RunError where a file of it is damaged."""
-    folder = RunFolder(path, writes=False)
+    folder = RunFolder(path, is_rank_zero=False)
     metrics = folder.metrics.read()
     if not metrics:
         raise UserError(f"no run to report on: metrics.jsonl is missing or empty ({path}); give a run folder")

@@ -92,14 +92,14 @@ class Summary:
 class RunFolder:
     """The run folder `path`; every process may hold one, only the one with `writes` touches files."""
 
-    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+    def __init__(self, path: str | Path, *, is_rank_zero: bool = True) -> None:
         self.path = Path(path)
-        self.writes = writes
-        self.metrics = JsonLines(self.path / "metrics.jsonl", writes)
-        self.rank_changes = JsonLines(self.path / "ranks.jsonl", writes)
-        self.validation = JsonLines(self.path / "validation.jsonl", writes)
+        self.is_rank_zero = is_rank_zero
+        self.metrics = JsonLines(self.path / "metrics.jsonl", is_rank_zero)
+        self.rank_changes = JsonLines(self.path / "ranks.jsonl", is_rank_zero)
+        self.validation = JsonLines(self.path / "validation.jsonl", is_rank_zero)
         self.fault: RunError | None = None
-        """Why a log could not be written; the processes agree on it between two steps (`Control.steps`)."""
+        """Why a log could not be written; the processes agree on it between two steps (`StopAgreement.steps`)."""
         self._validated: int | None = None
 
     @property
@@ -122,7 +122,7 @@ class RunFolder:
 
         Raises UserError where it cannot, or where `resume` is "none" and the folder holds anything.
         """
-        if not self.writes:
+        if not self.is_rank_zero:
             return
         try:
             held = [p for p in self.path.iterdir() if p.name != LOCK_FILE] if self.path.is_dir() else []
@@ -142,7 +142,7 @@ class RunFolder:
 
     def start_anew(self) -> None:
         """Remove the files of an earlier run that completed no checkpoint: nothing of it gets mixed in."""
-        if self.writes:
+        if self.is_rank_zero:
             for name in ("metrics.jsonl", "ranks.jsonl", "validation.jsonl", "summary.json", "spectra.json"):
                 (self.path / name).unlink(missing_ok=True)
 
@@ -164,7 +164,7 @@ class RunFolder:
         """
         self.raise_fault()
         for lines in (self.metrics, self.rank_changes, self.validation):
-            if self.writes and lines.path.exists():
+            if self.is_rank_zero and lines.path.exists():
                 with lines.path.open("rb") as file:
                     os.fsync(file.fileno())
 
@@ -203,7 +203,7 @@ class RunFolder:
                 self.fault = error
 
     def _write(self, name: str, text: str) -> None:
-        if self.writes:
+        if self.is_rank_zero:
             write_text_atomically(self.path / name, text)
 
 

@@ -15,13 +15,13 @@ from flexlora_ds.errors import RunError
 class JsonLines:
     """A file of one JSON object a line, each with a `step`, in ascending order."""
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
+    def __init__(self, path: Path, is_rank_zero: bool = True) -> None:
         self.path = path
-        self._writes = writes
+        self._is_rank_zero = is_rank_zero
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one object and hand it to the operating system at once; RunError where the disk refuses."""
-        if not self._writes:
+        if not self._is_rank_zero:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -37,7 +37,7 @@ class JsonLines:
 
     def truncate_after(self, step: int) -> None:
         """Keep the rows up to `step`; a crash meanwhile leaves the old file or the new one."""
-        if self._writes and self.path.exists():
+        if self._is_rank_zero and self.path.exists():
             kept = [to_json(row) + "\n" for row in self._rows() if row["step"] <= step]
             write_text_atomically(self.path, "".join(kept))
 

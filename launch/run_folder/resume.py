@@ -10,7 +10,7 @@ from typing import Any
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.state import Checkpoint, open_checkpoint
 from flexlora_ds.errors import RunError, UserError
-from launch.distributed.agreement import on_first
+from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process
 from launch.options.train_options import TrainOptions
 from launch.run_folder.compatibility import Identity
@@ -59,7 +59,7 @@ def find_start(options: TrainOptions, folder: RunFolder, process: Process, ident
             messages += [f"warning: other options than before: {', '.join(told)}"] if told else []
         return {"folder": chosen and str(chosen.folder), "origin": origin, "messages": messages}
 
-    answer = on_first(process, look)
+    answer = on_rank_zero(process, look)
     if answer["folder"] is None:
         return Start(messages=answer["messages"])
     checkpoint = open_checkpoint(Path(answer["folder"]), check=False)
@@ -87,7 +87,7 @@ def continue_files(start: Start, folder: RunFolder, process: Process) -> None:
         (folder.path / "summary.json").unlink(missing_ok=True)
         return [path.name for path in files.set_aside_after(folder.checkpoints, start.step)]
 
-    aside = on_first(process, prepare)
+    aside = on_rank_zero(process, prepare)
     start.messages.extend(f"a later checkpoint is kept as {name}, and not used" for name in aside)
 
 

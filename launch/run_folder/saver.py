@@ -10,7 +10,7 @@ from typing import Any
 
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.state import Snapshot, take_snapshot
-from launch.distributed.agreement import on_first, together
+from launch.distributed.agreement import gather_results, on_rank_zero
 from launch.distributed.process import Process
 from launch.run_folder.folder import RunFolder
 
@@ -48,7 +48,7 @@ class _Writing:
 
 
 class Saver:
-    """Saves the training state every `every` steps (0: never by itself), one save in flight at a time.
+    """Saves the training state every `every` steps (0: never by itself) of `last`, one save in flight at a time.
 
     Every method is collective unless it says otherwise.
 
@@ -65,6 +65,7 @@ class Saver:
         *,
         every: int,
         keep: int,
+        last: int,
     ) -> None:
         self._folder = folder
         self._process = process
@@ -73,6 +74,7 @@ class Saver:
         self._run = run
         self._every = every
         self._keep = keep
+        self._last = last
         self._writing: _Writing | None = None
         self.saved = 0
         """The step of the newest checkpoint that is complete or being written; 0 for none."""
@@ -82,9 +84,9 @@ class Saver:
         """Whether this process is still writing; not collective."""
         return self._writing is not None and self._writing.busy
 
-    def after_step(self, step: int, last: int) -> None:
+    def after_step(self, step: int) -> None:
         """Begin a save where one is due; the last step's comes with the end of the run."""
-        if self._every and step % self._every == 0 and step != last:
+        if self._every and step % self._every == 0 and step != self._last:
             self.begin(step)
 
     def begin(self, step: int) -> None:
@@ -94,15 +96,11 @@ class Saver:
             RunError: the disk refuses, on any process.
         """
         self.complete()
-        part = Path(on_first(self._process, lambda: str(files.begin(self._folder.checkpoints, step))))
+        # All write into the folder that process 0 makes.
+        part = Path(on_rank_zero(self._process, lambda: str(files.begin(self._folder.checkpoints, step))))
         snapshot = take_snapshot(self._engine, step, controller=self._controller, run=self._run())
         self._writing = _Writing(part, snapshot)
         self.saved = step
-
-    def settle(self, any_busy: bool) -> None:
-        """Complete a save that every process has written; cheap otherwise."""
-        if self._writing is not None and not any_busy:
-            self.complete()
 
     def save(self, step: int) -> None:
         """Save the state after `step`, unless it is saved already, and wait until it is complete."""
@@ -111,7 +109,7 @@ class Saver:
         self.complete()
 
     def complete(self) -> None:
-        """Wait for the save in flight, and make it a checkpoint.
+        """Wait for the save in flight, where there is one, and make it a checkpoint.
 
         Raises:
             RunError: a process could not write; what there is of the save is removed, earlier checkpoints stay.
@@ -120,12 +118,12 @@ class Saver:
         if writing is None:
             return
         try:
-            written = together(self._process, writing.result)
+            written = gather_results(self._process, writing.result)  # each process wrote files of its own
         except Exception:
             files.discard(writing.part)
             raise
         entries = [files.FileEntry(**entry) for share in written for entry in share]
-        on_first(self._process, lambda: self._commit(writing.part, entries))
+        on_rank_zero(self._process, lambda: self._commit(writing.part, entries))  # one manifest, one rename
 
     def _commit(self, part: Path, entries: list[files.FileEntry]) -> None:
         try:

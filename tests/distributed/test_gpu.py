@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexlora_ds.dropout.mask import keep_mask, name_key
-from launch.data.batches import Cut, TrainingBatches
+from launch.data.batches import ProcessShare, TrainingBatches
 from launch.data.prefetch import training_feed
 from tests.helpers import rank_worker as worker
 from tests.helpers import tiny, twin
@@ -76,9 +76,9 @@ def test_ligers_kernels_compute_what_the_base_does() -> None:
 
 def test_pinned_batches_are_the_same() -> None:
     examples = make_examples([9, 3, 5, 8], [0, 0, 0, 0])
-    batches = TrainingBatches(examples, 4, 1, Cut(micro_batch_size=2), 7)
+    batches = TrainingBatches(examples, 4, 1, ProcessShare(micro_batch_size=2), 7)
     expected = [batch for step in (1, 2) for batch in batches.micro_batches(step)]
     with training_feed(batches, 0, 2, torch.device("cuda", 0)) as feed:
-        found = list(feed)
+        found = [micro_batch for batch in feed for micro_batch in batch.micro_batches]
     assert all(batch.input_ids.is_pinned() and batch.row_keys.is_pinned() for batch in found)
     assert [row_contents(batch) for batch in found] == [row_contents(batch) for batch in expected]

@@ -24,9 +24,9 @@ def poisoned(arguments: list[str], steps: list[int], process: int, kind: str) ->
     """The training command with a loss or a gradient of NaN on one process in some steps."""
     import os
 
-    from launch.model import token_loss
+    from launch import train
 
-    sound = token_loss.token_loss
+    sound = train.token_loss
 
     def loss_of(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = sound(model, *args, **kwargs)
@@ -38,7 +38,7 @@ def poisoned(arguments: list[str], steps: list[int], process: int, kind: str) ->
         loss.register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
         return loss
 
-    with patch.object(token_loss, "token_loss", loss_of):
+    with patch.object(train, "token_loss", loss_of):
         return training.command(arguments)
 
 

@@ -54,19 +54,21 @@ def hook(moment: str, hold: Hold) -> Any:
     """The patch that holds at a moment."""
     from flexlora_ds.checkpoint import state
     from flexlora_ds.partitions import rebuild
-    from launch.data import prepare
+    from launch import train
     from launch.loop import run_log, session, validation
 
     kind, _, number = moment.rpartition(" ")
     step = int(number) if number.isdigit() else 0
     always: Callable[..., bool] = lambda *_: True  # noqa: E731
     places: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-        "data": (prepare, "prepare_data", always),
+        "data": (train, "prepare_data", always),
         "start-up": (session, "build_engine", always),
         "step": (
-            run_log.Journal,
+            run_log.RunLog,
             "before_update",
-            lambda _, engine: engine.global_steps + 1 == step and engine.is_gradient_accumulation_boundary(),
+            lambda log: (
+                log.engine.global_steps + 1 == step and log.engine.is_gradient_accumulation_boundary()
+            ),
         ),
         "validation": (validation, "token_loss", lambda engine, *_: engine.global_steps == step),
         "rank change": (rebuild, "write_back", lambda engine, *_: engine.global_steps == step),
@@ -104,14 +106,14 @@ def main() -> int:
     from launch import train
     from launch.distributed import signals
 
-    original = signals.Watch._signalled
+    original = signals.SignalWatcher._signalled
 
     def noting(self: Any, number: Any) -> None:
         original(self, number)
         (folder / f"noted-{mine}").touch()
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(signals.Watch, "_signalled", noting))
+        stack.enter_context(patch.object(signals.SignalWatcher, "_signalled", noting))
         if mine == rank and moment.startswith("operation "):
             watch_files(int(moment.split()[1]), Hold(folder))
         elif mine == rank:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
-from launch.data.batches import Cut, TrainingBatches
+from launch.data.batches import ProcessShare, TrainingBatches
 from tests.helpers.numbered_examples import make_examples
 
 LENGTHS = [9, 3, 17, 1, 8, 12, 5, 16]
@@ -21,7 +21,7 @@ def batches_of_eight(
     """The eight examples in one global batch, in micro-batches of `micro`."""
     starts = label_starts or [size // 2 for size in LENGTHS]
     examples = make_examples(LENGTHS, starts)
-    return TrainingBatches(examples, 8, 42, Cut(1, 0, micro), PAD, padding_free=padding_free)
+    return TrainingBatches(examples, 8, 42, ProcessShare(1, 0, micro), PAD, padding_free=padding_free)
 
 
 def adapted_model(attention: str, window: int | None = None) -> Any:

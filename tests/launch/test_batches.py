@@ -1,4 +1,4 @@
-"""The order of the data and its batches: the same records, targets and keys however a batch is cut."""
+"""The order of the data and its batches: the same records, targets and keys however a batch is shared out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from flexlora_ds.errors import UserError
 from launch.data.batches import (
     PAD_MULTIPLE,
-    Cut,
     DataOrder,
+    ProcessShare,
     TrainingBatches,
     ValidationBatches,
     total_steps,
@@ -31,26 +31,26 @@ def whole_batch(examples: Examples, size: int, seed: int, world: int, micro: int
     rows: list[object] = []
     targets = 0
     for rank in range(world):
-        batches = TrainingBatches(examples, size, seed, Cut(world, rank, micro), PAD)
+        batches = TrainingBatches(examples, size, seed, ProcessShare(world, rank, micro), PAD)
         mine = list(batches.micro_batches(step))
         assert len(mine) == batches.accumulation == size // (world * micro)
         targets += sum(batch.target_tokens for batch in mine)
         rows += [row for batch in mine for row in row_contents(batch)]
-    assert targets == TrainingBatches(examples, size, seed, Cut(), PAD).target_tokens(step)
+    assert targets == TrainingBatches(examples, size, seed, ProcessShare(), PAD).batch(step).target_tokens
     return sorted(rows)  # type: ignore[type-var]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     examples=example_sets(),
-    cut=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+    parts=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
     seed=st.integers(0, 2**40),
     step=st.integers(1, 40),
 )
-def test_every_cut_of_a_step_holds_the_same(
-    examples: Examples, cut: tuple[int, int, int], seed: int, step: int
+def test_however_a_step_is_shared_out_it_holds_the_same(
+    examples: Examples, parts: tuple[int, int, int], seed: int, step: int
 ) -> None:
-    world, micro, accumulation = cut
+    world, micro, accumulation = parts
     size = world * micro * accumulation
     reference = whole_batch(examples, size, seed, 1, 1, step)
     assert len(reference) == size
@@ -91,7 +91,7 @@ def test_grouped_by_length_less_is_padded_at_every_step_but_those_between_epochs
     examples = make_examples(lengths, [0] * len(lengths))
 
     def padded(grouped: bool) -> list[float]:
-        batches = TrainingBatches(examples, 16, 4, Cut(1, 0, 16), PAD, group_by_length=grouped)
+        batches = TrainingBatches(examples, 16, 4, ProcessShare(1, 0, 16), PAD, group_by_length=grouped)
         steps = [batch for step in range(1, 126) for batch in batches.micro_batches(step)]
         return [batch.input_ids.numel() / batch.tokens for batch in steps]
 
@@ -103,8 +103,8 @@ def test_grouped_by_length_less_is_padded_at_every_step_but_those_between_epochs
 
 
 def _lengths_of_steps(examples: Examples) -> list[list[int]]:
-    batches = TrainingBatches(examples, 16, 4, Cut(), PAD, group_by_length=True)
-    return [examples.lengths[batches.global_batch(step)].tolist() for step in range(1, 63)]
+    batches = TrainingBatches(examples, 16, 4, ProcessShare(), PAD, group_by_length=True)
+    return [examples.lengths[batches.batch(step).indices].tolist() for step in range(1, 63)]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -113,12 +113,12 @@ def test_grouped_batches_are_the_same_at_any_number_of_processes(world: int) -> 
     examples = make_examples(lengths, [0] * 70)
     for step in range(1, 12):
         shares = [
-            TrainingBatches(examples, 8, 3, Cut(world, rank, 2), PAD, group_by_length=True)
+            TrainingBatches(examples, 8, 3, ProcessShare(world, rank, 2), PAD, group_by_length=True)
             for rank in range(world)
         ]
         ids = [id for share in shares for batch in share.micro_batches(step) for id in batch.record_ids]
-        alone = TrainingBatches(examples, 8, 3, Cut(), PAD, group_by_length=True)
-        assert sorted(ids) == sorted(alone.record_ids(step))
+        alone = TrainingBatches(examples, 8, 3, ProcessShare(), PAD, group_by_length=True)
+        assert sorted(ids) == sorted(examples.record_ids[alone.batch(step).indices].tolist())
 
 
 def test_epochs_and_seeds_give_different_orders() -> None:
@@ -130,7 +130,7 @@ def test_epochs_and_seeds_give_different_orders() -> None:
 
 def test_collated_rows_are_padded_on_the_right_to_a_multiple_of_eight() -> None:
     examples = make_examples([9, 3], [4, 0])
-    (batch,) = TrainingBatches(examples, 2, 0, Cut(micro_batch_size=2), PAD).micro_batches(1)
+    (batch,) = TrainingBatches(examples, 2, 0, ProcessShare(micro_batch_size=2), PAD).micro_batches(1)
     assert batch.input_ids.shape == (2, 16) == batch.row_keys.shape
     assert 16 % PAD_MULTIPLE == 0
     assert batch.record_ids == (1, 4)  # the longer one first
@@ -147,7 +147,7 @@ def test_row_keys_differ_by_seed_step_record_and_position() -> None:
     examples = make_examples([8, 8], [0, 0])
 
     def keys(seed: int, step: int) -> list[int]:
-        batches = TrainingBatches(examples, 2, seed, Cut(micro_batch_size=2), PAD)
+        batches = TrainingBatches(examples, 2, seed, ProcessShare(micro_batch_size=2), PAD)
         return [key for batch in batches.micro_batches(step) for key in batch.row_keys.flatten().tolist()]
 
     seen = keys(0, 1) + keys(0, 2) + keys(1, 1)
@@ -158,7 +158,7 @@ def test_row_keys_differ_by_seed_step_record_and_position() -> None:
 
 def test_a_batch_size_that_does_not_divide_is_the_users_error() -> None:
     with pytest.raises(UserError, match=r"batch_size 10 is not a multiple.*multiple of 4"):
-        TrainingBatches(make_examples([4], [0]), 10, 0, Cut(2, 0, 2), PAD)
+        TrainingBatches(make_examples([4], [0]), 10, 0, ProcessShare(2, 0, 2), PAD)
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,7 +166,7 @@ def test_a_batch_size_that_does_not_divide_is_the_users_error() -> None:
 def test_validation_is_shared_completely_in_equal_numbers_of_passes(
     examples: Examples, world: int, micro: int
 ) -> None:
-    shares = [ValidationBatches(examples, Cut(world, rank, micro), PAD) for rank in range(world)]
+    shares = [ValidationBatches(examples, ProcessShare(world, rank, micro), PAD) for rank in range(world)]
     batches = [list(share) for share in shares]
     assert {len(mine) for mine in batches} == {len(shares[0])}
     everything = [batch for mine in batches for batch in mine]

@@ -251,8 +251,8 @@ def test_docs_page_is_in_step() -> None:
 
 def test_help_exits_0_and_needs_no_torch() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from launch.train import main; "
-        "sys.exit(main(['--rank', '0', '--help']))"
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = ['--rank', '0', '--help']; "
+        "runpy.run_path('launch/train.py', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import torch
 
 from flexlora_ds.adapter.layer import forward_context
 from flexlora_ds.errors import UserError
-from launch.data.batches import Cut, MicroBatch, TrainingBatches, ValidationBatches
+from launch.data.batches import MicroBatch, ProcessShare, TrainingBatches, ValidationBatches
 from launch.data.examples import IGNORED
 from launch.model.attention import (
     Machine,
@@ -89,7 +89,7 @@ def test_the_packed_attention_serves_padded_batches_too() -> None:
 def test_validation_is_laid_the_same_way() -> None:
     examples = make_examples([5, 4, 9], [2, 2, 2])
     passes: list[list[MicroBatch]] = [
-        list(ValidationBatches(examples, Cut(2, rank, 1), PAD, padding_free=True)) for rank in (0, 1)
+        list(ValidationBatches(examples, ProcessShare(2, rank, 1), PAD, padding_free=True)) for rank in (0, 1)
     ]
     assert [len(p) for p in passes] == [2, 2]
     lengths = [b.segment_lengths for turn in zip(*passes, strict=True) for b in turn]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from launch.data.batches import Cut, MicroBatch, TrainingBatches
+from launch.data.batches import ProcessShare, TrainingBatches
 from launch.data.prefetch import AHEAD, prefetched, training_feed
 from tests.helpers.numbered_examples import PAD, make_examples, row_contents
 
@@ -25,10 +25,10 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest.mark.parametrize("done", [0, 3])
 def test_the_micro_batches_are_those_of_the_steps_in_order(done: int) -> None:
     examples = make_examples(list(range(1, 24)), [size // 2 for size in range(1, 24)])
-    batches = TrainingBatches(examples, 8, 1, Cut(2, 1, 2), PAD)
+    batches = TrainingBatches(examples, 8, 1, ProcessShare(2, 1, 2), PAD)
     expected = [batch for step in range(done + 1, 8) for batch in batches.micro_batches(step)]
     with training_feed(batches, done, 7, CPU) as feed:
-        found = list(feed)
+        found = [micro_batch for batch in feed for micro_batch in batch.micro_batches]
     assert len(found) == 2 * (7 - done)
     assert [row_contents(batch) for batch in found] == [row_contents(batch) for batch in expected]
 
@@ -73,8 +73,8 @@ def test_the_thread_ends_with_a_run_that_fails_or_is_interrupted(fault: type[Bas
 
 def test_a_run_that_stops_early_leaves_the_rest() -> None:
     examples = make_examples([5] * 40, [0] * 40)
-    batches = TrainingBatches(examples, 4, 1, Cut(1, 0, 2), PAD)
-    made: list[MicroBatch] = []
+    batches = TrainingBatches(examples, 4, 1, ProcessShare(1, 0, 2), PAD)
     with training_feed(batches, 0, 10**6, CPU) as feed:
-        made += [next(feed) for _ in range(3)]
-    assert [batch.record_ids for batch in made[:2]] == [b.record_ids for b in batches.micro_batches(1)]
+        first, second = next(feed), batches.batch(1)
+        assert [b.record_ids for b in first.micro_batches] == [b.record_ids for b in second.micro_batches]
+        next(next(feed).micro_batches)

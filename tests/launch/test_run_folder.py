@@ -184,7 +184,7 @@ def test_a_log_that_lacks_a_line_is_told_and_gets_no_more(tmp_path: Path) -> Non
 
 
 def test_only_process_0_writes(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run", writes=False)
+    run = RunFolder(tmp_path / "run", is_rank_zero=False)
     run.prepare("none")
     run.write_options("{}")
     run.log_step(step_metrics(1))

@@ -161,7 +161,7 @@ def loss_and_gradients(
     from benchmarks.shapes import random_model
     from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
     from flexlora_ds.adapter.layer import forward_context
-    from launch.data.batches import Cut, TrainingBatches
+    from launch.data.batches import ProcessShare, TrainingBatches
     from launch.model.token_loss import Head, token_loss
 
     model: Any = random_model("tiny", dtype, attention).train()
@@ -170,7 +170,7 @@ def loss_and_gradients(
     for layer in adapters(model).values():
         layer.lam.data.copy_(torch.randn(4, generator=rng))
     model.to(device)
-    run = TrainingBatches(examples(), 8, 42, Cut(1, 0, 8), 7, padding_free=end_to_end)
+    run = TrainingBatches(examples(), 8, 42, ProcessShare(1, 0, 8), 7, padding_free=end_to_end)
     (batch,) = run.micro_batches(3)
     forward_context(model).row_keys = batch.row_keys.to(device)
     loss = token_loss(model, batch, device, Head(at_positions=True)) / batch.target_tokens
