@@ -31,9 +31,10 @@ from eval.model.language_model import LanguageModel
 from eval.model.loading import load, resolve_prompt
 from eval.options import Options, parse_options
 from eval.predictions import Prediction
-from eval.results import markdown, versions
+from eval.results import versions
 from eval.run import quiet_libraries
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.markdown import markdown_table
 from launch.command import guarded
 
 GAP = 1e-4
@@ -160,7 +161,7 @@ def show(summary: Mapping[str, Any]) -> str:
     ]
     header = ("", "items", "s", "items/s", "x reference", "median round", "by CPU time")
     lines = [f"{summary['model']}, {summary['dtype']}, {summary['device']}, {summary['threads']} threads", ""]
-    lines += [markdown(header, rows)]
+    lines += [markdown_table(header, rows)]
     fraction, by_cpu = summary["score_of_forward_rate"], summary["score_of_forward_rate_by_cpu"]
     lines += [f"score, of the forward passes' rate: {fraction:.2f} (by CPU time {by_cpu:.2f})"]
     for mode, a in summary["agreement_with_reference"].items():

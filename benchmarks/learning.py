@@ -32,6 +32,7 @@ from flexlora_ds.checkpoint.files import checkpoints_in
 from flexlora_ds.checkpoint.state import open_checkpoint
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.importance import exact_spectrum, score_matrices, spectrum_error
 from launch.command import guarded
 
@@ -141,15 +142,15 @@ def spectra(folder: Path) -> dict[str, float]:
 def table(found: dict[tuple[str, int], dict[str, float]], settings: list[str], seeds: list[int]) -> str:
     """Markdown: means over seeds, and the spread of the last validation loss against LoRA's of the same seed."""
     columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for setting in settings:
         rows = [found[setting, seed] for seed in seeds]
         cells = [f"{np.mean([row[key] for row in rows]):.4f}" if key in rows[0] else "" for key in columns]
         if LORA in settings:
             gaps = [found[setting, seed]["val, end"] - found[LORA, seed]["val, end"] for seed in seeds]
             cells[columns.index("val, end")] += f" ({min(gaps):+.4f} to {max(gaps):+.4f})"
-        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([setting, *cells])
+    return markdown_table(["", *columns], lines)
 
 
 def main() -> int:
@@ -169,7 +170,7 @@ def main() -> int:
             json.dumps([{"setting": s, "seed": n, **row} for (s, n), row in found.items()], indent=1) + "\n",
             encoding="utf-8",
         )
-        print(table(found, settings, seeds))
+        print(table(found, settings, seeds), end="")
 
     return guarded(run, debug=lambda: False)
 

@@ -36,6 +36,7 @@ from benchmarks.change_worker import Setting, measure
 from benchmarks.intervals import paired_ratio
 from benchmarks.shapes import SHAPES
 from flexlora_ds.errors import UserError
+from flexlora_ds.files.markdown import markdown_row, markdown_table
 from launch.command import guarded, quiet_libraries
 from launch.run_folder.json_files import write_text_atomically
 
@@ -127,7 +128,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     timed, memory = [], []
     if args.changes:
-        print(row(HEAD) + rule(HEAD), flush=True)
+        print(markdown_table(HEAD, []), end="", flush=True)
         for shape, rank, count, stage in itertools.product(
             args.shape, args.ranks, args.processes, args.stages
         ):
@@ -135,16 +136,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
                 shape, rank, stage, count, dtype, args.batch_size, args.adjust_size, args.changes, args.block
             )
             timed.append(summary(setting, measure(setting, cpu=not gpus)))
-            print(row(cells(timed[-1])), flush=True)
+            print(markdown_row(cells(timed[-1])), flush=True)
     if args.memory_changes:
-        print("\n" + row(MEMORY_HEAD) + rule(MEMORY_HEAD), flush=True)
+        print("\n" + markdown_table(MEMORY_HEAD, []), end="", flush=True)
         for count in args.processes:
             setting = Setting(
                 args.memory_shape, args.memory_rank, MEMORY_STAGE, count, dtype, MEMORY_BATCH, args.adjust_size,
                 args.memory_changes, 0,
             )  # fmt: skip
             memory.append(growth(setting, measure(setting, cpu=not gpus)))
-            print(row(memory_cells(memory[-1])), flush=True)
+            print(markdown_row(memory_cells(memory[-1])), flush=True)
     print(f"\n{conditions(args, gpus, dtype)}; {time.monotonic() - started:.0f} s in all")
     if args.json:
         report = {"conditions": conditions(args, gpus, dtype), "timed": timed, "memory": memory}
@@ -221,16 +222,6 @@ def memory_cells(one: dict[str, Any]) -> list[str]:
 def interval(ratio: dict[str, float]) -> str:
     """`median (low to high)`."""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-
-
-def row(texts: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(texts) + " |"
-
-
-def rule(head: Sequence[str]) -> str:
-    """The line below a head."""
-    return "\n|" + "---|" * len(head)
 
 
 def conditions(args: argparse.Namespace, gpus: int, dtype: str) -> str:

@@ -34,11 +34,14 @@ from benchmarks.intervals import paired_ratio
 from benchmarks.kernels import count_kernels
 from benchmarks.shapes import SHAPES, random_model, records
 from flexlora_ds.base_model.precision import TORCH_DTYPES
+from flexlora_ds.files.markdown import markdown_table
 from launch.distributed.process import join_processes
 from launch.model.packed_attention import register_packed_sdpa
 
 WARM_UP = 2  # uncounted rounds
 MEMORY_STEPS = 3
+HEAD = ("", "s per step", "tokens/s", "time : LoRA (95 %)", "CPU time : LoRA (95 %)", "peak memory", "kernels",
+        "after update", "input share")  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -89,7 +92,7 @@ def main() -> None:
         if args.memory == "true":
             add_memory(args, rows, inputs, dropout)
         found.append({**setting, "contenders": rows})
-        print(table(found[-1], args, device), flush=True)
+        print(table(found[-1], args, device), end="", flush=True)
     report = {
         "command": sys.argv[1:],
         "machine": machine(device),
@@ -205,21 +208,28 @@ def table(setting: dict[str, Any], args: argparse.Namespace, device: torch.devic
         f"{torch.get_num_threads()} threads, {args.rounds} rounds, dropout {setting['dropout']:g}, "
         f"train_on_inputs {str(setting['train_on_inputs']).lower()}",
         "",
-        "| | s per step | tokens/s | time : LoRA (95 %) | CPU time : LoRA (95 %) | peak memory | kernels | "
-        "after update | input share |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for row in setting["contenders"]:
         memory = (
             f"{row['peak_bytes'] / 2**20:,.0f} MiB, {row['memory_ratio']:.3f}" if "peak_bytes" in row else ""
         )
         ratios = (row["time_ratio"], row["cpu_time_ratio"])
-        cells = " | ".join(f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in ratios)
-        lines.append(
-            f"| {row['name']} | {row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {cells} | {memory} | "
-            f"{row['kernels']:,} | {row['after_update_share']:.1%} | {row['input_share']:.3%} |"
+        cells = [f"{r['median']:.3f} ({r['low']:.3f}–{r['high']:.3f})" for r in ratios]
+        rows.append(
+            [
+                row["name"],
+                f"{row['seconds']:.3f}",
+                f"{row['tokens_per_s']:,.0f}",
+                *cells,
+                memory,
+                f"{row['kernels']:,}",
+                f"{row['after_update_share']:.1%}",
+                f"{row['input_share']:.3%}",
+            ]
         )
-    return "\n".join(lines + changes_line(setting["contenders"]))
+    lines.append(markdown_table(HEAD, rows))
+    return "\n".join(lines) + "\n".join(changes_line(setting["contenders"]))
 
 
 def changes_line(rows: list[dict[str, Any]]) -> list[str]:

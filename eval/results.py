@@ -11,6 +11,7 @@ from typing import Any
 from eval.items import TaskItems
 from eval.predictions import Prediction
 from eval.protocols import Protocol
+from flexlora_ds.files.markdown import markdown_table
 
 
 @dataclass(frozen=True)
@@ -124,19 +125,4 @@ def table(summary: Mapping[str, Any], protocol: Protocol) -> str:
         f"**{subject}**\n\nProtocol `{protocol.label}`: {protocol.summary}. Prompt `{settings['prompt']}`, "
     )
     head += f"{settings['dtype']}{limited}.\n"
-    return head + "\n" + markdown(("task", "accuracy %", "chance %", "unanswered", "items"), rows)
-
-
-def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table whose columns line up."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        return "| " + " | ".join(cells) + " |\n"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|\n"
-    return line(header) + rule + "".join(map(line, rows))
+    return head + "\n" + markdown_table(("task", "accuracy %", "chance %", "unanswered", "items"), rows)

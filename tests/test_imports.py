@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ("flexlora_ds", "data_prep", "launch", "eval")
 ALLOWED = {
     "flexlora_ds": {"flexlora_ds"},
-    "data_prep": {"data_prep"},
+    "data_prep": {"data_prep", "flexlora_ds"},
     "launch": {"launch", "data_prep", "flexlora_ds"},
     "eval": {"eval", "data_prep", "flexlora_ds"},
 }

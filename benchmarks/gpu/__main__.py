@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.gpu.compare import baseline_of, read_figures, worse
 from benchmarks.gpu.sections import SECTIONS, run_section
+from flexlora_ds.files.markdown import markdown_table
 
 GRACE = 15.0
 """Seconds that a section may take beyond its share before it is ended."""
@@ -89,7 +90,7 @@ def main() -> int:
             if code:
                 failed.append(name)
         rows = [json.loads(line) for line in figures.read_text(encoding="utf-8").splitlines()]
-    print(table(rows))
+    print("\n" + table(rows), end="")
     if args.json:
         write(args, rows, failed)
     broken = [row["name"] for row in rows if row.get("proof") and not row["holds"]]
@@ -128,7 +129,7 @@ def in_a_process(name: str, share: float, args: argparse.Namespace, figures: Pat
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line per figure and proof."""
-    lines = ["", "| section | what | value | aim |", "|---|---|---|---|"]
+    lines = []
     for row in rows:
         if row.get("proof"):
             value, aim = ("holds" if row["holds"] else "**fails**"), "holds"
@@ -138,8 +139,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             number = row["value"]
             value = f"{number:,.4g}" if isinstance(number, float) else str(number)
             value, aim = f"{value} {row['unit']}".strip(), row["aim"]
-        lines.append(f"| {row['section']} | {row['name']} | {value} | {aim} |")
-    return "\n".join(lines)
+        lines.append([row["section"], row["name"], value, aim])
+    return markdown_table(("section", "what", "value", "aim"), lines, left=range(4))
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[str]) -> None:

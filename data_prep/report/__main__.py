@@ -17,6 +17,7 @@ from data_prep.published.files import CORPUS
 from data_prep.records import iter_records
 from data_prep.report.measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from data_prep.report.plots import plot_all
+from flexlora_ds.files.markdown import markdown_table
 
 _DESCRIPTION = """\
 Report on a data folder: for every train.json and test.json (and the corpus) duplicates, lengths and
@@ -97,17 +98,8 @@ def measure_folder(
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """The measures as a Markdown table, aligned."""
-    rows = [_HEAD, *(_row(name, summary) for name, summary in summaries.items())]
-    last = len(_HEAD) - 1
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = zip(row, widths, range(len(_HEAD)), strict=True)
-        aligned = (cell.ljust(width) if i in (0, last) else cell.rjust(width) for cell, width, i in cells)
-        return f"| {' | '.join(aligned)} |"
-
-    rules = ("-" * width if i in (0, last) else "-" * (width - 1) + ":" for i, width in enumerate(widths))
-    return "\n".join([line(rows[0]), f"| {' | '.join(rules)} |", *map(line, rows[1:])])
+    rows = [_row(name, summary) for name, summary in summaries.items()]
+    return markdown_table(_HEAD, rows, left=(0, len(_HEAD) - 1))
 
 
 def _row(name: str, summary: dict[str, Any]) -> tuple[str, ...]:
@@ -142,10 +134,10 @@ def _run(args: argparse.Namespace) -> None:
     pictures = plot_all(measures, out, unit, args.cutoff)
     title = f"# {args.data}\n\nLengths in {unit}, prompt style {args.prompt}, cutoff {args.cutoff}.\n\n"
     shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
-    (out / "report.md").write_text(f"{title}{text}\n{shown}", encoding="utf-8")
+    (out / "report.md").write_text(f"{title}{text}{shown}", encoding="utf-8")
     document = {"settings": settings, "files": summaries}
     (out / "report.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(f"{text}\n\nlengths in {unit} ({args.prompt} prompt); wrote {out}/report.md and the pictures")
+    print(f"{text}\nlengths in {unit} ({args.prompt} prompt); wrote {out}/report.md and the pictures")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from eval.compare.differences import Difference, Run, Setting, agreement, common_tasks, difference, read_run
 from eval.compare.paper import PAPER
 from eval.files import write_text
-from eval.results import markdown
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.markdown import markdown_table
 
 _SEED = re.compile(r"seed[-_=]?\d+")
 _MAY_DIFFER = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
@@ -82,7 +82,7 @@ def report(settings: Sequence[Setting], paper: bool) -> str:
     header = ["accuracy %"]
     for setting in settings:
         header += [setting.name] if setting is settings[0] else [setting.name, f"− {settings[0].name}"]
-    text = "# Comparison\n\n" + markdown(tuple(header), rows) + "\n" + _notes(settings, tasks)
+    text = "# Comparison\n\n" + markdown_table(tuple(header), rows) + "\n" + _notes(settings, tasks)
     return text + (_paper_rows(tasks) if paper else "")
 
 
@@ -141,7 +141,7 @@ def _paper_rows(tasks: Sequence[str]) -> str:
         for name, parameters, row in PAPER
     ]
     cited = "\nAs published by the paper for LLaMA3-8B (Table 2; cited, not measured here):\n\n"
-    return cited + markdown(("cited", "parameters", *tasks, "average of eight"), rows)
+    return cited + markdown_table(("cited", "parameters", *tasks, "average of eight"), rows)
 
 
 def draw(settings: Sequence[Setting], path: Path) -> bool:

@@ -20,7 +20,7 @@ def test_a_tiny_comparison(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "| PEFT LoRA |" in done.stdout and "A rank change:" in done.stdout
+    assert "\n| PEFT LoRA " in done.stdout and "A rank change:" in done.stdout
     (setting,) = json.loads(out.read_text())["settings"]
     lora, ours = setting["contenders"]
     assert (lora["name"], ours["name"]) == ("PEFT LoRA", "FlexLoRA rank changes")
