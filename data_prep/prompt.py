@@ -1,4 +1,4 @@
-"""The instruction prompts, shared by training and evaluation. Pure string functions.
+"""The instruction prompts as strings and as token ids, shared by training and evaluation.
 
 `llm_adapters` reproduces the strings of LLM-Adapters' finetune.py and commonsense_evaluate.py byte for byte:
 there, training and evaluation differ in the white space of the first line and between the sections.
@@ -6,6 +6,8 @@ there, training and evaluation differ in the white space of the first line and b
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.records import Record
@@ -73,3 +75,21 @@ def evaluation_prompt(record: Record, style: str) -> str:
         return _alpaca(record)
     first_line = _WITH_INPUT if record["input"] else _PLAIN + " "
     return _llm_adapters(record, first_line, blank_line="")
+
+
+def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """The token ids of texts that more tokens follow: with the BOS that the tokenizer adds, without the EOS.
+
+    Some tokenizers end every text with their end token; a model must not read it before the answer. Training and
+    evaluation both call this, so an adapter is asked with the ids that it was trained on.
+    """
+    rows = tokenizer(prompts, return_attention_mask=False, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [row[:-1] if len(row) > 1 and row[-1] == eos else row for row in rows]
+
+
+def encode_answers(tokenizer: Any, answers: list[str]) -> list[list[int]]:
+    """The token ids of texts that follow a prompt: without any token that the tokenizer adds."""
+    encoded = tokenizer(answers, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.chat import as_chat, as_record, chat_prompts
 from data_prep.errors import DataError
-from data_prep.prompt import CHAT, evaluation_prompt
+from data_prep.prompt import CHAT, encode_answers, encode_prompts, evaluation_prompt
 from data_prep.records import ChatRecord, load_entries
 from data_prep.tasks import TASKS
 from eval.parsing import read_answer
@@ -113,9 +113,11 @@ def tokenise(task: str, questions: Sequence[Question], tokenizer: Any) -> TaskIt
     if chats:
         prompts = chat_prompts(tokenizer, chats, lambda i: f"{task}/test.json, record {i + 1}")
     else:
-        prompts = _prompt_ids(tokenizer, [question.prompt for question in questions])
+        prompts = [
+            tuple(row) for row in encode_prompts(tokenizer, [question.prompt for question in questions])
+        ]
     texts = sorted({answer for question in questions for answer in question.answers})
-    encoded = tokenizer([ANSWER_PREFIX + text for text in texts], add_special_tokens=False)["input_ids"]
+    encoded = encode_answers(tokenizer, [ANSWER_PREFIX + text for text in texts])
     ids: dict[str, Tokens] = {text: tuple(row) for text, row in zip(texts, encoded, strict=True)}
     items = tuple(
         Item(question, prompt, tuple(ids[answer] for answer in question.answers))
@@ -130,12 +132,6 @@ def tokenise(task: str, questions: Sequence[Question], tokenizer: Any) -> TaskIt
         answer_prefix=common_prefix(list(ids.values())),
         single_position=all(_differ_in_last_token(item.candidates) for item in items),
     )
-
-
-def _prompt_ids(tokenizer: Any, prompts: list[str]) -> list[Tokens]:
-    rows = tokenizer(prompts, return_attention_mask=False, verbose=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [tuple(row[:-1] if len(row) > 1 and row[-1] == eos else row) for row in rows]
 
 
 def _differ_in_last_token(candidates: tuple[Tokens, ...]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from data_prep.chat import as_chat, encode_chats
-from data_prep.prompt import CHAT, evaluation_prompt, training_text
+from data_prep.prompt import CHAT, encode_answers, encode_prompts, evaluation_prompt, training_text
 from data_prep.records import Entry, Record
 from flexlora_ds.errors import UserError
 from launch.data.examples import Examples
@@ -100,8 +100,8 @@ def _place(file: str, first: int, index: int) -> str:
 
 
 def _encode_by_parts(records: Sequence[Record], tokenizer: Any, style: str) -> list[Encoded]:
-    prompts = _ids(tokenizer, [evaluation_prompt(record, style) for record in records])
-    answers = _ids(tokenizer, [training_text(record, style)[1] for record in records], special=False)
+    prompts = encode_prompts(tokenizer, [evaluation_prompt(record, style) for record in records])
+    answers = encode_answers(tokenizer, [training_text(record, style)[1] for record in records])
     eos = tokenizer.eos_token_id
     return [
         _answered([*prompt, *answer, eos], len(prompt))
@@ -111,8 +111,8 @@ def _encode_by_parts(records: Sequence[Record], tokenizer: Any, style: str) -> l
 
 def _encode_whole(records: Sequence[Record], tokenizer: Any, style: str) -> list[Encoded]:
     parts = [training_text(record, style) for record in records]
-    prompts = _ids(tokenizer, [prompt for prompt, _ in parts])
-    wholes = _ids(tokenizer, [prompt + answer for prompt, answer in parts])
+    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in parts])
+    wholes = encode_prompts(tokenizer, [prompt + answer for prompt, answer in parts])
     eos = tokenizer.eos_token_id
     # The end token is always a target, also where the prompt alone has more tokens than the prompt with its answer.
     return [
@@ -135,11 +135,3 @@ def _encode_chats(entries: Sequence[Entry], tokenizer: Any, place: Callable[[int
 
 def _answered(ids: list[int], given: int) -> Encoded:
     return ids, [False] * given + [True] * (len(ids) - given)
-
-
-def _ids(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
-    """Token ids per text, with the tokenizer's own BOS if `special`, never with an EOS it adds by itself."""
-    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    eos = tokenizer.eos_token_id
-    ids: list[list[int]] = encoded["input_ids"]
-    return [row[:-1] if special and row and row[-1] == eos else row for row in ids]

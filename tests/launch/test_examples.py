@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.prompt import evaluation_prompt, training_text
 from data_prep.records import Record
+from eval.items import Question
+from eval.items import tokenise as tokenise_questions
 from flexlora_ds.errors import UserError
 from launch.data.encoding import Encoding, tokenise
 from launch.data.examples import IGNORED, Examples, TokenisedData, arrange, split
@@ -94,8 +96,26 @@ def test_a_tokenizers_own_end_token_comes_once_and_last(template: str, prompt: s
     assert ids.count(BOS) == int("<s>" in template)
 
 
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("given", ["", "the correct"])
+def test_training_reads_the_prompt_that_evaluation_asks_with(template: str, given: str) -> None:
+    """Whatever the tokenizer adds by itself: nothing, a BOS, an EOS, both."""
+    tokenizer = make_tokenizer(template)
+    record = make_record(given=given)
+    record["instruction"] += " Answer format: answer1/answer2"
+    examples, _ = tokenise([record], tokenizer, Encoding("alpaca", 99, False))
+    question = Question(
+        "ARC-Easy", 0, evaluation_prompt(record, "alpaca"), ("answer1", "answer2"), record["answer"]
+    )
+    (item,) = tokenise_questions("ARC-Easy", [question], tokenizer).items
+    assert EOS not in item.prompt and item.prompt.count(BOS) == int("<s>" in template)
+    assert tuple(examples[0].input_ids) == (*item.prompt, *item.candidates[0], EOS)
+    learnt = [token for token in examples[0].labels if token != IGNORED]
+    assert tuple(learnt) == (*item.candidates[0], EOS)
+
+
 @pytest.mark.parametrize("prompt", ["alpaca", "llm_adapters"])
-def test_a_record_over_the_cutoff_is_dropped_never_cut(prompt: str) -> None:
+def test_a_record_over_the_cutoff_is_dropped_never_truncated(prompt: str) -> None:
     records = [make_record(words) for words in (5, 9, 6, 7)]
     limit = len(prepare([records[2]], prompt=prompt).train[0].input_ids)
     data = prepare(records, prompt=prompt, cutoff_len=limit)
