@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launch.command import guarded, quiet_libraries
+from flexlora_ds.command import exit_code_of
+from launch.command import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def main() -> int:
     """Print the figures of the setting on the command line; the exit code."""
     quiet_libraries()
     setting = Setting(**json.loads(sys.argv[1]))
-    return guarded(lambda: print("\n" + json.dumps(run(setting)), flush=True), debug=lambda: False)
+    return exit_code_of(lambda: print("\n" + json.dumps(run(setting)), flush=True))
 
 
 if __name__ == "__main__":

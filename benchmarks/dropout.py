@@ -8,8 +8,8 @@ Medians over the rounds, in milliseconds, after one uncounted round. The first t
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlora_ds.base_model.precision import TORCH_DTYPES
+from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.dropout.apply import Drop, FusedMasking
 from flexlora_ds.dropout.cpu_kernel import HostKernel
 
@@ -46,11 +47,9 @@ def medians(ways: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, flo
     return {name: statistics.median(times) for name, times in took.items()}
 
 
-def main() -> None:
+def compare() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.dropout", __doc__)
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--features", type=int, nargs="+", default=[576, 1536])
     parser.add_argument("--p", type=float, default=0.05)
@@ -65,5 +64,10 @@ def main() -> None:
         print(f"{args.rows} x {features}, {args.dtype}, {torch.get_num_threads()} threads: {cells}")
 
 
+def main() -> int:
+    """Compare; the exit code."""
+    return exit_code_of(compare)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,9 +33,9 @@ from eval.options import Options, parse_options
 from eval.predictions import Prediction
 from eval.results import versions
 from eval.run import quiet_libraries
+from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.markdown import markdown_table
-from launch.command import guarded
 
 GAP = 1e-4
 
@@ -184,9 +184,7 @@ def show(summary: Mapping[str, Any]) -> str:
 
 def arguments() -> tuple[argparse.Namespace, Options]:
     """Our own options, and those of `python -m eval`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.eval_speed", __doc__)
     parser.add_argument("--reference_items", type=int, default=40)
     parser.add_argument("--endless_items", type=int, default=8, help="for the reference without an end token")
     parser.add_argument("--greedy_items", type=int, default=400, help="for the greedy loop at batch 1")
@@ -229,7 +227,7 @@ def compare() -> None:
 
 def main() -> int:
     """Compare; the exit code."""
-    return guarded(compare, debug=lambda: False)
+    return exit_code_of(compare)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ import numpy as np
 from flexlora_ds.checkpoint.adapter import masters_of
 from flexlora_ds.checkpoint.files import checkpoints_in
 from flexlora_ds.checkpoint.state import open_checkpoint
+from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.importance import exact_spectrum, score_matrices, spectrum_error
-from launch.command import guarded
 
 LORA = "LoRA"
 SETTINGS: dict[str, dict[str, object]] = {
@@ -60,9 +60,7 @@ FIXED = {
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what of it belongs to `launch/train.py`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser("python -m benchmarks.learning", __doc__)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
@@ -155,9 +153,9 @@ def table(found: dict[tuple[str, int], dict[str, float]], settings: list[str], s
 
 def main() -> int:
     """Run what has not been run, and print the table."""
-    args, words = parse()
 
     def run() -> None:
+        args, words = parse()
         settings, seeds = args.settings.split(","), [int(seed) for seed in args.seeds.split(",")]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -172,7 +170,7 @@ def main() -> int:
         )
         print(table(found, settings, seeds), end="")
 
-    return guarded(run, debug=lambda: False)
+    return exit_code_of(run)
 
 
 if __name__ == "__main__":

@@ -23,21 +23,21 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks.change_worker import Setting, measure
 from benchmarks.intervals import paired_ratio
 from benchmarks.shapes import SHAPES
+from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_row, markdown_table
-from launch.command import guarded, quiet_libraries
+from launch.command import quiet_libraries
 from launch.run_folder.json_files import write_text_atomically
 
 MIB = 2**20
@@ -50,21 +50,9 @@ HEAD = (
 MEMORY_HEAD = ("shape", "trainable", "processes", "changes", "resident, MiB", "grown, MiB", "s per change")
 
 
-class Parser(argparse.ArgumentParser):
-    """Faults are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (command line); see --help")
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked. Raises UserError."""
-    parser = Parser(
-        prog="python -m benchmarks.rank_change",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("python -m benchmarks.rank_change", __doc__)
     add = parser.add_argument
     add("--shape", type=names, default="smollm2", help=f"of {', '.join(SHAPES)}; a list (%(default)s)")
     add("--ranks", type=numbers(1), default="8,32", help="initial ranks: trainable parameters (%(default)s)")
@@ -239,11 +227,7 @@ def conditions(args: argparse.Namespace, gpus: int, dtype: str) -> str:
 def main() -> int:
     """The exit code: 0, 2 for what the user must change, 1 for what failed."""
     quiet_libraries()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended, too
-    try:
-        return guarded(run, debug=lambda: False)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return exit_code_of(run, stoppable=True)  # SIGTERM ends the workers, too
 
 
 if __name__ == "__main__":

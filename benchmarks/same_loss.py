@@ -9,12 +9,12 @@ came out the same; the exit code is 1 where the losses part by more than 1e-4.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
+from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import RunError
-from launch.command import guarded, quiet_libraries
+from launch.command import quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 
 BOUND = 1e-4
@@ -69,13 +69,10 @@ def one_step(engine: Any, method: Any, batches: Any, step: int, device: Any) -> 
 
 def main() -> int:
     """Train twice and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    _, words = parser.parse_known_args()
     quiet_libraries()
 
     def run() -> None:
+        _, words = CommandParser("python -m benchmarks.same_loss", __doc__).parse_known_args()
         given = (
             words if any(word.startswith("--max_steps") for word in words) else [*words, "--max_steps=200"]
         )
@@ -88,7 +85,7 @@ def main() -> int:
         if worst > BOUND:
             raise RunError(f"the losses differ by {worst:.1e}, more than {BOUND:g}")
 
-    return guarded(run, debug=lambda: False)
+    return exit_code_of(run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ are meanwhile. The aim is below one step.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.command import guarded, quiet_libraries
+from flexlora_ds.command import CommandParser, exit_code_of
+from launch.command import quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
@@ -146,33 +146,28 @@ def demo_place(root: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Print the figures; the exit code."""
+    quiet_libraries()
+    return exit_code_of(compare)
+
+
+def compare() -> None:
+    """Parse the command line, and run in a scratch folder where it names none."""
+    from launch.distributed.signals import SignalWatcher
+
+    parser = CommandParser("python -m benchmarks.saving_cost", __doc__)
     parser.add_argument("--pairs", type=int, default=8, help="at least 2 (%(default)s)")
     parser.add_argument("--block", type=int, default=8, help="steps in each half of a pair (%(default)s)")
-    own, rest = parser.parse_known_args()
-    quiet_libraries()
+    own, words = parser.parse_known_args()
     steps = WARM_UP + 2 * own.pairs * own.block + 1
     fixed = ["--adjust_size=0", f"--max_steps={steps}", "--save_every=0", "--resume=auto"]
-
-    def run() -> None:
-        from launch.distributed.signals import SignalWatcher
-
-        with tempfile.TemporaryDirectory() as scratch, SignalWatcher() as watcher:
-            words = list(rest)
-            if not any(word.startswith("--model") for word in words):
-                words = [
-                    "--recipe=demo",
-                    *words,
-                    *(f"--{k}={v}" for k, v in demo_place(Path(scratch)).items()),
-                ]
-            if not any(word.startswith("--out") for word in words):
-                words.append(f"--out={scratch}/run")
-            body(parse_options([*words, *fixed]), own.pairs, own.block, watcher)
-
-    return guarded(run, debug=lambda: False)
+    with tempfile.TemporaryDirectory() as scratch, SignalWatcher() as watcher:
+        if not any(word.startswith("--model") for word in words):
+            place = demo_place(Path(scratch))
+            words = ["--recipe=demo", *words, *(f"--{key}={value}" for key, value in place.items())]
+        if not any(word.startswith("--out") for word in words):
+            words.append(f"--out={scratch}/run")
+        body(parse_options([*words, *fixed]), own.pairs, own.block, watcher)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from benchmarks.intervals import paired_ratio
 from benchmarks.kernels import count_kernels
 from benchmarks.shapes import SHAPES, random_model, records
 from flexlora_ds.base_model.precision import TORCH_DTYPES
+from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.files.markdown import markdown_table
 from launch.distributed.process import join_processes
 from launch.model.packed_attention import register_packed_sdpa
@@ -46,9 +47,7 @@ HEAD = ("", "s per step", "tokens/s", "time : LoRA (95 %)", "CPU time : LoRA (95
 
 def parse() -> argparse.Namespace:
     """The command line; lists are comma-separated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.training", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--stage", type=int, choices=range(4), default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"))
@@ -74,7 +73,12 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> int:
+    """Compare; the exit code."""
+    return exit_code_of(compare)
+
+
+def compare() -> None:
     """Measure every setting, print its table, write what was asked for."""
     args = parse()
     if args.device == "cpu":
@@ -288,4 +292,4 @@ def draw(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -51,8 +51,8 @@ def run_together(command: Sequence[str], processes: int, *, cpu: bool, place: st
 
 
 def _fail(code: int, errors: str, place: str) -> NoReturn:
-    last = (errors.strip().splitlines() or [f"a process ended with exit code {code}"])[-1]
-    raise (UserError if code == 2 else RunError)(f"{last.removeprefix('error: ')} ({place})")
+    last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+    raise (UserError if code == 2 else RunError)(f"a process ended with exit code {code}", place, last)
 
 
 def _text(file: Any) -> str:

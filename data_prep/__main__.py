@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.build import Options, build
-from data_prep.command import command
-from data_prep.errors import DataError
-from data_prep.options import Parser, positive
+from data_prep.options import positive
 from data_prep.sources import HubSource, LocalSource, Source
 from data_prep.tasks import TASKS
+from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.errors import UserError
 
+_INTERRUPTED = "no file is half-written, start again"
 _DESCRIPTION = """\
 Build Commonsense170K (170,420 training records) and the eight test sets from the original benchmarks,
 byte for byte as LLM-Adapters published them, and say for every file whether it is identical.
@@ -51,9 +52,9 @@ def _task_list(text: str) -> tuple[str, ...]:
     return tuple(name for name in TASKS if name in names)  # in natural order, whatever the order of asking
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line of `python -m data_prep`."""
-    p = Parser("data_prep", _DESCRIPTION, _EPILOG)
+    p = CommandParser("python -m data_prep", _DESCRIPTION, _EPILOG)
     p.add_argument("--out", type=Path, help="folder to write (default: data; with --demo: data/demo)")
     p.add_argument("--source", default=None, help="hub, or a folder with <task>/<split>.jsonl (default: hub)")
     p.add_argument("--demo", action="store_true", help="build from generated rows: quick, without network")
@@ -75,7 +76,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with the published <task>/*.json: where a file differs, show where",
     )
-    p.add_argument("--debug", action="store_true", help="show a traceback with errors")
     return p
 
 
@@ -85,7 +85,7 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
         yield HubSource(say=_say) if args.source in (None, "hub") else LocalSource(args.source)
         return
     if args.source is not None:
-        raise DataError("--demo and --source exclude each other", mend="leave one out")
+        raise UserError("--demo and --source exclude each other", mend="leave one out")
     from data_prep.demo.sample import write_raw
 
     with tempfile.TemporaryDirectory(prefix="data_prep_demo_") as folder:
@@ -125,8 +125,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code, as `edge.command`."""
-    return command(parser(), _run, argv)
+    """Run the command; returns the exit code, as `flexlora_ds.command.exit_code_of`."""
+    return run_parsed(parser(), _run, argv, interrupted=_INTERRUPTED, stoppable=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.convert import Limits, Section, read_sections
-from data_prep.errors import DataError
 from data_prep.published.compare import first_differences, judge
 from data_prep.published.files import CORPUS, PUBLISHED, Published
 from data_prep.published.order import HEAD, SEPARATOR, TAIL, find_order, framed
 from data_prep.sources import Source
 from data_prep.staging import MANIFEST, commit, locked, read_manifest, staging
 from data_prep.tasks import TASKS, Task
+from flexlora_ds.errors import UserError
 
 FORMAT = 1
 _PARTS_SECONDS, _CORPUS_SECONDS = 60.0, 15.0
@@ -58,7 +58,7 @@ def build(
 ) -> Built:
     """Build `out` from `source`, or find that it is already there.
 
-    Everything is written aside and put in place at the end. Raises DataError, with nothing written, for rows
+    Everything is written aside and put in place at the end. Raises UserError, with nothing written, for rows
     that cannot be converted, for splits that are missing (`strict`) or empty, and where `out` holds something
     else and `force` is not set.
     """
@@ -82,7 +82,7 @@ def build(
         draft = _Draft(staging(out), published, options, say)
         parts = [(task.name, draft.task(task, source)) for task in chosen]
         if not draft.files:
-            raise DataError(
+            raise UserError(
                 "no rows for any task", source.name, "expected <task>/<split>.jsonl, see docs/data.md"
             )
         draft.corpus({name: part for name, part in parts if part is not None})
@@ -132,14 +132,14 @@ def _refuse_foreign(
     mend = "choose another --out, or --force to replace it"
     if old is not None:
         if old.get("request") != request:
-            raise DataError(
+            raise UserError(
                 "holds a build with other settings (source, tasks, limit or seed)", str(out), mend
             )
         return
     names = [f"{task.name}/{kind}.json" for task in tasks for kind in ("train", "test")]
     for name in (CORPUS, MANIFEST, *names):
         if (out / name).exists():
-            raise DataError(f"{name} is already there and was not built by this command", str(out), mend)
+            raise UserError(f"{name} is already there and was not built by this command", str(out), mend)
 
 
 class _Draft:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from data_prep.errors import DataError
 from data_prep.records import ChatRecord, Entry, Message, Record
+from flexlora_ds.errors import UserError
 
 _NO_TEMPLATE = "use an instruct model's tokenizer, or records of instruction and output"
 
@@ -58,7 +58,7 @@ def as_record(entry: Entry) -> Record:
 def chat_pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     """The rendered chat, from its beginning to the end of the last answer: what is given and answers in turn.
 
-    White space behind an answer's end mark counts to the piece that follows it. Raises DataError where the tokenizer
+    White space behind an answer's end mark counts to the piece that follows it. Raises UserError where the tokenizer
     has no chat template, where the template refuses these messages, or where it writes what came before an answer
     differently once the answer is there (then nobody could say which tokens are the answer's).
     """
@@ -70,7 +70,7 @@ def chat_pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
         given = _render(tokenizer, messages[:index], opens_answer=True)
         whole = _render(tokenizer, messages[: index + 1], opens_answer=False)
         if not (given.startswith(done) and whole.startswith(given)):
-            raise DataError(
+            raise UserError(
                 "the tokenizer's chat template changes earlier text when an answer follows: "
                 f"the tokens of message {index + 1} cannot be told",
                 mend="split the chat into chats of one answer, or use another template",
@@ -86,14 +86,14 @@ def encode_chats(
 ) -> list[list[EncodedPiece]]:
     """The token ids of each chat, piece by piece; the pieces but the last are what evaluation asks with.
 
-    Raises DataError as `chat_pieces`; `place(i)` names chat i in it.
+    Raises UserError as `chat_pieces`; `place(i)` names chat i in it.
     """
     require_template(tokenizer)
     rendered: list[list[Piece]] = []
     for index, chat in enumerate(chats):
         try:
             rendered.append(chat_pieces(tokenizer, chat["messages"]))
-        except DataError as error:
+        except UserError as error:
             raise error.at(place(index)) from None
     texts = [piece.text for pieces in rendered for piece in pieces]
     if not texts:
@@ -106,18 +106,18 @@ def encode_chats(
 def chat_prompts(
     tokenizer: Any, chats: Sequence[ChatRecord], place: Callable[[int], str]
 ) -> list[tuple[int, ...]]:
-    """The token ids that each chat is asked with: all before its last answer. Raises DataError as `encode_chats`."""
+    """The token ids that each chat is asked with: all before its last answer. Raises UserError as `encode_chats`."""
     encoded = encode_chats(tokenizer, chats, place)
     return [tuple(token for piece in pieces[:-1] for token in piece.ids) for pieces in encoded]
 
 
 def require_template(tokenizer: Any) -> None:
-    """Raise DataError where the tokenizer has no chat template."""
+    """Raise UserError where the tokenizer has no chat template."""
     try:
         tokenizer.get_chat_template()
     except ValueError:
         name = str(getattr(tokenizer, "name_or_path", "") or "the model's tokenizer")
-        raise DataError("the tokenizer has no chat template, which chats need", name, _NO_TEMPLATE) from None
+        raise UserError("the tokenizer has no chat template, which chats need", name, _NO_TEMPLATE) from None
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, opens_answer: bool) -> str:
@@ -128,5 +128,5 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, opens_answer: bool) 
     # Templates are programs of the model's author: they refuse what they do not take in many ways.
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise DataError(f"the tokenizer's chat template refuses it: {reason}") from None
+        raise UserError(f"the tokenizer's chat template refuses it: {reason}") from None
     return str(text)

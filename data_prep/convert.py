@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from data_prep.errors import DataError
 from data_prep.published.order import SEPARATOR
 from data_prep.records import Record
 from data_prep.sources import MissingSplitError, Source
 from data_prep.tasks import Split, Task
+from flexlora_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_sections(
 ) -> tuple[list[Section], list[str]]:
     """Convert the splits of one file, in their natural order; the second result names the missing ones.
 
-    Raises DataError naming file and row of the first one that cannot be converted, an empty split, or, if
+    Raises UserError naming file and row of the first one that cannot be converted, an empty split, or, if
     `strict`, a missing one.
     """
     parts: list[tuple[list[str], dict[str, Any]]] = []
@@ -77,10 +77,10 @@ def _read(task: Task, split: Split, source: Source, limit: int | None) -> tuple[
     for number, row in enumerate(islice(opened.rows, limit), 1):
         try:
             texts.append(encode(task.record(row)))
-        except DataError as error:
+        except UserError as error:
             raise error.at(f"{opened.place}, row {number}") from None
     if not texts:
-        raise DataError(
+        raise UserError(
             "the split is empty", opened.place, "fetch it again, or leave its task out with --tasks"
         )
     return texts, opened.origin

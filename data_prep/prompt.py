@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_prep.errors import DataError
 from data_prep.records import Record
+from flexlora_ds.errors import UserError
 
 TEXT_PROMPTS = ("alpaca", "llm_adapters")
 """The styles that are strings around a record."""
@@ -33,7 +33,7 @@ _INDENT = " " * 16  # LLM-Adapters indents every line of the prompt but the firs
 
 def _check_style(style: str) -> None:
     if style not in TEXT_PROMPTS:
-        raise DataError(f"unknown prompt style {style!r}", mend=f"use one of {', '.join(TEXT_PROMPTS)}")
+        raise UserError(f"unknown prompt style {style!r}", mend=f"use one of {', '.join(TEXT_PROMPTS)}")
 
 
 def _alpaca(record: Record) -> str:
@@ -56,7 +56,7 @@ def _llm_adapters(record: Record, first_line: str, blank_line: str) -> str:
 def training_text(record: Record, style: str) -> tuple[str, str]:
     """The prompt and the answer of a training example; their concatenation is the published training string.
 
-    Raises DataError for an unknown style.
+    Raises UserError for an unknown style.
     """
     _check_style(style)
     if style == "alpaca":
@@ -68,7 +68,7 @@ def training_text(record: Record, style: str) -> tuple[str, str]:
 def evaluation_prompt(record: Record, style: str) -> str:
     """The string that is given to the model to continue.
 
-    Raises DataError for an unknown style.
+    Raises UserError for an unknown style.
     """
     _check_style(style)
     if style == "alpaca":

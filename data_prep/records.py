@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypedDict, cast
 
-from data_prep.errors import DataError
+from flexlora_ds.errors import UserError
 
 _CHUNK = 1 << 20  # characters
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -55,7 +55,7 @@ Entry: TypeAlias = "Record | ChatRecord"
 def open_text(path: Path) -> IO[str]:
     """A UTF-8 text stream of a plain or gzipped file (told apart by its first bytes, not by its name).
 
-    Raises DataError where the file is missing or cannot be read.
+    Raises UserError where the file is missing or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -64,15 +64,15 @@ def open_text(path: Path) -> IO[str]:
             return cast(IO[str], gzip.open(path, "rt", encoding="utf-8-sig"))
         return path.open(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError("no such file", str(path), "run python -m data_prep or mend the path") from None
+        raise UserError("no such file", str(path), "run python -m data_prep or mend the path") from None
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", str(path)) from None
+        raise UserError(f"cannot be read: {error.strerror or error}", str(path)) from None
 
 
 def iter_objects(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of every item of a JSON array or of a JSON-lines file; numbers start at 1.
 
-    Holds one chunk in memory. Raises DataError naming file and record number where the text is not JSON,
+    Holds one chunk in memory. Raises UserError naming file and record number where the text is not JSON,
     not UTF-8 or damaged.
     """
     path = Path(path)
@@ -88,7 +88,7 @@ def iter_objects(path: str | Path) -> Iterator[tuple[int, Any]]:
         except _UNREADABLE as error:
             fault = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             place = f"{path}, record {number + 1}"
-            raise DataError(f"not valid JSON: {fault}", place, "mend or remove it") from None
+            raise UserError(f"not valid JSON: {fault}", place, "mend or remove it") from None
 
 
 def _line_items(file: IO[str], first: str) -> Iterator[Any]:
@@ -146,26 +146,26 @@ def _decode(file: IO[str], text: str, at: int) -> tuple[Any, str, int]:
 def _text_field(value: dict[str, Any], key: str, place: str) -> str:
     text = value[key]
     if not isinstance(text, str):
-        raise DataError(f"{key!r} is {type(text).__name__}, not a string", place)
+        raise UserError(f"{key!r} is {type(text).__name__}, not a string", place)
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{key!r} holds a lone surrogate, which is no text", place) from None
+            raise UserError(f"{key!r} holds a lone surrogate, which is no text", place) from None
     return text
 
 
 def to_record(value: Any, place: str, need_answer: bool = False) -> Record:
-    """Check one parsed object. `place` goes into the DataError that names the first fault."""
+    """Check one parsed object. `place` goes into the UserError that names the first fault."""
     needed = ("instruction", "output", "answer") if need_answer else ("instruction", "output")
     if not isinstance(value, dict):
-        raise DataError(f"a {type(value).__name__} where a record (an object) is expected", place)
+        raise UserError(f"a {type(value).__name__} where a record (an object) is expected", place)
     missing = [key for key in needed if key not in value]
     if missing:
         mend = "records need instruction, input, output, answer"
         if "messages" in value:
             mend = "this is a chat record, and chats do not mix with records in one file: see docs/data.md"
-        raise DataError(f"{missing[0]!r} is missing", place, mend)
+        raise UserError(f"{missing[0]!r} is missing", place, mend)
     record: Record = {
         "instruction": _text_field(value, "instruction", place),
         "input": _text_field(value, "input", place) if value.get("input") is not None else "",
@@ -174,7 +174,7 @@ def to_record(value: Any, place: str, need_answer: bool = False) -> Record:
     }
     for key in needed:
         if not record[key].strip():  # type: ignore[literal-required]
-            raise DataError(f"{key!r} is empty", place)
+            raise UserError(f"{key!r} is empty", place)
     return record
 
 
@@ -182,17 +182,17 @@ def iter_records(path: str | Path, need_answer: bool = False) -> Iterator[Record
     """Yield the records of a JSON, JSONL or gzipped file in order; memory stays at one chunk.
 
     `input` and (unless `need_answer`) `answer` may be absent and are then empty; other keys are ignored.
-    Raises DataError naming file and number of the first malformed record.
+    Raises UserError naming file and number of the first malformed record.
     """
     for number, value in iter_objects(path):
         yield to_record(value, f"{path}, record {number}", need_answer)
 
 
 def load_records(path: str | Path, need_answer: bool = False) -> list[Record]:
-    """All records of a file, in order; like `iter_records`, and a file without any is a DataError."""
+    """All records of a file, in order; like `iter_records`, and a file without any is a UserError."""
     records = list(iter_records(path, need_answer))
     if not records:
-        raise DataError("holds no records", str(path))
+        raise UserError("holds no records", str(path))
     return records
 
 
@@ -200,29 +200,29 @@ def to_chat(value: Any, place: str, need_answer: bool = False) -> ChatRecord:
     """Check one parsed chat object: roles known, contents strings, the last turn the assistant's."""
     turns = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise DataError("'messages' is missing or empty", place, _CHAT_FORM)
+        raise UserError("'messages' is missing or empty", place, _CHAT_FORM)
     messages = [_to_message(turn, f"{place}, message {number}") for number, turn in enumerate(turns, 1)]
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError("the last message is not an assistant's answer: nothing to learn", place)
+        raise UserError("the last message is not an assistant's answer: nothing to learn", place)
     answer = _text_field(value, "answer", place) if value.get("answer") is not None else ""
     if need_answer and not answer.strip():
-        raise DataError("'answer' is missing or empty", place, "evaluation compares with it")
+        raise UserError("'answer' is missing or empty", place, "evaluation compares with it")
     return {"messages": messages, "answer": answer}
 
 
 def _to_message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-        raise DataError("a message needs 'role' and 'content'", place)
+        raise UserError("a message needs 'role' and 'content'", place)
     role = _text_field(turn, "role", place)
     if role not in ("system", "user", "assistant"):
-        raise DataError(f"unknown role {role!r}", place, "use system, user or assistant")
+        raise UserError(f"unknown role {role!r}", place, "use system, user or assistant")
     return {"role": role, "content": _text_field(turn, "content", place)}
 
 
 def load_entries(path: str | Path, need_answer: bool = False) -> list[Entry]:
     """All records or all chats of a file, whichever its first one is: what training and evaluation read.
 
-    Raises DataError naming file and number of the first malformed one (of another kind than the first included), or
+    Raises UserError naming file and number of the first malformed one (of another kind than the first included), or
     an empty file.
     """
     entries: list[Entry] = []
@@ -232,12 +232,12 @@ def load_entries(path: str | Path, need_answer: bool = False) -> list[Entry]:
             check = to_chat
         entries.append(check(value, f"{path}, record {number}", need_answer))
     if not entries:
-        raise DataError("holds no records", str(path))
+        raise UserError("holds no records", str(path))
     return entries
 
 
 def is_chat(path: str | Path) -> bool:
-    """Whether a file's first record is a chat record. Raises DataError where the file cannot be read."""
+    """Whether a file's first record is a chat record. Raises UserError where the file cannot be read."""
     return _is_chat(next((value for _, value in iter_objects(path)), None))
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.errors import DataError
 from data_prep.records import iter_objects
 from data_prep.rows import Row
 from data_prep.tasks import HubPlace, Split, Task
+from flexlora_ds.errors import UserError
 
 Loader = Callable[..., Iterable[Row]]  # the signature of datasets.load_dataset
 
@@ -23,7 +23,7 @@ _LOGIN_MARKS = ("gated", "cannot be accessed", "401", "403")  # in what datasets
 _LOCAL_HELP = "or build from local files with --source DIR (docs/data.md)"
 
 
-class MissingSplitError(DataError):
+class MissingSplitError(UserError):
     """A split that a local source does not have."""
 
 
@@ -42,7 +42,7 @@ class Source(Protocol):
     name: str
 
     def open(self, task: Task, split: Split) -> Opened:
-        """Open one split. Raises MissingSplitError (it is not there) or DataError (it cannot be had)."""
+        """Open one split. Raises MissingSplitError (it is not there) or UserError (it cannot be had)."""
         ...
 
     def fingerprint(self, task: Task, split: Split) -> str | None:
@@ -57,7 +57,7 @@ class LocalSource:
         self.folder = Path(folder)
         self.name = name or str(folder)
         if not self.folder.is_dir():
-            raise DataError(
+            raise UserError(
                 "no such folder", str(folder), "give --source hub or a folder of <task>/<split>.jsonl"
             )
 
@@ -95,7 +95,7 @@ class LocalSource:
 def _local_rows(path: Path, place: str) -> Iterator[Row]:
     for number, value in iter_objects(path):
         if not isinstance(value, dict):
-            raise DataError(
+            raise UserError(
                 f"a {type(value).__name__} where a row (an object) is expected", f"{place}, row {number}"
             )
         yield value
@@ -111,7 +111,7 @@ class HubSource:
         self._say = say
 
     def open(self, task: Task, split: Split) -> Opened:
-        """Open one split. Raises DataError naming every place that was tried and why it failed."""
+        """Open one split. Raises UserError naming every place that was tried and why it failed."""
         faults: list[str] = []
         for place in task.hub:
             self._say(f"{task.name}/{split.file}: asking the hub for {place}")
@@ -123,7 +123,7 @@ class HubSource:
                 faults.append(f"{place}: {_reason(error)}")
         login = any(mark in fault.lower() for fault in faults for mark in _LOGIN_MARKS)
         advice = "log in with `hf auth login`" if login else "check the network"
-        raise DataError(
+        raise UserError(
             f"no hub source of {task.name}/{split.file} works",
             " | ".join(faults) or "the task names none",
             f"{advice}, {_LOCAL_HELP}",
@@ -185,7 +185,7 @@ def _datasets_loader() -> Loader:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(
+        raise UserError(
             "the package 'datasets' is not installed", mend=f"pip install datasets, {_LOCAL_HELP}"
         ) from None
     loader: Loader = load_dataset

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import DataError
+from flexlora_ds.errors import UserError
 
 MANIFEST = "manifest.json"
 _BUILDING, _READY = ".building", ".ready"
@@ -26,13 +26,13 @@ _BUILDING, _READY = ".building", ".ready"
 def locked(out: Path) -> Iterator[None]:
     """Own the folder `out`: made if needed, removed if it stays empty; what a killed run left is put right.
 
-    Raises DataError where `out` is no folder, cannot be written, or another process owns it.
+    Raises UserError where `out` is no folder, cannot be written, or another process owns it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"cannot be used as output folder: {error.strerror}", str(out), "choose another --out"
         ) from None
     try:
@@ -54,7 +54,7 @@ def _lock(handle: int, out: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError("another build is writing here", str(out), "wait for it to end") from None
+        raise UserError("another build is writing here", str(out), "wait for it to end") from None
     except OSError:
         return  # network file systems may refuse locks on folders: build without one rather than not at all
 

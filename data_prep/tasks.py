@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_prep.errors import DataError
 from data_prep.records import Record
 from data_prep.rows import Row, keyed_choices, number, text, texts, truth
+from flexlora_ds.errors import UserError
 
 _ANSWER_FORMAT = "Answer format: "
 
@@ -61,7 +61,7 @@ class Task:
     in_corpus: bool = True
 
     def record(self, row: Row) -> Record:
-        """The record of a raw row. Raises DataError naming the column that is missing or out of range."""
+        """The record of a raw row. Raises UserError naming the column that is missing or out of range."""
         instruction, answer = self.convert(row)
         return {
             "instruction": instruction,
@@ -73,11 +73,11 @@ class Task:
     def answers(self, record: Record) -> list[str]:
         """The item's own choices in order, read from its `Answer format:` line.
 
-        Raises DataError where the instruction has no such line.
+        Raises UserError where the instruction has no such line.
         """
         _, mark, choices = record["instruction"].rpartition(_ANSWER_FORMAT)
         if not mark or not choices:
-            raise DataError(f"a {self.name} record without an 'Answer format: a/b' line")
+            raise UserError(f"a {self.name} record without an 'Answer format: a/b' line")
         return choices.split("/")
 
 

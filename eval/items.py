@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.chat import as_chat, as_record, chat_prompts
-from data_prep.errors import DataError
 from data_prep.prompt import CHAT, encode_answers, encode_prompts, evaluation_prompt
 from data_prep.records import ChatRecord, load_entries
 from data_prep.tasks import TASKS
 from eval.parsing import read_answer
 from eval.protocols import ANSWER_PREFIX
+from flexlora_ds.errors import UserError
 
 Tokens = tuple[int, ...]
 
@@ -89,14 +89,14 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> Tokens:
 
 
 def load_questions(data: Path, task: str, style: str, limit: int | None = None) -> list[Question]:
-    """The first `limit` records of `<data>/<task>/test.json`. DataError names file and malformed record."""
+    """The first `limit` records of `<data>/<task>/test.json`. UserError names file and malformed record."""
     path = data / task / "test.json"
     questions = []
     for index, entry in enumerate(load_entries(path, need_answer=True)[:limit]):
         record = as_record(entry)
         answers = tuple(TASKS[task].answers(record))
         if len(answers) < 2 or record["answer"] not in answers:
-            raise DataError(
+            raise UserError(
                 f"the answer {record['answer']!r} is not one of the instruction's choices {list(answers)}",
                 f"{path}, record {index + 1}",
                 "rebuild the file with python -m data_prep",

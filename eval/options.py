@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from data_prep.prompt import PROMPTS
 from data_prep.tasks import TASKS
 from eval.protocols import PROTOCOLS
+from flexlora_ds.command import CommandParser, boolean
 from flexlora_ds.errors import UserError
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -40,17 +40,10 @@ class Options:
     debug: bool = False
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (command line); python -m eval --help lists the options")
-
-
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Raises UserError naming the option, its value and what is allowed."""
     parser = _build_parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(_unknown_option(parser, unknown[0]))
+    given = parser.parse_args(argv)
     return Options(
         model=given.model,
         adapter=given.adapter,
@@ -80,8 +73,8 @@ def default_out(model: str, adapter: str | None, mode: str) -> Path:
     return Path("runs/eval") / f"{name}-{mode}"
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(prog="python -m eval", description=__doc__, allow_abbrev=False, add_help=True)
+def _build_parser() -> CommandParser:
+    parser = CommandParser("python -m eval", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="hub id, local folder or .gguf file")
     add("--adapter", help="an adapter in PEFT's format (folder or hub id)")
@@ -109,7 +102,7 @@ def _build_parser() -> _Parser:
     add("--attention", default="auto", help="auto, sdpa, eager, flash_attention_2, …")
     add(
         "--merge",
-        type=_boolean,
+        type=boolean,
         nargs="?",
         const=True,
         default=False,
@@ -126,16 +119,9 @@ def _build_parser() -> _Parser:
         "--out",
         help="results' folder (default: runs/eval/<model>[+<adapter>]-<mode>); an interrupted run continues",
     )
-    add("--debug", type=_boolean, nargs="?", const=True, default=False, help="show the traceback of an error")
     # Some launchers pass it; the environment has the same number.
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def _count(name: str, text: str | None) -> int | None:
@@ -158,16 +144,3 @@ def _tasks(text: str) -> tuple[str, ...]:
     if not chosen:
         raise UserError(f"no task given (--tasks); choose all, or some of {', '.join(TASKS)}")
     return tuple(name for name in TASKS if name in chosen)
-
-
-def _unknown_option(parser: argparse.ArgumentParser, text: str) -> str:
-    known = [
-        name
-        for action in parser._actions
-        for name in action.option_strings
-        if action.help != argparse.SUPPRESS
-    ]
-    near = difflib.get_close_matches(text.partition("=")[0], known, 1, cutoff=0.4)
-    return f"unknown option {text!r} (command line); " + (
-        f"did you mean {near[0]}?" if near else "see python -m eval --help"
-    )

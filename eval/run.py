@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.errors import DataError
 from data_prep.prompt import CHAT
 from eval.answering.backends import Answering, Backend, open_backend
 from eval.answering.batching import Batch, order_batches, plan_batches
@@ -30,7 +29,7 @@ _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
 def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     """Run an evaluation on this process of a team; the summary on rank 0, None on the others.
 
-    Raises UserError, DataError or RunError as the design's table of exit codes says.
+    Raises UserError or RunError as the design's table of exit codes says.
     """
     threads = team.set_threads()
     quiet_libraries()
@@ -75,7 +74,7 @@ def _load_all_questions(options: Options, style: str) -> dict[str, list[Question
         remedy = f"build it with python -m data_prep --out {options.data}"
         if there:
             remedy += f", or choose --tasks {','.join(there)}"
-        raise DataError(f"no test.json for {', '.join(missing)}", f"--data {options.data}", remedy)
+        raise UserError(f"no test.json for {', '.join(missing)}", f"--data {options.data}", remedy)
     return {task: load_questions(options.data, task, style, options.limit) for task in options.tasks}
 
 

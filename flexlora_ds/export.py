@@ -21,6 +21,7 @@ from torch import nn
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer, native_dtype
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
+from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import replacing_folder
 from flexlora_ds.peft_format import (
@@ -187,25 +188,11 @@ def _rounding(expected: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        print(_export(options))
-    except UserError as error:
-        return _fail(error, 2, options.debug)
-    except (RunError, OSError) as error:
-        return _fail(error, 1, options.debug)
-    return 0
+    return run_parsed(_parser(), lambda options: print(_export(options)), arguments, stoppable=True)
 
 
-def _fail(error: Exception, code: int, debug: bool) -> int:
-    if debug:
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-    return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flexlora_ds.export", description=__doc__.split("\n")[0])
+def _parser() -> CommandParser:
+    parser = CommandParser("python -m flexlora_ds.export", __doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="a run folder: its adapter/ is exported")
     source.add_argument(
@@ -217,7 +204,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("auto", *TORCH_DTYPES), default="auto", help="of the merged model"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -20,8 +20,9 @@ if __name__ == "__main__":  # a launcher puts this folder on the path; the packa
 import torch
 from torch import Tensor
 
+from flexlora_ds.command import exit_code_of
 from flexlora_ds.schedule import describe, due_steps
-from launch.command import debug_wanted, guarded
+from launch.command import known_failures
 from launch.data.batches import GlobalBatch
 from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
 from launch.distributed.agreement import on_all_ranks
@@ -30,7 +31,8 @@ from launch.distributed.signals import SignalWatcher
 from launch.loop.finish import finish, stop
 from launch.loop.session import Session, begin, identify, run_folder
 from launch.model.token_loss import head_of, token_loss
-from launch.options.command_line import answer
+from launch.options.command_line import NOT_BEGUN, answer
+from launch.options.debug import debug_wanted
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
 from launch.planning.dry_run import dry_run
 from launch.planning.settle import settle
@@ -41,7 +43,7 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
     """The whole run; `watcher` notices signals and processes that end.
 
     Raises:
-        UserError, DataError: what the user must change. RunError: what failed.
+        UserError: what the user must change. RunError: what failed.
     """
     settled = settle(options, world_size_of_environment())
     options, layout = settled.options, settled.layout
@@ -131,7 +133,7 @@ def start_run(options: TrainOptions) -> None:
     if options.dry_run:
         dry_run(options)
         return
-    with SignalWatcher() as watcher:
+    with known_failures(), SignalWatcher() as watcher:
         train(options, watcher)
 
 
@@ -141,8 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = answer(arguments)
     if code is not None:
         return code
-    return guarded(
-        lambda: start_run(parse_options(arguments)), debug=lambda: debug_wanted(arguments, DEFAULT_RECIPE)
+    return exit_code_of(
+        lambda: start_run(parse_options(arguments)),
+        debug=lambda: debug_wanted(arguments, DEFAULT_RECIPE),
+        interrupted=NOT_BEGUN,
     )
 
 

@@ -40,15 +40,13 @@ FLOORS = {
         ("checkpoint", "base_model", "spectra", "directions", "rank_warnings"),
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
-        ("config", "seeds", "files"),
+        ("config", "seeds", "files", "command"),
         ("fields",),
         ("errors", "rounding"),
     ),
 }
 """From the top: a room imports from the floors below its own, and from itself."""
 UPWARD = {
-    # `debug: true` is looked for in the recipe, whose place the options know.
-    ("launch.command", "launch.options.sources"),
     # For its type alone: the warnings take the controller instead of the values that they look at.
     ("flexlora_ds.rank_warnings", "flexlora_ds.controller"),
 }

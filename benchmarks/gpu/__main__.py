@@ -23,6 +23,8 @@ from typing import Any
 
 from benchmarks.gpu.compare import baseline_of, read_figures, worse
 from benchmarks.gpu.sections import SECTIONS, run_section
+from flexlora_ds.command import CommandParser, exit_code_of
+from flexlora_ds.errors import RunError
 from flexlora_ds.files.markdown import markdown_table
 
 GRACE = 15.0
@@ -31,12 +33,7 @@ GRACE = 15.0
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("python -m benchmarks.gpu", __doc__)
     names = ",".join(SECTIONS)
     parser.add_argument("--sections", default=names, help="of %(default)s; a list")
     parser.add_argument("--seconds", type=float, default=480, help="for all sections (%(default)s)")
@@ -69,11 +66,15 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the sections one after another; the exit code."""
-    args = parse()
+    """Run the sections; the exit code, 1 where one failed, a proof does not hold or a figure became worse."""
+    return exit_code_of(lambda: run(parse()))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the sections one after another. Raises RunError where something failed, or became worse."""
     if args.run:
         run_section(args.run, args)
-        return 0
+        return
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     failed = []
@@ -94,11 +95,13 @@ def main() -> int:
     if args.json:
         write(args, rows, failed)
     broken = [row["name"] for row in rows if row.get("proof") and not row["holds"]]
-    if failed or broken:
-        print(f"sections that failed: {', '.join(failed) or 'none'}; proofs that do not hold: {len(broken)}")
     lost = worse(rows, read_figures(baseline_for(args, rows))) if args.compare is not None else []
     print("\n".join(f"worse: {line}" for line in lost))
-    return 1 if failed or broken or lost else 0
+    if failed or broken or lost:
+        raise RunError(
+            f"sections that failed: {', '.join(failed) or 'none'}; proofs that do not hold: {len(broken)}; "
+            f"figures that became worse: {len(lost)}"
+        )
 
 
 def baseline_for(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:

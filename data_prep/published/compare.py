@@ -41,7 +41,7 @@ def judge(records: int, size: int, sha256: str, published: Published | None) -> 
 def first_differences(built: Path, published: Path) -> str:
     """Compare two files record by record: how many differ, and where and how the first one does.
 
-    Raises DataError where either file cannot be read.
+    Raises UserError where either file cannot be read.
     """
     count, first = 0, ""
     for number, (ours, theirs) in enumerate(zip_longest(_values(built), _values(published)), 1):

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.command import command
-from data_prep.errors import DataError
-from data_prep.options import Parser, positive
+from data_prep.options import positive
 from data_prep.prompt import TEXT_PROMPTS
 from data_prep.published.files import CORPUS
 from data_prep.records import iter_records
 from data_prep.report.measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from data_prep.report.plots import plot_all
+from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
 
 _DESCRIPTION = """\
@@ -49,9 +49,9 @@ _HEAD = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line of `python -m data_prep.report`."""
-    p = Parser("data_prep.report", _DESCRIPTION, _EPILOG)
+    p = CommandParser("python -m data_prep.report", _DESCRIPTION, _EPILOG)
     p.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="folder to report on (default: data)"
     )
@@ -65,7 +65,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cutoff", type=positive, default=256, metavar="N", help="cutoff_len of training (default: 256)"
     )
-    p.add_argument("--debug", action="store_true", help="show a traceback with errors")
     return p
 
 
@@ -74,14 +73,14 @@ def measure_folder(
 ) -> dict[str, Measures]:
     """Measure every `<task>/train.json` and `<task>/test.json` of a folder, and the corpus, in that order.
 
-    A test file's overlaps are with all training files together. Raises DataError where there are no files or
+    A test file's overlaps are with all training files together. Raises UserError where there are no files or
     one is malformed.
     """
     train = sorted(folder.glob("*/train.json"))
     tests = sorted(folder.glob("*/test.json"))
     corpus = [folder / CORPUS] if (folder / CORPUS).is_file() else []
     if not train and not tests and not corpus:
-        raise DataError(
+        raise UserError(
             "holds no <task>/train.json or test.json", str(folder), "build it with python -m data_prep"
         )
     seen = Seen()
@@ -121,7 +120,7 @@ def _row(name: str, summary: dict[str, Any]) -> tuple[str, ...]:
 
 def _run(args: argparse.Namespace) -> None:
     if not args.data.is_dir():
-        raise DataError("no such folder", str(args.data), "build it with python -m data_prep")
+        raise UserError("no such folder", str(args.data), "build it with python -m data_prep")
     count, unit = (token_counter(args.tokenizer), "tokens") if args.tokenizer else (count_words, "words")
     measures = measure_folder(
         args.data, count, args.prompt, lambda text: print(text, file=sys.stderr, flush=True)
@@ -141,8 +140,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code, as `edge.command`."""
-    return command(parser(), _run, argv)
+    """Run the command; returns the exit code, as `flexlora_ds.command.exit_code_of`."""
+    return run_parsed(parser(), _run, argv, stoppable=True)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import DataError
 from data_prep.prompt import training_text
 from data_prep.records import Record, iter_records
 from data_prep.sources import quiet_retries
+from flexlora_ds.errors import UserError
 
 CountTokens = Callable[[list[str]], list[int]]
 
@@ -30,12 +30,12 @@ def count_words(texts: list[str]) -> list[int]:
 def token_counter(tokenizer: str) -> CountTokens:
     """Counts tokens (without the special ones) with a tokenizer: a hub id, a local folder or a .gguf file.
 
-    Raises DataError where it cannot be loaded.
+    Raises UserError where it cannot be loaded.
     """
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise DataError(
+        raise UserError(
             "the package 'transformers' is not installed", mend="install it or omit --tokenizer"
         ) from None
     path = Path(tokenizer)
@@ -51,7 +51,7 @@ def token_counter(tokenizer: str) -> CountTokens:
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         mend = "give a hub id, a local folder or a .gguf file"
-        raise DataError(f"tokenizer cannot be loaded: {reason}", tokenizer, mend) from None
+        raise UserError(f"tokenizer cannot be loaded: {reason}", tokenizer, mend) from None
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in loaded(texts, add_special_tokens=False)["input_ids"]]
@@ -126,7 +126,7 @@ class Measures:
 def measure(path: Path, count: CountTokens, style: str, training: Seen | None) -> Measures:
     """Measure one file, record by record; overlaps with `training` where it is given.
 
-    The length of a record is that of its training text (prompt and answer) in `style`. Raises DataError for a
+    The length of a record is that of its training text (prompt and answer) in `style`. Raises UserError for a
     malformed or empty file.
     """
     found = Measures()
@@ -145,7 +145,7 @@ def measure(path: Path, count: CountTokens, style: str, training: Seen | None) -
             found.overlap = (found.overlap or 0) + exact
             found.overlap_normalised = (found.overlap_normalised or 0) + loose
     if not found.records:
-        raise DataError("holds no records", str(path))
+        raise UserError("holds no records", str(path))
     return found
 
 

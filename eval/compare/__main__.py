@@ -10,24 +10,19 @@ import argparse
 import math
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from eval.compare.differences import Difference, Run, Setting, agreement, common_tasks, difference, read_run
 from eval.compare.paper import PAPER
 from eval.files import write_text
-from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
 
 _SEED = re.compile(r"seed[-_=]?\d+")
 _MAY_DIFFER = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (command line); python -m eval.compare --help lists the options")
 
 
 def read_settings(arguments: Sequence[str]) -> list[Setting]:
@@ -173,7 +168,7 @@ def draw(settings: Sequence[Setting], path: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 for what the user must change, 1 for what failed."""
-    parser = _Parser(prog="python -m eval.compare", description=__doc__)
+    parser = CommandParser("python -m eval.compare", __doc__)
     parser.add_argument(
         "runs", nargs="+", metavar="DIR", help="an evaluation's folder, or NAME=DIR,DIR for seeds"
     )
@@ -181,24 +176,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", default=".", help="where comparison.md and comparison.png go (default: here)"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    debug = "--debug" in (sys.argv if argv is None else argv)
-    try:
-        given = parser.parse_args(argv)
-        settings = read_settings(given.runs)
-        text, out = report(settings, given.paper), Path(given.out)
-        write_text(out / "comparison.md", text)
-        drawn = draw(settings, out / "comparison.png")
-    except (UserError, RunError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    print(
-        f"{text}\n{out}/comparison.md"
-        + (f", {out}/comparison.png" if drawn else " (no chart without matplotlib)")
-    )
-    return 0
+    return run_parsed(parser, _run, argv)
+
+
+def _run(given: argparse.Namespace) -> None:
+    settings = read_settings(given.runs)
+    text, out = report(settings, given.paper), Path(given.out)
+    write_text(out / "comparison.md", text)
+    drawn = draw(settings, out / "comparison.png")
+    chart = f", {out}/comparison.png" if drawn else " (no chart without matplotlib)"
+    print(f"{text}\n{out}/comparison.md{chart}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def tokenise(
     the same. `chat`: the tokenizer's chat template; every answer with its end mark is learnt.
 
     `progress` hears how many records are done. Raises UserError where there is no record, or where the tokenizer has
-    no end token; DataError where it has no chat template that takes the chats.
+    no end token; UserError where it has no chat template that takes the chats.
     """
     if not entries:
         raise UserError("no records to train on (data); give a file with at least one record")

@@ -35,7 +35,7 @@ def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
     """Tokenise the records, or find them tokenised already, and see that rank changes fit the steps they make.
 
     Raises:
-        UserError, DataError: the file is missing or malformed, nothing is left to train on, or the freeze would begin
+        UserError: the file is missing or malformed, nothing is left to train on, or the freeze would begin
             before the start of the rank changes.
         RunError: the cache of tokenised data cannot be written.
     """
@@ -61,7 +61,7 @@ def resolve_prompt(options: TrainOptions) -> TrainOptions:
     """The options with the prompt that the data needs: chats are always read through the tokenizer's chat template.
 
     Raises:
-        UserError, DataError: the file is missing, or its beginning is malformed.
+        UserError: the file is missing, or its beginning is malformed.
     """
     return options.replace(prompt=CHAT) if is_chat(require_data(options)) else options
 

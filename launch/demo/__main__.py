@@ -7,14 +7,14 @@ shows both tables. Each step is a command of its own, printed before it runs. A 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.errors import UserError
 from launch.demo.commands import run_command, training_command
 
 DEFAULT_OUT = Path("runs/demo")
@@ -63,16 +63,10 @@ def run(out: Path, processes: int | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("python -m launch.demo", __doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="run folder (%(default)s)")
     parser.add_argument("--processes", type=int, help="training processes (all GPUs; without one: 2)")
-    arguments = parser.parse_args(argv)
-    try:
-        run(arguments.out, arguments.processes)
-    except (UserError, RunError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, UserError) else 1
-    return 0
+    return run_parsed(parser, lambda arguments: run(arguments.out, arguments.processes), argv)
 
 
 if __name__ == "__main__":

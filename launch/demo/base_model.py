@@ -12,8 +12,9 @@ import io
 import itertools
 import math
 import random
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from transformers import (
 
 from data_prep.demo.facts import fact_sentences
 from data_prep.demo.knowledge import GOOD_NEWS, PEOPLE
+from flexlora_ds.command import CommandParser, run_parsed
 
 _PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -220,16 +222,20 @@ def make_base(folder: Path, recipe: BaseRecipe) -> LlamaForCausalLM:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m launch.demo.base_model", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the base model; the exit code."""
+    parser = CommandParser("python -m launch.demo.base_model", __doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo/base"), help="folder for model and tokenizer"
     )
     parser.add_argument("--steps", type=int, default=BaseRecipe.steps, help="pre-training steps")
     parser.add_argument("--seed", type=int, default=BaseRecipe.seed)
-    arguments = parser.parse_args()
+    return run_parsed(parser, _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     make_base(arguments.out, BaseRecipe(steps=arguments.steps, seed=arguments.seed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

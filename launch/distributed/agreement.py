@@ -10,17 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.errors import DataError
-from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.errors import CommandError, RunError, UserError
 from launch.distributed.process import Process
 
 T = TypeVar("T")
 
-_KINDS: dict[str, type[Exception]] = {
-    "UserError": UserError,
-    "RunError": RunError,
-    "DataError": DataError,
-}
+_KINDS: dict[str, type[CommandError]] = {"UserError": UserError, "RunError": RunError}
 
 
 def gather(process: Process, value: Any) -> list[Any]:
@@ -40,12 +35,12 @@ def gather_results(process: Process, work: Callable[[], Any]) -> list[Any]:
     """Each process does its part; the JSON results by rank, or the first failure raised on all of them alike.
 
     Raises:
-        UserError, RunError, DataError: what a process raised; an OSError becomes a RunError.
+        UserError, RunError: what a process raised; an OSError becomes a RunError.
     """
     answers = gather(process, _attempt(work))
     for answer in answers:
         if "error" in answer:
-            raise _KINDS[answer["kind"]](answer["error"])
+            raise _KINDS[answer["kind"]](*answer["error"])
     return [answer["result"] for answer in answers]
 
 
@@ -76,11 +71,11 @@ def largest(process: Process, values: Sequence[int]) -> list[int]:
 def _attempt(work: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"result": work()}
-    except (UserError, RunError, DataError) as error:
+    except (UserError, RunError) as error:
         kind = next(name for name, known in _KINDS.items() if isinstance(error, known))
-        return {"error": str(error), "kind": kind}
+        return {"error": [error.fault, error.place, error.mend], "kind": kind}
     except OSError as error:
-        return {"error": disk_fault(error), "kind": "RunError"}
+        return {"error": [disk_fault(error)], "kind": "RunError"}
 
 
 def disk_fault(error: OSError) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from flexlora_ds.command import exit_code_of
 from flexlora_ds.errors import RunError, UserError
 
 EXTENSION = "deepspeed_shm_comm"
@@ -180,17 +181,16 @@ def _first_line(fault: BaseException) -> str:
 
 def main() -> int:
     """Compile now; the exit code."""
+    return exit_code_of(_compile)
+
+
+def _compile() -> None:
     started = time.monotonic()
-    try:
-        folder = prepare_extensions()
-    except (UserError, RunError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, UserError) else 1
+    folder = prepare_extensions()
     if folder is None:
         print("no extension to compile for this accelerator")
     else:
         print(f"{EXTENSION}: ready in {folder} ({time.monotonic() - started:.0f} s)")
-    return 0
 
 
 if __name__ == "__main__":

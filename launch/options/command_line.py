@@ -8,18 +8,28 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from launch.command import debug_wanted, guarded, quiet_libraries
+from flexlora_ds.command import exit_code_of, is_rank_zero
+from launch.command import quiet_libraries
+from launch.options.debug import debug_wanted
 from launch.options.help import help_text
 from launch.options.train_options import DEFAULT_RECIPE, parse_options
+
+NOT_BEGUN = "training had not begun, start again"
+"""What is said after Ctrl-C before the run listens to signals."""
 
 
 def answer(arguments: Sequence[str]) -> int | None:
     """Print the help, or what is wrong with the options; the exit code, None where there is a run to begin."""
     if "--help" in arguments or "-h" in arguments:
-        if _is_rank_zero():
+        if is_rank_zero():
             print(help_text(), end="")
         return 0
-    return guarded(lambda: _check(arguments), debug=lambda: debug_wanted(arguments, DEFAULT_RECIPE)) or None
+    code = exit_code_of(
+        lambda: parse_options(arguments),
+        debug=lambda: debug_wanted(arguments, DEFAULT_RECIPE),
+        interrupted=NOT_BEGUN,
+    )
+    return code or None
 
 
 def leave_early(arguments: Sequence[str]) -> None:
@@ -35,15 +45,7 @@ def leave_early(arguments: Sequence[str]) -> None:
         signal.signal(signal.SIGINT, _interrupted)
 
 
-def _check(arguments: Sequence[str]) -> None:
-    parse_options(arguments)
-
-
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    if _is_rank_zero():
-        print("error: interrupted before training began; start again", file=sys.stderr, flush=True)
+    if is_rank_zero():
+        print(f"error: interrupted; {NOT_BEGUN}", file=sys.stderr, flush=True)
     os._exit(128 + number)
-
-
-def _is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"

@@ -17,7 +17,7 @@ def dry_run(options: TrainOptions) -> None:
     """Print the page.
 
     Raises:
-        UserError, DataError: what would also stop the run itself.
+        UserError: what would also stop the run itself.
     """
     settled = settle(options, world_size_of_environment())
     options, layout, plan = settled.repeatable, settled.layout, settled.memory

@@ -40,7 +40,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         world_size: number of processes.
 
     Raises:
-        UserError, DataError: an option cannot hold here, the model or the data is missing, or the DeepSpeed JSON
+        UserError: an option cannot hold here, the model or the data is missing, or the DeepSpeed JSON
             contradicts the options.
     """
     options = resolve_prompt(options)

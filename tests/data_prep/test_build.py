@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from data_prep.__main__ import main
 from data_prep.build import Options, build
 from data_prep.convert import encode
-from data_prep.errors import DataError
 from data_prep.published.files import CORPUS, Published
 from data_prep.published.order import SEPARATOR, framed
 from data_prep.records import load_records
 from data_prep.sources import LocalSource
 from data_prep.tasks import TASKS, Task
+from flexlora_ds.errors import UserError
 from tests.helpers.raw_rows import ROWS, WINOGRANDE_PARTS, winogrande, write_raw, write_split
 
 FILES = [*(f"{task}/{kind}.json" for task in TASKS for kind in ("train", "test")), CORPUS]
@@ -164,7 +164,7 @@ def test_a_difference_is_counted_and_shown(tmp_path: Path, raw: Path) -> None:
 def test_a_missing_split_is_left_out_or_an_error(tmp_path: Path, raw: Path) -> None:
     (raw / "winogrande" / "train_xl.jsonl").rename(raw / "winogrande" / "train_extra.jsonl")
     shutil.rmtree(raw / "piqa")
-    with pytest.raises(DataError, match=r"piqa/train\.jsonl is not there"):
+    with pytest.raises(UserError, match=r"piqa/train\.jsonl is not there"):
         build(LocalSource(raw), tmp_path / "data", Options(strict=True))
     assert not (tmp_path / "data").exists()
     built = build(LocalSource(raw), tmp_path / "data", Options())
@@ -227,7 +227,7 @@ def test_what_is_out_of_date_is_rebuilt(tmp_path: Path, raw: Path, damage: str) 
         write_split(raw, "boolq", "train", ROWS["boolq"][:1])
     else:
         (out / "manifest.json").write_text("{")
-        with pytest.raises(DataError, match="was not built by this command"):
+        with pytest.raises(UserError, match="was not built by this command"):
             build(LocalSource(raw), out, Options())
     assert not build(LocalSource(raw), out, Options(force=damage == "manifest")).unchanged
     assert build(LocalSource(raw), out, Options()).unchanged
@@ -239,11 +239,11 @@ def test_other_builds_and_foreign_files_are_not_overwritten(tmp_path: Path, raw:
     (out / "piqa").mkdir(parents=True)
     (out / "piqa/train.json").write_text("mine")
     (out / "notes.txt").write_text("mine too")
-    with pytest.raises(DataError, match=r"piqa/train\.json is already there.*--force"):
+    with pytest.raises(UserError, match=r"piqa/train\.json is already there.*--force"):
         build(LocalSource(raw), out, Options())
     assert sorted(snapshot(out)) == ["notes.txt", "piqa/train.json"]
     build(LocalSource(raw), out, Options(force=True))
-    with pytest.raises(DataError, match=r"other settings.*--force"):
+    with pytest.raises(UserError, match=r"other settings.*--force"):
         build(LocalSource(raw), out, Options(tasks=("boolq",)))
     build(
         LocalSource(raw), out, Options(tasks=("boolq",), force=True)
@@ -263,7 +263,7 @@ def test_other_builds_and_foreign_files_are_not_overwritten(tmp_path: Path, raw:
 )
 def test_a_bad_row_is_named_and_nothing_is_written(tmp_path: Path, raw: Path, row: Any, message: str) -> None:
     write_split(raw, "piqa", "train", [*ROWS["piqa"], row])
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         build(LocalSource(raw), tmp_path / "new", Options())
     assert not (tmp_path / "new").exists()
 
@@ -273,7 +273,7 @@ def test_an_empty_split_is_an_error_and_an_old_build_stays(tmp_path: Path, raw: 
     build(LocalSource(raw), out, Options())
     before = snapshot(out)
     (raw / "boolq/validation.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"empty \(.*boolq/validation\.jsonl\)"):
+    with pytest.raises(UserError, match=r"empty \(.*boolq/validation\.jsonl\)"):
         build(LocalSource(raw), out, Options())
     assert snapshot(out) == before
 
@@ -309,7 +309,7 @@ def test_one_build_at_a_time(tmp_path: Path, raw: Path) -> None:
     faults = []
 
     def meanwhile(text: str) -> None:
-        with pytest.raises(DataError, match="another build is writing") as error:
+        with pytest.raises(UserError, match="another build is writing") as error:
             build(LocalSource(raw), out, Options())
         faults.append(error)
 
@@ -419,7 +419,7 @@ def test_the_command(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[st
         (["--tasks", "boolqq"], "did you mean boolq?"),
         (["--tasks", ","], "names no task"),
         (["--limit", "0"], "'0' is not a whole number above 0"),
-        (["--sauce", "x"], "unrecognized arguments: --sauce x"),
+        (["--sauce", "x"], "unknown option '--sauce' (command line); did you mean --source?"),
         (["--source", "no/such/folder"], "no such folder (no/such/folder)"),
         (["--demo", "--source", "x"], "--demo and --source exclude each other"),
     ],

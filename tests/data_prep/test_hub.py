@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from data_prep.build import Options, build
-from data_prep.errors import DataError
 from data_prep.rows import Row
 from data_prep.sources import HubSource, LocalSource
 from data_prep.tasks import TASKS
+from flexlora_ds.errors import UserError
 from tests.helpers.raw_rows import ROWS, winogrande, write_raw
 
 
@@ -115,7 +115,7 @@ def test_where_nothing_works_all_that_was_tried_is_said(
     tmp_path: Path, fault: Exception, advice: str
 ) -> None:
     broken = {place.path: fault for place in TASKS["piqa"].hub}
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         build(HubSource(hub(broken)), tmp_path / "data", Options())
     message = str(error.value)
     assert "piqa/train" in message and "ybisk/piqa" in message and "baber/piqa" in message
@@ -175,10 +175,10 @@ def test_a_wrong_configuration_and_an_empty_split_are_errors(tmp_path: Path) -> 
     def load_dataset(path: str, **kwargs: Any) -> Iterable[Row]:
         return hub()(path, **{**kwargs, "name": "winogrande_huge"})
 
-    with pytest.raises(DataError, match="BuilderConfig 'winogrande_huge' not found"):
+    with pytest.raises(UserError, match="BuilderConfig 'winogrande_huge' not found"):
         build(HubSource(load_dataset), tmp_path / "data", Options(tasks=("winogrande",)))
     empty = hub(**{place.path: [] for place in TASKS["piqa"].hub})
-    with pytest.raises(DataError, match=r"the split is empty \(ybisk/piqa"):
+    with pytest.raises(UserError, match=r"the split is empty \(ybisk/piqa"):
         build(HubSource(empty), tmp_path / "data", Options(tasks=("piqa",)))
     assert not (tmp_path / "data").exists()
 

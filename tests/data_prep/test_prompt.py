@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.errors import DataError
 from data_prep.prompt import TEXT_PROMPTS, evaluation_prompt, training_text
 from data_prep.records import Record
+from flexlora_ds.errors import UserError
 
 S = " " * 16
 PLAIN: Record = {
@@ -95,5 +95,5 @@ def test_the_answer_is_the_output_untouched(record: Record, style: str) -> None:
 
 
 def test_unknown_style_is_named() -> None:
-    with pytest.raises(DataError, match=r"llama_adapters.*llm_adapters"):
+    with pytest.raises(UserError, match=r"llama_adapters.*llm_adapters"):
         evaluation_prompt(PLAIN, "llama_adapters")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import data_prep.records as records_module
-from data_prep.errors import DataError
 from data_prep.records import is_chat, iter_records, load_entries, load_records
+from flexlora_ds.errors import UserError
 
 GOOD = {"instruction": "Say ü\u200b", "input": "", "output": "the correct answer is true", "answer": "true"}
 
@@ -50,7 +50,7 @@ def test_formats(
 def test_absent_input_and_answer_become_empty_and_other_keys_go(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines({"instruction": "i", "output": "o", "id": 3}))
     assert load_records(path) == [{"instruction": "i", "input": "", "output": "o", "answer": ""}]
-    with pytest.raises(DataError, match=r"'answer' is missing \(.*a\.jsonl, record 1\)"):
+    with pytest.raises(UserError, match=r"'answer' is missing \(.*a\.jsonl, record 1\)"):
         load_records(path, need_answer=True)
 
 
@@ -69,7 +69,7 @@ def test_absent_input_and_answer_become_empty_and_other_keys_go(tmp_path: Path) 
 def test_the_first_malformed_record_is_named(tmp_path: Path, bad: Any, message: str, array: bool) -> None:
     values = [GOOD, GOOD, bad, GOOD, "also bad"]
     path = write(tmp_path / "bad.json", json.dumps(values) if array else lines(*values))
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_records(path)
     assert f"({path}, record 3)" in str(error.value) and "\n" not in str(error.value)
     assert len(list(islice(iter_records(path), 2))) == 2  # those before it are read
@@ -93,7 +93,7 @@ def test_the_first_malformed_record_is_named(tmp_path: Path, bad: Any, message: 
 )
 def test_what_is_no_json_is_named(tmp_path: Path, text: str | bytes, number: int) -> None:
     path = write(tmp_path / "broken", text)
-    with pytest.raises(DataError, match="not valid JSON") as error:
+    with pytest.raises(UserError, match="not valid JSON") as error:
         load_records(path)
     place = str(error.value).partition("broken, record ")[2]
     seen = int(place.split(")")[0])
@@ -102,12 +102,12 @@ def test_what_is_no_json_is_named(tmp_path: Path, text: str | bytes, number: int
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_records(tmp_path / "none.json")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_records(tmp_path)
     for text in ("", " \n", "[]"):
-        with pytest.raises(DataError, match="holds no records"):
+        with pytest.raises(UserError, match="holds no records"):
             load_records(write(tmp_path / "empty", text))
 
 
@@ -142,14 +142,14 @@ def test_one_function_reads_records_and_chats(tmp_path: Path, packed: bool, arra
 )
 def test_a_malformed_chat_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "chat.jsonl", lines(chat("user", "assistant"), bad))
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_entries(path)
     assert "chat.jsonl, record 2" in str(error.value)
 
 
 def test_a_chat_among_records_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "mixed.jsonl", lines(GOOD, chat("user", "assistant")))
-    with pytest.raises(DataError, match=r"mixed\.jsonl, record 2\); .*do not mix"):
+    with pytest.raises(UserError, match=r"mixed\.jsonl, record 2\); .*do not mix"):
         load_entries(path)
 
 
@@ -157,5 +157,5 @@ def test_evaluation_needs_a_chats_answer(tmp_path: Path) -> None:
     path = write(
         tmp_path / "chat.jsonl", lines(chat("user", "assistant", answer="yes"), chat("user", "assistant"))
     )
-    with pytest.raises(DataError, match=r"'answer' is missing or empty \(.*record 2\)"):
+    with pytest.raises(UserError, match=r"'answer' is missing or empty \(.*record 2\)"):
         load_entries(path, need_answer=True)

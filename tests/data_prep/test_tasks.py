@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import DataError
 from data_prep.published.files import CORPUS, PUBLISHED
 from data_prep.tasks import TASKS
+from flexlora_ds.errors import UserError
 from tests.helpers.raw_rows import ROWS, winogrande
 
 TRUE_FALSE = "Please answer the following question with true or false, question: "
@@ -108,7 +108,7 @@ def test_an_item_that_mentions_the_answer_format_keeps_its_own_choices() -> None
     record = TASKS["boolq"].record({"question": "is 'Answer format: a/b' text", "answer": True})
     assert TASKS["boolq"].answers(record) == ["true", "false"]
     record["instruction"] = "no such line"
-    with pytest.raises(DataError, match="Answer format"):
+    with pytest.raises(UserError, match="Answer format"):
         TASKS["boolq"].answers(record)
 
 
@@ -136,7 +136,7 @@ def test_choices_as_a_list_are_the_same_item() -> None:
     ],
 )
 def test_a_bad_row_is_explained(task: str, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         TASKS[task].record({**ROWS[task][0], **change})
 
 
@@ -145,7 +145,7 @@ def test_every_column_of_a_template_is_needed(task: str) -> None:
     row = ROWS[task][0]
     unused = {"passage", "id", "ind", "ctx_a", "ctx_b"}
     for name in row.keys() - unused:
-        with pytest.raises(DataError, match=f"'{name}' is missing; the row's columns are"):
+        with pytest.raises(UserError, match=f"'{name}' is missing; the row's columns are"):
             TASKS[task].record({key: value for key, value in row.items() if key != name})
 
 

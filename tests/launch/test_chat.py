@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from data_prep.chat import as_chat, as_record, chat_pieces, chat_prompts
-from data_prep.errors import DataError
 from data_prep.records import ChatRecord, Entry, Record
+from flexlora_ds.errors import UserError
 from launch.data.encoding import Encoding, tokenise
 from launch.data.examples import IGNORED, Example
 from tests.helpers.chat_templates import BARE, CHATML, MOVING, STRICT, TRIMMING, make_tokenizer
@@ -111,7 +111,7 @@ def test_a_chat_over_the_cutoff_is_dropped() -> None:
 )
 def test_what_a_template_cannot_do_is_the_users_error(template: str | None, message: str) -> None:
     fine: ChatRecord = {"messages": CHAT["messages"][1:3], "answer": ""}
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         tokenise([fine, CHAT], make_tokenizer(template), Encoding("chat", 999, False, place="chats.jsonl"))
     assert "\n" not in str(error.value)
 
