@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from launch.report.__main__ import build_report, main
+from launch.report.page import page
 from launch.report.plots import smooth
 from launch.report.run_data import OTHERS, group_by_kind, layer_label, read_run
 from launch.run_folder.folder import RunFolder, StepMetrics, Summary
@@ -113,6 +114,19 @@ def test_a_finished_run_has_three_plots_and_a_page_that_needs_nothing_else(tmp_p
     ):
         assert text in page.text
     assert page.text.count(NAMES[-1]) == 3  # expanded at each change
+
+
+def test_what_a_run_folder_says_is_never_markup(tmp_path: Path) -> None:
+    script = "<script>alert('x')</script>"
+    run = write_run(tmp_path / script.replace("/", ""), changes=0)
+    run.write_options(f'method: lora\nmodel: "{script}"\n')
+    change = rank_change(10, dict.fromkeys(NAMES, 4))
+    run.log_rank_change(change | {"pruned": [script, script, NAMES[0]], "expanded": [], "warnings": [script]})
+    text = page(read_run(run.path), {f"Loss {script}": b"png"})
+    assert "<script>" not in text
+    shown = Page(text).text
+    assert shown.count(script) == 5  # lead, warning, plot, pruned matrix, option
+    assert f"{script} × 2{NAMES[0]}–" in shown.replace("\n", "")
 
 
 def test_the_history_starts_before_the_first_change(tmp_path: Path) -> None:
