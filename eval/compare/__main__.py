@@ -58,9 +58,9 @@ def _identity(run: Run) -> dict[str, Any]:
     return same | {"adapter": _SEED.sub("seed*", run.summary.get("adapter") or "")}
 
 
-def report(settings: Sequence[Setting], paper: bool) -> str:
-    """The comparison as Markdown."""
-    tasks = common_tasks(settings)
+def report(settings: Sequence[Setting], paper: bool, beside: Sequence[Setting] = ()) -> str:
+    """The comparison as Markdown; the settings `beside` have a column of their own, without differences."""
+    tasks = common_tasks([*settings, *beside])
     rows = []
     for task in [*tasks, "average"]:
         chosen = tasks if task == "average" else [task]
@@ -69,15 +69,21 @@ def report(settings: Sequence[Setting], paper: bool) -> str:
             cells.append(_accuracy(setting, chosen))
             if setting is not settings[0]:
                 cells.append(_interval(difference(settings[0], setting, chosen)))
-        rows.append(tuple(cells))
-    rows.append(("unanswered", *_per_setting(settings, lambda s: f"{sum(s.unanswered(t) for t in tasks):g}")))
+        rows.append((*cells, *(_accuracy(setting, chosen) for setting in beside)))
+
+    def unanswered(setting: Setting) -> str:
+        return f"{sum(setting.unanswered(task) for task in tasks):g}"
+
+    rows.append(("unanswered", *_per_setting(settings, unanswered), *map(unanswered, beside)))
     if len(settings) > 1:
         first = settings[0]
-        rows.append(("agreement %", *_per_setting(settings, lambda s: _percent(agreement(first, s, tasks)))))
+        agreements = _per_setting(settings, lambda s: _percent(agreement(first, s, tasks)))
+        rows.append(("agreement %", *agreements, *("" for _ in beside)))
     header = ["accuracy %"]
     for setting in settings:
         header += [setting.name] if setting is settings[0] else [setting.name, f"− {settings[0].name}"]
-    text = "# Comparison\n\n" + markdown_table(tuple(header), rows) + "\n" + _notes(settings, tasks)
+    header += [setting.name for setting in beside]
+    text = "# Comparison\n\n" + markdown_table(tuple(header), rows) + "\n" + _notes(settings, beside, tasks)
     return text + (_paper_rows(tasks) if paper else "")
 
 
@@ -103,14 +109,15 @@ def _percent(value: float) -> str:
     return "none answered" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _notes(settings: Sequence[Setting], tasks: Sequence[str]) -> str:
+def _notes(settings: Sequence[Setting], beside: Sequence[Setting], tasks: Sequence[str]) -> str:
     lines = [
         "Differences: 95 % intervals of the paired bootstrap over items (10,000 draws); * excludes zero."
     ]
     lines.append("Agreement with the first: same prediction, of the items that either answered.")
-    if any(len(setting.runs) > 1 for setting in settings):
+    shown = [*settings, *beside]
+    if any(len(setting.runs) > 1 for setting in shown):
         lines.append("±: standard deviation over seeds. The intervals hold for these seeds.")
-    for setting in settings:
+    for setting in shown:
         for run in setting.runs:
             lines.append(f"{setting.name}: {_subject(run)}")
     protocols = {run.summary["protocol"] for setting in settings for run in setting.runs}
@@ -118,7 +125,9 @@ def _notes(settings: Sequence[Setting], tasks: Sequence[str]) -> str:
         lines.append(
             f"**Of different protocols ({', '.join(sorted(protocols))}): not comparable as they stand.**"
         )
-    if len(tasks) < max(len(run.predictions) for setting in settings for run in setting.runs):
+    if beside:
+        lines.append(f"Beside the others, without a difference: {', '.join(s.name for s in beside)}.")
+    if len(tasks) < max(len(run.predictions) for setting in shown for run in setting.runs):
         lines.append(f"Only the tasks that all have: {', '.join(tasks)}.")
     return "".join(f"* {line}\n" for line in lines)
 
@@ -172,6 +181,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="DIR", help="an evaluation's folder, or NAME=DIR,DIR for seeds"
     )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        metavar="DIR",
+        default=[],
+        help="evaluations shown without differences, such as one by another protocol",
+    )
     parser.add_argument("--paper", action="store_true", help="add the paper's rows, marked as cited")
     parser.add_argument(
         "--out", default=".", help="where comparison.md and comparison.png go (default: here)"
@@ -181,9 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> None:
     settings = read_settings(given.runs)
-    text, out = report(settings, given.paper), Path(given.out)
+    beside = read_settings(given.beside)
+    text, out = report(settings, given.paper, beside), Path(given.out)
     write_text(out / "comparison.md", text)
-    drawn = draw(settings, out / "comparison.png")
+    drawn = draw([*settings, *beside], out / "comparison.png")
     chart = f", {out}/comparison.png" if drawn else " (no chart without matplotlib)"
     print(f"{text}\n{out}/comparison.md{chart}")
 

@@ -2,7 +2,7 @@
 
 `python -m launch.demo [--out runs/demo]` generates records of all eight tasks, pre-trains a small base model on fact
 sentences, evaluates it, trains an adapter whose ranks change with `deepspeed launch/train.py`, evaluates again and
-shows both tables. Each step is a command of its own, printed before it runs. A rerun replaces the demo's own folder.
+compares. Each step is a command of its own, printed before it runs. A rerun replaces the demo's own folder.
 """
 
 from __future__ import annotations
@@ -16,31 +16,34 @@ from pathlib import Path
 from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
 from launch.demo.commands import run_command, training_command
+from launch.demo.evaluations import (
+    AFTER,
+    AFTER_GENERATE,
+    BEFORE,
+    evaluation_before,
+    evaluations_after,
+    print_conclusion,
+)
 
 DEFAULT_OUT = Path("runs/demo")
 RECIPE = Path("launch/recipes/demo.yaml")
-_OWN = {"data", "base", "eval_before", "eval_after"}
-"""What only the demo puts into its folder, besides what a training run does."""
+_OWN = {"data", "base", BEFORE, AFTER, AFTER_GENERATE}
+"""What only the demo writes into its folder, besides what a training run writes."""
 
 
 def commands(out: Path, *, processes: int | None = None) -> Iterator[tuple[str, list[str]]]:
     """Titles and commands of the steps, in order; paths lie below `out`, which is also the run folder."""
     data, base = out / "data", out / "base"
     evaluate = ["-m", "eval", "--model", str(base), "--data", str(data)]
-    before, after = out / "eval_before", out / "eval_after"
     options = ["--model", str(base), "--data", str(data / "commonsense_170k.json"), "--out", str(out)]
     yield "data", ["-m", "data_prep", "--demo", "--out", str(data)]
     yield "base model", ["-m", "launch.demo.base_model", "--out", str(base)]
-    yield "evaluation before", [*evaluate, "--mode", "score", "--out", str(before)]
+    yield evaluation_before(evaluate, out)
     yield "training", training_command(RECIPE, options, processes=processes)
-    yield (
-        "evaluation after",
-        [*evaluate, "--adapter", str(out / "adapter"), "--mode", "generate", "--out", str(after)],
-    )
-    yield "both tables", ["-m", "eval.compare", str(before), str(after), "--out", str(out)]
+    yield from evaluations_after(evaluate, out)
 
 
-def make_room(out: Path) -> None:
+def remove_earlier(out: Path) -> None:
     """Remove an earlier demo. Raises UserError where `out` holds something that no demo wrote."""
     if not out.exists() or not any(out.iterdir()):
         return
@@ -50,15 +53,13 @@ def make_room(out: Path) -> None:
 
 
 def run(out: Path, processes: int | None) -> None:
-    """Run every step and say where the results are. Raises UserError, RunError."""
+    """Run every step, then print what was shown and where the results are. Raises UserError, RunError."""
     started = time.monotonic()
-    make_room(out)
+    remove_earlier(out)
     for title, command in commands(out, processes=processes):
         run_command(title, command)
-    print(f"\nthe demo took {time.monotonic() - started:.0f} s")
-    print(f"report  {out}/report/index.html")
-    print(f"adapter {out}/adapter")
-    print(f"tables  {out}/comparison.md")
+    print_conclusion(out)
+    print(f"the demo took {time.monotonic() - started:.0f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

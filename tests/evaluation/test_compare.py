@@ -128,6 +128,25 @@ def test_protocols_are_told_apart(tmp_path: Path) -> None:
     )
 
 
+def test_an_evaluation_beside_the_others_has_no_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_run(tmp_path / "a", {"boolq": ["true", "false"]})
+    b = write_run(tmp_path / "b", {"boolq": ["true", "true"]})
+    other = write_run(tmp_path / "c", {"boolq": [None, "true"]}, protocol="generate v1")
+    command = [f"before={a}", f"after={b}", "--beside", f"generate={other}", "--out", str(tmp_path)]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    header, boolq = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith(("| accuracy", "| boolq"))
+    )
+    assert header == ["accuracy %", "before", "after", "− before", "generate"]
+    assert boolq[1:3] == ["50.00", "100.00"] and boolq[3].startswith("+50.00 [") and boolq[4] == "50.00"
+    assert "not comparable" not in text and "without a difference: generate." in text
+
+
 def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_run(tmp_path / "a", {"boolq": ["true", "true"]})
     shorter = write_run(tmp_path / "b", {"boolq": ["true"]})

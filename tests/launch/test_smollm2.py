@@ -53,15 +53,18 @@ def test_data_is_prepared_from_what_the_user_has(chosen: Plan, expected: list[st
     assert preparation(chosen) == expected
 
 
-def test_training_and_both_evaluations_agree_on_model_data_and_places() -> None:
+def test_training_and_evaluations_agree_on_model_data_and_places() -> None:
     steps = dict(run_commands(plan(data="mine"), Path("m.gguf"), ["boolq", "piqa"]))
     before, after, training = (steps[key] for key in ("evaluation before", "evaluation after", "training"))
-    for command in (before, after):
+    generated = steps["evaluation after, generated answers"]
+    for command, mode in ((before, "score"), (after, "score"), (generated, "generate")):
+        assert command[command.index("--mode") + 1] == mode
         assert command[command.index("--model") + 1] == "m.gguf"
         assert command[command.index("--data") + 1] == "mine"
         assert command[command.index("--tasks") + 1] == "boolq,piqa"
     assert "--adapter" not in before
-    assert after[after.index("--adapter") + 1] == "runs/x/adapter"
+    for command in (after, generated):
+        assert command[command.index("--adapter") + 1] == "runs/x/adapter"
     assert training[training.index("--out") + 1] == "runs/x"
     assert training[-2:] == ["--max_steps", "3"]
     assert Path(training[training.index("--recipe") + 1]).is_file()
