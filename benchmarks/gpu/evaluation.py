@@ -98,8 +98,8 @@ def run(conditions: Conditions, report: Report) -> None:
     ours("score", "score", Answerer(lm, PROTOCOLS["score"], tasks).answer, 0.2)
     ours(answered, "generate", Scripted(lm, tasks).answer, 0.25)
     ours(decoded, "generate", InTurn(lm, tasks).answer, 0.3)
-    loop(short, size.reference, NEW_TOKENS, reserve=8.0 if not conditions.tiny else 0.0)
-    loop(published, size.published, MAX_NEW_TOKENS, reserve=2.0 if not conditions.tiny else 0.0)
+    loop(short, size.reference, NEW_TOKENS, reserve=8.0)
+    loop(published, size.published, MAX_NEW_TOKENS, reserve=2.0)
     for name, aim in (("score", ">= 25"), (answered, ">= 15"), (decoded, "")):
         for other in (short, published):
             if name in rates and other in rates:

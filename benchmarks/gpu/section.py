@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,8 +43,8 @@ class Conditions:
 
     @property
     def left(self) -> float:
-        """Seconds until the share is spent; a section begins nothing new that would not fit."""
-        return self.seconds - (time.monotonic() - self.started)
+        """Seconds until the share is spent; a section begins nothing new that would not fit. Endless if `tiny`."""
+        return math.inf if self.tiny else self.seconds - (time.monotonic() - self.started)
 
 
 class Report:

@@ -95,7 +95,7 @@ def at_each_load(conditions: Conditions, report: Report, kinds: list[Kind]) -> N
     report.figure("frozen base", weights / 1e9, "GB")
     report.figure("ready after", time.monotonic() - conditions.started, "s of the section")
     for rank, load in SETTINGS[:1] if conditions.tiny else SETTINGS:
-        if conditions.left < 20 and not conditions.tiny:
+        if conditions.left < 20:
             report.absent(f"rank {rank}, {load}", "no time left")
             continue
         with report.attempt(f"rank {rank}, {load}"):
@@ -142,7 +142,7 @@ def measure(
         report.figure(f"{place}: graphs compiled", graphs)
         report.figure(f"{place}: graphs compiled in the timed steps", compiled_graphs() - graphs, aim="0")
     for row in rows:
-        if row.contender.kind.name not in UNPROFILED and (conditions.left > 15 or conditions.tiny):
+        if row.contender.kind.name not in UNPROFILED and conditions.left > 15:
             with report.attempt(f"{place}: kernels of {row.contender.kind.name}"):
                 profile_step(report, place, row, conditions, count, device)
     for row in rows:
