@@ -14,10 +14,12 @@ from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.partitions import fuse_gradient_checks
+from launch.data.batch_layout import batch_layout
 from launch.data.batches import MicroBatch, collate, pack
 from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
-from launch.engine.ds_config import adam_settings, resolve_ds_config
+from launch.engine.adam import adam_settings
+from launch.engine.ds_config import read_ds_json, resolve_ds_config
 from launch.engine.methods import FlexLoRA, PeftLoRA
 from launch.model.compiled_blocks import compile_blocks
 from launch.model.head_loss import install_head_loss
@@ -104,8 +106,12 @@ class Contender:
         if kind.compiled:
             compile_blocks(model)
         world_size = world_size_of_environment()
-        config = resolve_ds_config(options.ds, options, world_size, hidden_size=base.config.hidden_size)
-        optimizer = self.method.optimizer(model, adam_settings(options.ds, options))
+        source, layout = read_ds_json(options.ds), batch_layout(options, world_size)
+        assert options.dtype != "auto"
+        config = resolve_ds_config(
+            source, options, layout, options.dtype, hidden_size=base.config.hidden_size
+        )
+        optimizer = self.method.optimizer(model, adam_settings(source, options))
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if not kind.stock:
             fuse_gradient_checks(self.engine)

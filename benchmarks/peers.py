@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flexlora_ds.adapter.layer import linear_names, match_modules
 from flexlora_ds.partitions import forget_construction
-from launch.engine.ds_config import AdamSettings
+from launch.engine.adam import AdamSettings
 from launch.options.train_options import TrainOptions
 
 REGULARISER = 0.1  # the weight of the published code, and of PEFT's examples

@@ -30,13 +30,18 @@ def losses_of(options: TrainOptions, *, plain: bool) -> tuple[list[float], dict[
     from launch.planning.settle import settle
 
     settled = settle(options, 1)
-    options, layout = settled.options, settled.layout
+    options = settled.options
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
     batches = share_batches(
-        options, prepare_data(options, tokenizer), layout, process, tokenizer.pad_token_id
+        options,
+        prepare_data(options, tokenizer),
+        settled.layout,
+        process,
+        tokenizer.pad_token_id,
+        packed=settled.computation.packed,
     )
-    engine, method = build_engine(options, settled.ds_config, batches.steps, process)
+    engine, method = build_engine(settled, batches.steps, process)
     forward_context(engine.module).plain = plain
     method.attach(engine, batches.steps, None)
     losses = []

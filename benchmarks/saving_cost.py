@@ -114,21 +114,23 @@ def body(options: TrainOptions, pairs: int, steps: int, watcher: SignalWatcher) 
 
     world_size = world_size_of_environment()
     settled = settle(options, world_size)
-    options, layout = settled.options, settled.layout
+    options = settled.options
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     process = join_processes()
     watcher.follow(process)
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
-        batches = share_batches(options, data, layout, process, tokenizer.pad_token_id)
-        session = begin(options, settled.ds_config, folder, process, batches, identity, Start(), watcher)
+        batches = share_batches(
+            options, data, settled.layout, process, tokenizer.pad_token_id, packed=settled.computation.packed
+        )
+        session = begin(settled, folder, process, batches, identity, Start(), watcher)
         found = measure(session, pairs, steps)
         if process.is_rank_zero:
             newest = max(folder.checkpoints.glob("step_*"))
             print(
                 f"\n{Path(options.model).name}, {session.method.trainable_parameters:,} trainable parameters, "
-                f"{options.dtype}, {world_size} process(es) on {process.device}, {Path(options.ds).name}, "
+                f"{settled.line()}, {world_size} process(es) on {process.device}, {Path(options.ds).name}, "
                 f"batch {options.batch_size}; {pairs} pairs of {steps} steps"
             )
             print(report(found, steps, newest))

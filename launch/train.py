@@ -28,6 +28,7 @@ from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
 from launch.distributed.agreement import on_all_ranks
 from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
+from launch.engine.settled import Settled
 from launch.loop.finish import finish, stop
 from launch.loop.session import Session, begin, identify, run_folder
 from launch.model.token_loss import head_of, token_loss
@@ -46,7 +47,7 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
         UserError: what the user must change. RunError: what failed.
     """
     settled = settle(options, world_size_of_environment())
-    options, layout = settled.options, settled.layout
+    options = settled.options
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
     watcher.follow(process)
@@ -55,11 +56,13 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
         identity = identify(options, data, process)
         start = find_start(options, folder, process, identity)
         watcher.say_ready(process)
-        shared = share_batches(options, data, layout, process, tokenizer.pad_token_id)
-        run = begin(options, settled.ds_config, folder, process, shared, identity, start, watcher)
+        shared = share_batches(
+            options, data, settled.layout, process, tokenizer.pad_token_id, packed=settled.computation.packed
+        )
+        run = begin(settled, folder, process, shared, identity, start, watcher)
         continue_files(start, folder, process)
         folder.write_options(settled.repeatable.to_yaml())
-        introduce(run, start)
+        introduce(run, settled, start)
         run_steps(run, start.step)
         if run.stop.reached:
             stop(run, watcher.reason)
@@ -68,11 +71,12 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
         watcher.part(process)
 
 
-def introduce(run: Session, start: Start) -> None:
+def introduce(run: Session, settled: Settled, start: Start) -> None:
     """Say what is about to happen, and what of it deserves a doubt."""
     options, method, data = run.options, run.method, run.data
     dropped = data.tokenised.dropped_line()
     lines = [
+        settled.line(),
         f"{options.method}: {len(method.matrices)} matrices, {method.trainable_parameters:,} trainable parameters",
         f"{len(data.tokenised.train):,} records, {data.steps:,} steps of {options.batch_size}",
     ]

@@ -12,10 +12,13 @@ from benchmarks.contenders import Contender, Kind, options_of
 from benchmarks.gpu.base import build_base
 from benchmarks.gpu.section import Conditions, Report
 from benchmarks.shapes import SHAPES
+from flexlora_ds.base_model.precision import Dtype
 from launch.data.examples import IGNORED, Example
 from launch.distributed.process import join_processes
+from launch.engine.ds_config import read_ds_json
 from launch.engine.methods import FlexLoRA
-from launch.planning.memory_plan import plan_memory
+from launch.model.skeleton import read_skeleton
+from launch.planning.memory_plan import MemoryPlan
 
 RANK = 32
 LENGTHS = (128, 256)
@@ -28,7 +31,7 @@ def run(conditions: Conditions, report: Report) -> None:
     process = psutil.Process()
     started = process.memory_info().rss
     base = build_base(conditions.shape, device, tiny=conditions.tiny)
-    dtype = "fp32" if device.type == "cpu" else "bf16"
+    dtype: Dtype = "fp32" if device.type == "cpu" else "bf16"
     count = 4 if conditions.tiny else RECORDS
     options = options_of(conditions.shape, 2, dtype, RANK, 0.05, False, count)
     contender = Contender(Kind("FlexLoRA", FlexLoRA, packed=True), base, options, 10, device)
@@ -36,7 +39,9 @@ def run(conditions: Conditions, report: Report) -> None:
         base.config.save_pretrained(folder)
         for length in LENGTHS:
             planned = options.replace(model=folder, cutoff_len=length)
-            predicted = plan_memory(planned, 1).at(count).total
+            skeleton = read_skeleton(folder, planned.target_modules)
+            settings = read_ds_json(planned.ds).settings
+            predicted = MemoryPlan(planned, dtype, 1, settings, skeleton, False).at(count).total
             measured = peak(contender, length, count, conditions.shape, device, started)
             place = f"{count} × {length} tokens"
             report.figure(f"{place}: predicted", predicted / 1e9, "GB")

@@ -83,12 +83,17 @@ def require_data(options: TrainOptions) -> Path:
 
 
 def share_batches(
-    options: TrainOptions, data: TokenisedData, layout: BatchLayout, process: Process, pad: int
+    options: TrainOptions,
+    data: TokenisedData,
+    layout: BatchLayout,
+    process: Process,
+    pad: int,
+    *,
+    packed: bool,
 ) -> Data:
-    """Share the data over the processes."""
+    """Share the data over the processes; `pad` is the token that fills up rows where examples are not packed."""
     share = ProcessShare(process.world_size, process.rank, layout.micro_batch_size)
     steps = steps_of(options, data)
-    packed = options.padding_free is True
     validation = None
     if len(data.validation):
         validation = ValidationBatches(data.validation, share, pad, padding_free=packed)

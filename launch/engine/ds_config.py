@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.errors import UserError
-from launch.data.batch_layout import batch_layout
+from launch.data.batch_layout import BatchLayout
 from launch.engine.unsupported import check_refusals, lookup
 from launch.options.train_options import TrainOptions
 
@@ -22,43 +23,42 @@ QUIET = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say 
 UNKNOWN_HIDDEN = 4096
 """The width that stands in for an unknown hidden size in the sizes of ZeRO's buffers."""
 
-DsSource = str | Path | Mapping[str, Any]
-
 
 @dataclass(frozen=True)
-class AdamSettings:
-    """What a user's AdamW block may set of our optimizer."""
+class DsJson:
+    """A user's DeepSpeed JSON as it was read; nothing in it is changed."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    settings: Mapping[str, Any]
+    origin: str
+    """How messages call it."""
 
 
 def resolve_ds_config(
-    source: DsSource, options: TrainOptions, world_size: int, *, hidden_size: int | None = None
+    source: DsJson,
+    options: TrainOptions,
+    layout: BatchLayout,
+    dtype: Dtype,
+    *,
+    hidden_size: int | None = None,
 ) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`: without `auto`s and optimizer, at one with the options.
 
     Keys that are DeepSpeed's alone pass through unchanged.
 
     Args:
-        source: path of the JSON, or its content.
-        options: a `micro_batch_size` or `dtype` of `auto` is settled as in `batch_layout` and
-            `TrainOptions.compute_dtype`.
-        world_size: number of processes.
+        layout: how a global batch is divided.
         hidden_size: the model's width, which sizes ZeRO's `auto` buffers; 4096 if unknown.
 
     Raises:
-        UserError: the file is missing or no JSON object; a value contradicts the options; a setting cannot be
-            carried through rank changes; an `auto` stands where no value is known.
+        UserError: a value contradicts the options; a setting cannot be carried through rank changes; an `auto` stands
+            where no value is known.
     """
-    settings, origin = load_ds_config(source)
+    settings, origin = copy.deepcopy(dict(source.settings)), source.origin
     check_refusals(settings, origin)
-    _adam_settings(settings, origin, options)
     settings.pop("optimizer", None)
     stage = settings.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    for key, decided in _decided(options, world_size).items():
-        _settle(settings, key, decided, origin, options)
+    for key, decided in _decided(options, layout, dtype).items():
+        _write(settings, key, decided, origin, options)
     _fill(settings, _known_autos(stage, hidden_size or UNKNOWN_HIDDEN))
     settings.setdefault("steps_per_print", QUIET)
     settings["zero_allow_untested_optimizer"] = True
@@ -70,24 +70,14 @@ def resolve_ds_config(
     return settings
 
 
-def adam_settings(source: DsSource, options: TrainOptions) -> AdamSettings:
-    """The AdamW or Adam block of a DeepSpeed JSON as settings of our optimizer; defaults where there is none.
-
-    Raises:
-        UserError: another optimizer, a parameter that ours has not, or one that contradicts the options.
-    """
-    settings, origin = load_ds_config(source)
-    return _adam_settings(settings, origin, options)
-
-
-def load_ds_config(source: DsSource) -> tuple[dict[str, Any], str]:
-    """A DeepSpeed JSON as a dictionary of its own, and how messages call it.
+def read_ds_json(source: str | Path | Mapping[str, Any]) -> DsJson:
+    """The JSON at a path, or its content.
 
     Raises:
         UserError: the file is missing, or is no JSON object (with the line).
     """
     if isinstance(source, Mapping):
-        settings, origin = copy.deepcopy(dict(source)), "DeepSpeed config"
+        settings, origin = dict(source), "DeepSpeed config"
     else:
         settings, origin = _parsed(Path(source)), str(source)
     if settings.get("bfloat16") is not None:  # DeepSpeed's older name of the same block
@@ -95,7 +85,7 @@ def load_ds_config(source: DsSource) -> tuple[dict[str, Any], str]:
     for block in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
         if not isinstance(settings.get(block, {}), dict):
             raise UserError(f"{block} is no JSON object ({origin}, key {block}); write {{...}}")
-    return settings, origin
+    return DsJson(settings, origin)
 
 
 def auto_paths(value: Any, path: str = "") -> Iterator[str]:
@@ -118,10 +108,8 @@ class _Decided:
     option: str
 
 
-def _decided(options: TrainOptions, world_size: int) -> dict[str, _Decided]:
+def _decided(options: TrainOptions, layout: BatchLayout, dtype: Dtype) -> dict[str, _Decided]:
     """By dotted path, what the JSON must say unless it says `auto` or nothing."""
-    layout = batch_layout(options, world_size)
-    dtype = options.compute_dtype()
     return {
         "train_batch_size": _Decided(layout.batch_size, "batch_size"),
         "train_micro_batch_size_per_gpu": _Decided(layout.micro_batch_size, "micro_batch_size"),
@@ -132,7 +120,7 @@ def _decided(options: TrainOptions, world_size: int) -> dict[str, _Decided]:
     }
 
 
-def _settle(
+def _write(
     settings: dict[str, Any], dotted: str, decided: _Decided, origin: str, options: TrainOptions
 ) -> None:
     """Write a decided value where the JSON has none or `auto`; refuse another one."""
@@ -144,48 +132,18 @@ def _settle(
     if given == AUTO:
         block[last] = decided.value
     elif given != decided.value:
-        raise _contradiction(origin, dotted, given, decided, options)
+        raise contradiction(origin, dotted, given, decided.value, decided.option, options)
 
 
-def _contradiction(
-    origin: str, dotted: str, given: Any, decided: _Decided, options: TrainOptions
+def contradiction(
+    origin: str, dotted: str, given: Any, wanted: Any, key: str, options: TrainOptions
 ) -> UserError:
-    key, set_at = decided.option, options.places.get(decided.option, "its default")
+    """The error for a JSON that says `given` at a path where the option `key` asks for another value."""
+    set_at = options.places.get(key, "its default")
     return UserError(
         f"{json.dumps(given)} contradicts the option {key} ({set_at}), which asks for "
-        f'{json.dumps(decided.value)} ({origin}, key {dotted}); write "auto" there, or change {key}'
+        f'{json.dumps(wanted)} ({origin}, key {dotted}); write "auto" there, or change {key}'
     )
-
-
-def _adam_settings(settings: Mapping[str, Any], origin: str, options: TrainOptions) -> AdamSettings:
-    block = settings.get("optimizer")
-    if block is None:
-        return AdamSettings(weight_decay=options.weight_decay)
-    kind = lookup(settings, "optimizer.type")
-    place = f"{origin}, key optimizer"
-    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
-        raise UserError(
-            f"optimizer {kind} holds state that rank changes cannot carry over ({place}); "
-            "remove the block, or use AdamW"
-        )
-    given = block.get("params") or {}
-    if not isinstance(given, Mapping):
-        raise UserError(f"params is no JSON object ({place}.params); write one")
-    params = {name: value for name, value in given.items() if value != AUTO}
-    unknown = sorted(set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"})
-    if unknown:
-        raise UserError(f"our AdamW has no parameter {unknown[0]} ({place}.params); remove it")
-    if params.get("adam_w_mode", True) is not True:
-        raise UserError(
-            f"weight decay is decoupled here ({place}.params.adam_w_mode); remove it or write true"
-        )
-    for name, wanted in (("lr", options.lr), ("weight_decay", options.weight_decay)):
-        if name in params and params[name] != wanted:
-            raise _contradiction(
-                origin, f"optimizer.params.{name}", params[name], _Decided(wanted, name), options
-            )
-    betas, eps = params.get("betas", (0.9, 0.999)), params.get("eps", 1e-8)
-    return AdamSettings(_checked_betas(betas, place), _checked_eps(eps, place), options.weight_decay)
 
 
 def _known_autos(stage: int, hidden: int) -> dict[str, Any]:
@@ -264,20 +222,3 @@ def _without_repeats(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]
         if keys.count(key) > 1:
             raise UserError(f"key {key} stands twice in one block ({path}); remove one of them")
     return dict(pairs)
-
-
-def _checked_betas(value: Any, place: str) -> tuple[float, float]:
-    numbers = value if isinstance(value, (list, tuple)) else ()
-    if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
-        raise UserError(f"betas are {json.dumps(value)} ({place}.params.betas); give two numbers in [0, 1)")
-    return float(numbers[0]), float(numbers[1])
-
-
-def _checked_eps(value: Any, place: str) -> float:
-    if not _is_number(value) or value <= 0:
-        raise UserError(f"eps is {json.dumps(value)} ({place}.params.eps); give a number above 0")
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -19,7 +19,7 @@ from flexlora_ds.partitions import MASTER, forget_construction, live_shards
 from flexlora_ds.peft_format import PROMPT_FILE, Triple, write_peft_adapter
 from flexlora_ds.rank_change import RankChange
 from launch.data.batches import MicroBatch
-from launch.engine.ds_config import AdamSettings
+from launch.engine.adam import AdamSettings
 from launch.options.train_options import TrainOptions
 from launch.run_folder.json_files import write_text_atomically
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.errors import UserError
-from launch.options.train_options import TrainOptions
 
 Settings = Mapping[str, Any]
 
@@ -39,20 +39,21 @@ def check_refusals(settings: Settings, origin: str) -> None:
     _check_stage(settings, origin)
 
 
-def require_dtype(options: TrainOptions) -> None:
+def require_dtype(dtype: Dtype, place: str) -> None:
     """See that DeepSpeed computes in the precision; after `choose_accelerator`.
+
+    Args:
+        place: where the precision was given, for messages.
 
     Raises:
         UserError: fp16 where the device has none.
     """
-    if options.compute_dtype() != "fp16":
+    if dtype != "fp16":
         return
     from deepspeed.accelerator import get_accelerator
 
     if not get_accelerator().is_fp16_supported():
-        raise UserError(
-            f"DeepSpeed computes no fp16 on this device ({options.place('dtype')}); choose dtype bf16 or fp32"
-        )
+        raise UserError(f"DeepSpeed computes no fp16 on this device ({place}); choose dtype bf16 or fp32")
 
 
 def lookup(settings: Settings, dotted: str) -> Any:

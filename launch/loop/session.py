@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from launch.distributed.process import Process
 from launch.distributed.signals import SignalWatcher
 from launch.engine.build import build_engine
 from launch.engine.methods import Method
+from launch.engine.settled import Settled
 from launch.loop.finite_guard import FiniteGuard
 from launch.loop.run_log import RunLog
 from launch.loop.stopping import StopAgreement
@@ -104,8 +105,7 @@ def identify(options: TrainOptions, data: TokenisedData, process: Process) -> Id
 
 
 def begin(
-    options: TrainOptions,
-    ds_config: Mapping[str, Any],
+    settled: Settled,
     folder: RunFolder,
     process: Process,
     batches: Data,
@@ -118,8 +118,9 @@ def begin(
     Raises:
         UserError: as `launch.engine.build.build_engine`. RunError: the checkpoint does not fit.
     """
-    engine, method = build_engine(options, ds_config, batches.steps, process, start.ranks)
-    steps, log_every = batches.steps, options.log_every
+    engine, method = build_engine(settled, batches.steps, process, start.ranks)
+    options, steps = settled.options, batches.steps
+    log_every = options.log_every
     progress = Progress(steps, log_every=log_every, start=start.step, shows=process.is_rank_zero)
     log = RunLog(folder, engine, method, progress, process.device, every=log_every, last=steps)
     stop = StopAgreement(process, watcher, folder)

@@ -1,4 +1,4 @@
-"""Which attention kernels a run takes, and whether its examples lie end to end; settled before a model is loaded."""
+"""Which attention kernels a run takes, and whether its examples are packed; decided before a model is loaded."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
+from flexlora_ds.base_model.precision import Dtype
+from flexlora_ds.config import Auto
 from flexlora_ds.errors import UserError
 from launch.model.liger import LLAMA_LIKE
 from launch.model.packed_attention import Varlen, register_packed_sdpa, register_packed_varlen, working_varlen
-from launch.options.train_options import TrainOptions
+from launch.model.skeleton import Skeleton
+from launch.options.train_options import Attention
 
 ATTENTION_NAMES = {"flash": "flash_attention_2", "varlen": "sdpa", "sdpa": "sdpa", "eager": "eager"}
-"""transformers' names; `varlen` and `sdpa` have others where examples lie end to end."""
+"""transformers' names; `varlen` and `sdpa` have others where examples are packed."""
 
 
 @dataclass(frozen=True)
@@ -45,66 +47,65 @@ class Machine:
         )
 
 
-def attention_of(options: TrainOptions) -> str:
-    """transformers' name of the attention kernels, `auto` settled, for examples end to end or padded.
-
-    Raises:
-        UserError: kernels were asked for where they cannot run.
-    """
-    chosen = _kernels(options)
-    if options.padding_free is True and chosen == "varlen":
-        varlen = torch_varlen(options.compute_dtype())
-        return register_packed_sdpa() if varlen is None else register_packed_varlen(varlen)
-    if options.padding_free is True and chosen == "sdpa":
-        return register_packed_sdpa()
-    return ATTENTION_NAMES[chosen]
-
-
-def choose_padding_free(options: TrainOptions, config: Any) -> bool:
-    """`padding_free` with `auto` settled for a model's configuration, see `settle_padding_free`.
-
-    Raises:
-        UserError: as `attention_of`.
-    """
-    return settle_padding_free(options, config, attention=_kernels(options), gpu=torch.cuda.is_available())
-
-
-def settle_padding_free(options: TrainOptions, config: Any, *, attention: str, gpu: bool) -> bool:
-    """Whether examples lie end to end; `auto` does so where that is known to be right and faster.
-
-    Right: in decoders that look back through attention alone. Faster: under flash and varlen attention, which take all
-    examples at once, and on a CPU. A GPU's sdpa would start one kernel per example and layer; there `auto` pads.
-    """
-    if options.padding_free != "auto":
-        return options.padding_free
-    known = config.model_type in LLAMA_LIKE
-    return known and (attention in ("flash", "varlen") or (attention == "sdpa" and not gpu))
-
-
-def settle_attention(options: TrainOptions, machine: Machine, works: Callable[[], bool]) -> str:
+def resolve_attention(
+    asked: Attention | Auto,
+    *,
+    dtype: Dtype,
+    packed: bool | Auto,
+    place: str,
+    machine: Machine,
+    works: Callable[[], bool],
+) -> Attention:
     """The kernels by our names; `auto` takes flash where it is installed, then varlen where it `works`, else sdpa.
+
+    Args:
+        packed: whether examples will be packed; varlen gains nothing where they are padded.
+        place: where `asked` was given, for messages.
+        works: whether varlen computes what sdpa does here; called only where it might be taken.
 
     Raises:
         UserError: flash or varlen was asked for where it cannot run.
     """
-    half = options.compute_dtype() != "fp32"
+    half = dtype != "fp32"
     can_flash = machine.gpu and half and machine.flash
     can_varlen = machine.gpu and half and machine.varlen and machine.capability >= (8, 0)
-    if options.attention == "flash" and not can_flash:
+    if asked == "flash" and not can_flash:
         raise UserError(
-            f"attention flash needs a GPU, bf16 or fp16, and the package flash-attn ({options.place('attention')}); "
+            f"attention flash needs a GPU, bf16 or fp16, and the package flash-attn ({place}); "
             "install flash-attn or choose auto"
         )
-    if options.attention == "varlen" and not (can_varlen and works()):
+    if asked == "varlen" and not (can_varlen and works()):
         raise UserError(
             "attention varlen needs torch 2.10 or later, bf16 or fp16, and a GPU of compute capability 8.0 or more on "
-            f"which it computes what sdpa does ({options.place('attention')}); choose auto"
+            f"which it computes what sdpa does ({place}); choose auto"
         )
-    if options.attention != "auto":
-        return options.attention
+    if asked != "auto":
+        return asked
     if can_flash:
         return "flash"
-    return "varlen" if options.padding_free is not False and can_varlen and works() else "sdpa"
+    return "varlen" if packed is not False and can_varlen and works() else "sdpa"
+
+
+def resolve_packed(asked: bool | Auto, *, model_type: str, attention: Attention, gpu: bool) -> bool:
+    """Whether examples are packed; `auto` does so where that is known to be right and faster.
+
+    Right: in decoders that look back through attention alone. Faster: under flash and varlen attention, which take all
+    examples at once, and on a CPU. A GPU's sdpa would start one kernel per example and layer; there `auto` pads.
+    """
+    if asked != "auto":
+        return asked
+    fast = attention in ("flash", "varlen") or (attention == "sdpa" and not gpu)
+    return model_type in LLAMA_LIKE and fast
+
+
+def implementation_of(attention: Attention, *, dtype: Dtype, packed: bool) -> str:
+    """transformers' name of the kernels, for packed or padded examples; ours are made known to it first."""
+    if packed and attention == "varlen":
+        varlen = torch_varlen(dtype)
+        return register_packed_sdpa() if varlen is None else register_packed_varlen(varlen)
+    if packed and attention == "sdpa":
+        return register_packed_sdpa()
+    return ATTENTION_NAMES[attention]
 
 
 @lru_cache
@@ -128,26 +129,19 @@ def torch_varlen(dtype: str) -> Varlen | None:
     return varlen
 
 
-def require_separable(model: Any, options: TrainOptions) -> None:
-    """See that a model can tell examples apart that lie end to end, where they do.
+def require_separable(skeleton: Skeleton, place: str) -> None:
+    """See that a model can keep packed examples apart.
+
+    Args:
+        place: where packing was asked for, for messages.
 
     Raises:
         UserError: its attention takes no boundaries, or it carries a state from token to token.
     """
-    stateful = getattr(model, "_is_stateful", False)
-    if options.padding_free is True and (
-        stateful or not getattr(model, "_supports_attention_backend", False)
-    ):
+    if not skeleton.separable:
         raise UserError(
-            f"{type(model).__name__} cannot tell examples apart that lie end to end "
-            f"({options.place('padding_free')}); leave padding_free at auto"
+            f"{skeleton.name} cannot keep packed examples apart ({place}); leave padding_free at auto"
         )
-
-
-def _kernels(options: TrainOptions) -> str:
-    return settle_attention(
-        options, Machine.here(), lambda: torch_varlen(options.compute_dtype()) is not None
-    )
 
 
 def _device() -> torch.device:

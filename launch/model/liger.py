@@ -8,39 +8,45 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-import torch
-
+from flexlora_ds.config import Auto
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import show
-from launch.options.train_options import Kernels, TrainOptions
+from launch.options.train_options import Compile, Kernels
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """transformers' model types whose layers are RMSNorm, rotary embedding and down(act(gate(x)) · up(x)), and no more."""
 
 
-def choose_kernels(options: TrainOptions, config: Any) -> Kernels:
-    """`kernels` with `auto` settled for a model's configuration: liger or none.
+def resolve_kernels(
+    asked: Kernels | Auto, *, compiled: bool | Compile, config: Any, gpu: bool, installed: bool, place: str
+) -> Kernels:
+    """liger or none; `auto` takes liger where it can run.
+
+    Args:
+        compiled: what torch is to compile, as asked for.
+        config: transformers' configuration of the model.
+        installed: whether liger-kernel is.
+        place: where `asked` was given, for messages.
 
     Raises:
         UserError: liger was asked for where it cannot run, or beside `compile`.
     """
-    installed = importlib.util.find_spec("liger_kernel") is not None
-    return settle_kernels(options, config, gpu=torch.cuda.is_available(), installed=installed)
-
-
-def settle_kernels(options: TrainOptions, config: Any, *, gpu: bool, installed: bool) -> Kernels:
-    """`choose_kernels` for a machine with a GPU and the package, or without."""
-    obstacle = _obstacle(options, config, gpu=gpu, installed=installed)
-    if options.kernels != "liger":
-        return "none" if options.kernels == "none" or obstacle else "liger"
+    obstacle = _obstacle(compiled, config, gpu=gpu, installed=installed)
+    if asked != "liger":
+        return "none" if asked == "none" or obstacle else "liger"
     if obstacle:
-        raise UserError(f"kernels liger {obstacle} ({options.place('kernels')}); choose auto or none")
+        raise UserError(f"kernels liger {obstacle} ({place}); choose auto or none")
     return "liger"
 
 
-def _obstacle(options: TrainOptions, config: Any, *, gpu: bool, installed: bool) -> str | None:
-    if options.compile:
-        return f"replaces what compile {show(options.compile)} would compile"
+def liger_installed() -> bool:
+    """Whether the package is there."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _obstacle(compiled: bool | Compile, config: Any, *, gpu: bool, installed: bool) -> str | None:
+    if compiled:
+        return f"replaces what compile {show(compiled)} would compile"
     if not gpu:
         return "needs a GPU"
     if not installed:

@@ -21,19 +21,30 @@ from torch import Tensor, nn
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import show
 from launch.model.liger import foreign_base
-from launch.options.train_options import TrainOptions
+from launch.options.train_options import Attention, Compile, Method
 
 
-def require_compiler(options: TrainOptions, config: Any) -> None:
+def resolve_compile(asked: bool | Compile) -> Compile | None:
+    """`true` means pieces, `false` nothing."""
+    if asked is True:
+        return "pieces"
+    return asked or None
+
+
+def require_compiler(asked: bool | Compile, *, method: Method, config: Any, place: str) -> None:
     """See that what `compile` needs is there, before a model is loaded.
+
+    Args:
+        config: transformers' configuration of the model.
+        place: where `asked` was given, for messages.
 
     Raises:
         UserError: no C++ compiler, a model whose pieces are not known, or whole layers for LoRA.
     """
-    if not options.compile:
+    if not asked:
         return
-    place, wanted = options.place("compile"), f"compile {show(options.compile)}"
-    if options.compile == "blocks" and options.method != "flexlora":
+    wanted = f"compile {show(asked)}"
+    if asked == "blocks" and method != "flexlora":
         raise UserError(f"{wanted} knows FlexLoRA's adapters only ({place}); choose pieces or leave it false")
     foreign = foreign_base(config)
     if foreign:
@@ -46,17 +57,23 @@ def require_compiler(options: TrainOptions, config: Any) -> None:
         )
 
 
-def require_stage(options: TrainOptions, ds_config: dict[str, Any]) -> None:
+def require_stage(asked: bool | Compile, *, stage: int, place: str) -> None:
     """See that nothing gathers weights inside what is compiled.
 
     Raises:
         UserError: whole layers at ZeRO-3.
     """
-    if options.compile == "blocks" and ds_config["zero_optimization"]["stage"] == 3:
+    if asked == "blocks" and stage == 3:
         raise UserError(
-            f"compile blocks needs ZeRO-0, 1 or 2: ZeRO-3 gathers weights inside a layer ({options.place('compile')}); "
-            "choose pieces"
+            f"compile blocks needs ZeRO-0, 1 or 2: ZeRO-3 gathers weights inside a layer ({place}); choose pieces"
         )
+
+
+def blocks_obstacle(attention: Attention, *, packed: bool) -> str | None:
+    """Why whole layers would run uncompiled, see `launch.model.compiled_blocks`; None where they are compiled."""
+    if packed and attention != "varlen":
+        return f"of packed examples it takes those under attention varlen only, not {attention}; try padding_free false"
+    return None
 
 
 def compile_pieces(model: nn.Module, backend: str = "inductor") -> int:

@@ -148,14 +148,6 @@ class TrainOptions(FlexLoRAConfig):
         """A copy in which `auto` or other values are settled; validated like the original."""
         return dataclasses.replace(self, **changes)
 
-    def compute_dtype(self) -> Dtype:
-        """`dtype`, with `auto` answered by this machine."""
-        import torch
-
-        from flexlora_ds.base_model.precision import resolve_dtype
-
-        return resolve_dtype(self.dtype, gpu=torch.cuda.is_available())
-
     def to_flexlora_config(self) -> FlexLoRAConfig:
         """The part of the options that the library's method takes."""
         return FlexLoRAConfig(

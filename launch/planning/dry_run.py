@@ -9,6 +9,7 @@ from launch.data.examples import IGNORED, TokenisedData
 from launch.data.prepare import load_tokenizer_of, prepare_data, steps_of
 from launch.distributed.process import world_size_of_environment
 from launch.options.train_options import TrainOptions
+from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
 from launch.planning.settle import settle
 
@@ -20,22 +21,22 @@ def dry_run(options: TrainOptions) -> None:
         UserError: what would also stop the run itself.
     """
     settled = settle(options, world_size_of_environment())
-    options, layout, plan = settled.repeatable, settled.layout, settled.memory
+    options, layout, skeleton = settled.repeatable, settled.layout, settled.skeleton
+    plan = memory_of(settled)
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
-    laid = f"examples {'lie end to end' if settled.options.padding_free else 'are padded to a multiple of 8 tokens'}"
     dropped = data.dropped_line()
     page = DryRunPage(
         options=options,
-        shapes=plan.shapes,
-        base_parameters=plan.base_parameters,
+        shapes=skeleton.shapes,
+        base_parameters=skeleton.parameters,
         records=len(data.train),
         total_steps=steps_of(options, data),
         layout=layout,
         memory=plan.at(layout.micro_batch_size),
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
-        notes=[dropped, laid] if dropped else [laid],
+        notes=[dropped, settled.line()] if dropped else [settled.line()],
     )
     text = render_plan(page)
     if os.environ.get("RANK", "0") == "0":

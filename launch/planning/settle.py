@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import torch
 
-from launch.data.batch_layout import BatchLayout
+from flexlora_ds.base_model.precision import Dtype, resolve_dtype
 from launch.data.prepare import resolve_prompt
 from launch.distributed.process import choose_accelerator
-from launch.engine.ds_config import resolve_ds_config
+from launch.engine.adam import adam_settings
+from launch.engine.ds_config import read_ds_json, resolve_ds_config
+from launch.engine.settled import Settled
 from launch.engine.unsupported import require_dtype
-from launch.model.attention import choose_padding_free
-from launch.model.liger import choose_kernels
-from launch.model.torch_compile import require_compiler, require_stage
+from launch.model.attention import Machine, require_separable, resolve_attention, resolve_packed, torch_varlen
+from launch.model.computation import Computation
+from launch.model.liger import liger_installed, resolve_kernels
+from launch.model.skeleton import Skeleton, read_skeleton
+from launch.model.torch_compile import require_compiler, require_stage, resolve_compile
 from launch.options.train_options import TrainOptions
-from launch.planning.memory_plan import MemoryPlan, plan_memory
+from launch.planning.memory_plan import MemoryPlan, resolve_checkpointing
 
-
-@dataclass(frozen=True)
-class Settled:
-    """The decisions of one run; alike on all of its processes."""
-
-    options: TrainOptions
-    """Every option as this run uses it."""
-    repeatable: TrainOptions
-    """The same for `options.yaml`: what depends on this machine alone (micro-batch, kernels, packing) is as asked."""
-    layout: BatchLayout
-    """How a global batch is divided."""
-    ds_config: Mapping[str, Any]
-    """For `deepspeed.initialize`."""
-    memory: MemoryPlan
+LEFT_TO_US = (
+    "dtype",
+    "attention",
+    "padding_free",
+    "kernels",
+    "gradient_checkpointing",
+    "micro_batch_size",
+)
+"""The options of which `auto` is decided here."""
 
 
 def settle(options: TrainOptions, world_size: int) -> Settled:
@@ -43,17 +40,53 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         UserError: an option cannot hold here, the model or the data is missing, or the DeepSpeed JSON
             contradicts the options.
     """
+    given = frozenset(key for key in LEFT_TO_US if getattr(options, key) != "auto")
     options = resolve_prompt(options)
-    memory = plan_memory(options.replace(dtype=options.compute_dtype()), world_size)
-    repeatable, layout = memory.options, memory.layout()
-    kernels = choose_kernels(repeatable, memory.config)
-    require_compiler(repeatable, memory.config)
-    packed = choose_padding_free(repeatable, memory.config)
-    options = repeatable.replace(
-        micro_batch_size=layout.micro_batch_size, kernels=kernels, padding_free=packed
+    source = read_ds_json(options.ds)
+    dtype = resolve_dtype(options.dtype, gpu=torch.cuda.is_available())
+    limited_rank = options.rank if options.method == "flexlora" else None
+    skeleton = read_skeleton(options.model, options.target_modules, limited_rank)
+    checkpointing = resolve_checkpointing(options, dtype, world_size, source.settings, skeleton)
+    layout = MemoryPlan(options, dtype, world_size, source.settings, skeleton, checkpointing).layout()
+    computation = _computation(options, dtype, skeleton, checkpointing)
+    repeatable = options.replace(dtype=dtype, gradient_checkpointing=checkpointing)
+    ds_config = resolve_ds_config(source, repeatable, layout, dtype, hidden_size=skeleton.config.hidden_size)
+    adam = adam_settings(source, options)
+    require_stage(
+        options.compile, stage=ds_config["zero_optimization"]["stage"], place=options.place("compile")
     )
-    ds_config = resolve_ds_config(options.ds, options, world_size, hidden_size=memory.config.hidden_size)
-    require_stage(options, ds_config)
     choose_accelerator()
-    require_dtype(options)
-    return Settled(options, repeatable, layout, ds_config, memory)
+    require_dtype(dtype, options.place("dtype"))
+    used = repeatable.replace(
+        micro_batch_size=layout.micro_batch_size,
+        kernels=computation.kernels,
+        padding_free=computation.packed,
+    )
+    return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam)
+
+
+def _computation(options: TrainOptions, dtype: Dtype, skeleton: Skeleton, checkpointing: bool) -> Computation:
+    config, machine = skeleton.config, Machine.here()
+    kernels = resolve_kernels(
+        options.kernels,
+        compiled=options.compile,
+        config=config,
+        gpu=machine.gpu,
+        installed=liger_installed(),
+        place=options.place("kernels"),
+    )
+    require_compiler(options.compile, method=options.method, config=config, place=options.place("compile"))
+    attention = resolve_attention(
+        options.attention,
+        dtype=dtype,
+        packed=options.padding_free,
+        place=options.place("attention"),
+        machine=machine,
+        works=lambda: torch_varlen(dtype) is not None,
+    )
+    packed = resolve_packed(
+        options.padding_free, model_type=config.model_type, attention=attention, gpu=machine.gpu
+    )
+    if packed:
+        require_separable(skeleton, options.place("padding_free"))
+    return Computation(dtype, attention, packed, kernels, resolve_compile(options.compile), checkpointing)

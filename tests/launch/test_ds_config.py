@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from flexlora_ds.errors import UserError
-from launch.engine.ds_config import adam_settings, auto_paths, resolve_ds_config
+from launch.data.batch_layout import batch_layout
+from launch.engine.adam import AdamSettings, adam_settings
+from launch.engine.ds_config import auto_paths, read_ds_json, resolve_ds_config
 from launch.options.train_options import TrainOptions
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -22,9 +24,24 @@ def options(**values: Any) -> TrainOptions:
     return TrainOptions(**({"dtype": "fp32"} | values))
 
 
+def resolve(
+    source: Any, options: TrainOptions, processes: int, *, hidden_size: int | None = None
+) -> dict[str, Any]:
+    """As a run does: the engine's configuration, and the optimizer block checked."""
+    read, layout = read_ds_json(source), batch_layout(options, processes)
+    assert options.dtype != "auto"
+    resolved = resolve_ds_config(read, options, layout, options.dtype, hidden_size=hidden_size)
+    adam_settings(read, options)
+    return resolved
+
+
+def adam(source: dict[str, Any], options: TrainOptions) -> AdamSettings:
+    return adam_settings(read_ds_json(source), options)
+
+
 def refused(settings: dict[str, Any], **values: Any) -> str:
     with pytest.raises(UserError) as caught:
-        resolve_ds_config(settings, options(**values), 2)
+        resolve(settings, options(**values), 2)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -43,7 +60,7 @@ def test_all_stages_and_offloads_are_shipped() -> None:
 def test_shipped_files_serve_every_dtype(path: Path, dtype: str) -> None:
     written = json.loads(path.read_text())
     assert not {"optimizer", "scheduler"} & set(written)
-    resolved = resolve_ds_config(path, options(dtype=dtype, max_grad_norm=0.5), 2, hidden_size=64)
+    resolved = resolve(path, options(dtype=dtype, max_grad_norm=0.5), 2, hidden_size=64)
     assert "auto" not in json.dumps(resolved)
     assert resolved["train_batch_size"] == 16
     assert resolved["train_micro_batch_size_per_gpu"] == 8
@@ -59,7 +76,7 @@ def test_shipped_files_serve_every_dtype(path: Path, dtype: str) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_deepspeed_itself_reads_what_was_resolved(path: Path) -> None:
     config = pytest.importorskip("deepspeed.runtime.config")
-    resolved = resolve_ds_config(path, options(dtype="bf16", batch_size=6, micro_batch_size=3), 1)
+    resolved = resolve(path, options(dtype="bf16", batch_size=6, micro_batch_size=3), 1)
     read = config.DeepSpeedConfig(copy.deepcopy(resolved))
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu) == (6, 3)
     assert read.gradient_accumulation_steps == 2
@@ -71,7 +88,7 @@ def test_deepspeed_itself_reads_what_was_resolved(path: Path) -> None:
 
 
 def test_an_empty_json_gets_everything_it_needs() -> None:
-    resolved = resolve_ds_config({}, options(batch_size=12, micro_batch_size=2), 3)
+    resolved = resolve({}, options(batch_size=12, micro_batch_size=2), 3)
     assert resolved["train_batch_size"] == 12
     assert resolved["gradient_accumulation_steps"] == 2
     assert resolved["zero_optimization"] == {"stage": 0}
@@ -80,7 +97,7 @@ def test_an_empty_json_gets_everything_it_needs() -> None:
 def test_the_callers_dictionary_is_not_changed() -> None:
     mine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "optimizer": {"type": "AdamW"}}
     before = copy.deepcopy(mine)
-    resolve_ds_config(mine, options(), 1)
+    resolve(mine, options(), 1)
     assert mine == before
 
 
@@ -91,7 +108,7 @@ def test_buffer_sizes_follow_the_models_width() -> None:
         "stage3_prefetch_bucket_size": "auto",
         "stage3_param_persistence_threshold": "auto",
     }
-    resolved = resolve_ds_config({"zero_optimization": zero}, options(), 1, hidden_size=576)
+    resolved = resolve({"zero_optimization": zero}, options(), 1, hidden_size=576)
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 576**2
     assert resolved["zero_optimization"]["stage3_prefetch_bucket_size"] == int(0.9 * 576**2)
     assert resolved["zero_optimization"]["stage3_param_persistence_threshold"] == 5760
@@ -99,7 +116,7 @@ def test_buffer_sizes_follow_the_models_width() -> None:
 
 def test_keys_of_deepspeed_alone_pass_through() -> None:
     mine = {"wall_clock_breakdown": True, "comms_logger": {"enabled": True}, "some_future_key": [1, {"a": 2}]}
-    resolved = resolve_ds_config(mine, options(), 1)
+    resolved = resolve(mine, options(), 1)
     assert {key: resolved[key] for key in mine} == mine
 
 
@@ -133,7 +150,7 @@ def test_a_contradiction_says_where_the_option_was_given(tmp_path: Path) -> None
     path.write_text('{"train_batch_size": 32}')
     mine = TrainOptions(batch_size=8, dtype="fp32", places={"batch_size": "--batch_size on the command line"})
     with pytest.raises(UserError, match=r"--batch_size on the command line.*ds\.json, key train_batch_size"):
-        resolve_ds_config(path, mine, 1)
+        resolve(path, mine, 1)
 
 
 def test_the_users_adamw_block_becomes_ours() -> None:
@@ -142,10 +159,10 @@ def test_the_users_adamw_block_becomes_ours() -> None:
         "params": {"lr": "auto", "betas": [0.8, 0.99], "eps": 1e-6, "weight_decay": 0.1},
     }
     mine = options(weight_decay=0.1)
-    settings = adam_settings({"optimizer": block}, mine)
+    settings = adam({"optimizer": block}, mine)
     assert (settings.betas, settings.eps, settings.weight_decay) == ((0.8, 0.99), 1e-6, 0.1)
-    assert "optimizer" not in resolve_ds_config({"optimizer": block}, mine, 1)
-    assert adam_settings({}, mine).betas == (0.9, 0.999)
+    assert "optimizer" not in resolve({"optimizer": block}, mine, 1)
+    assert adam({}, mine).betas == (0.9, 0.999)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +238,7 @@ def test_what_rank_changes_cannot_follow_is_refused(settings: dict[str, Any], ke
     ],
 )
 def test_the_harmless_side_of_each_refusal_passes(settings: dict[str, Any]) -> None:
-    resolve_ds_config(settings, options(), 2)
+    resolve(settings, options(), 2)
 
 
 @pytest.mark.parametrize(
@@ -239,10 +256,10 @@ def test_broken_files_are_named_with_the_line(tmp_path: Path, text: str, parts: 
     path = tmp_path / "broken.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        resolve_ds_config(path, options(), 1)
+        resolve(path, options(), 1)
     assert all(part in str(caught.value) for part in [*parts, "broken.json"]), str(caught.value)
 
 
 def test_a_missing_file_is_an_error() -> None:
     with pytest.raises(UserError, match=r"nowhere\.json"):
-        resolve_ds_config("nowhere.json", options(), 1)
+        resolve("nowhere.json", options(), 1)

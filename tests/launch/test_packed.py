@@ -16,10 +16,10 @@ from launch.data.batches import MicroBatch, ProcessShare, TrainingBatches, Valid
 from launch.data.examples import IGNORED
 from launch.model.attention import (
     Machine,
-    attention_of,
+    implementation_of,
     require_separable,
-    settle_attention,
-    settle_padding_free,
+    resolve_attention,
+    resolve_packed,
     torch_varlen,
 )
 from launch.model.packed_attention import (
@@ -32,8 +32,8 @@ from launch.model.packed_attention import (
     register_packed_varlen,
     working_varlen,
 )
+from launch.model.skeleton import Skeleton
 from launch.model.token_loss import Head, token_loss
-from launch.options.train_options import TrainOptions
 from tests.helpers.numbered_examples import make_examples
 from tests.helpers.packed_llama import DEVICE, LENGTHS, PAD, adapted_model, batches_of_eight
 
@@ -99,7 +99,7 @@ def test_validation_is_laid_the_same_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention", "gpu", "end_to_end"),
+    ("kind", "attention", "gpu", "packed"),
     [
         ("llama", "sdpa", False, True),
         ("llama", "flash", True, True),
@@ -110,28 +110,23 @@ def test_validation_is_laid_the_same_way() -> None:
         ("mamba", "sdpa", False, False),
     ],
 )
-def test_auto_lays_end_to_end_where_that_is_right_and_faster(
-    kind: str, attention: str, gpu: bool, end_to_end: bool
+def test_auto_packs_where_that_is_right_and_faster(
+    kind: str, attention: Any, gpu: bool, packed: bool
 ) -> None:
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(kind)
-    assert settle_padding_free(TrainOptions(), config, attention=attention, gpu=gpu) == end_to_end
+    known = {"model_type": AutoConfig.for_model(kind).model_type, "attention": attention, "gpu": gpu}
+    assert resolve_packed("auto", **known) == packed
     for asked in (True, False):
-        options = TrainOptions(padding_free=asked)
-        assert settle_padding_free(options, config, attention=attention, gpu=gpu) == asked
+        assert resolve_packed(asked, **known) == asked
 
 
-def test_a_model_that_cannot_tell_examples_apart_is_refused() -> None:
-    class Recurrent:
-        _supports_attention_backend = True
-        _is_stateful = True
-
-    require_separable(Recurrent(), TrainOptions(padding_free=False))
+def test_a_model_that_cannot_keep_packed_examples_apart_is_refused() -> None:
+    recurrent = Skeleton(None, 0, {}, name="Recurrent", separable=False)
     with pytest.raises(
-        UserError, match=r"^Recurrent cannot tell examples apart .*leave padding_free at auto$"
+        UserError, match=r"^Recurrent cannot keep packed examples apart .*leave padding_free at auto$"
     ):
-        require_separable(Recurrent(), TrainOptions(padding_free=True))
+        require_separable(recurrent, "key padding_free")
 
 
 def plain_varlen(  # the arguments of torch 2.13
@@ -332,8 +327,18 @@ H100 = Machine(gpu=True, capability=(9, 0), varlen=True)
 def test_auto_takes_the_first_attention_that_works(
     machine: Machine, options: dict[str, Any], works: bool, chosen: str
 ) -> None:
-    asked = TrainOptions(**{"dtype": "bf16", **options})
-    assert settle_attention(asked, machine, lambda: works) == chosen
+    asked = {"attention": "auto", "dtype": "bf16", "padding_free": "auto", **options}
+    assert (
+        resolve_attention(
+            asked["attention"],
+            dtype=asked["dtype"],
+            packed=asked["padding_free"],
+            place="key attention",
+            machine=machine,
+            works=lambda: works,
+        )
+        == chosen
+    )
 
 
 @pytest.mark.parametrize(
@@ -342,7 +347,14 @@ def test_auto_takes_the_first_attention_that_works(
 )
 def test_kernels_that_cannot_run_are_refused(attention: Any, machine: Machine, works: bool) -> None:
     with pytest.raises(UserError, match=rf"^attention {attention} needs .*choose auto$"):
-        settle_attention(TrainOptions(attention=attention, dtype="bf16"), machine, lambda: works)
+        resolve_attention(
+            attention,
+            dtype="bf16",
+            packed="auto",
+            place="key attention",
+            machine=machine,
+            works=lambda: works,
+        )
 
 
 @pytest.mark.gpu
@@ -350,6 +362,5 @@ def test_torchs_own_varlen_attention_works_here() -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs compute capability 8.0")
     pytest.importorskip("torch.nn.attention.varlen")
-    for dtype in ("bf16", "fp16"):
-        assert torch_varlen(dtype) is not None
-    assert attention_of(TrainOptions(attention="varlen", dtype="bf16", padding_free=True)) == PACKED_VARLEN
+    assert torch_varlen("bf16") is not None and torch_varlen("fp16") is not None
+    assert implementation_of("varlen", dtype="bf16", packed=True) == PACKED_VARLEN

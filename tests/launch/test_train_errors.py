@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers import training
 from tests.helpers.processes import ROOT, Processes, run_script
@@ -31,16 +32,25 @@ def process() -> Iterator[Processes]:
 
 @pytest.fixture
 def refused(process: Processes, place: Place, tmp_path: Path) -> Callable[..., str]:
-    """Runs the command with some options; it must be refused. Returns the one line."""
+    """Runs the command with some options; it must be refused, by a dry run in the same words. Returns the one line."""
 
-    def run(stage: int = 2, *, more: tuple[str, ...] = (), **options: Any) -> str:
+    def run(
+        stage: int = 2,
+        *,
+        more: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        **options: Any,
+    ) -> str:
         options = {"out": tmp_path / "out", **options}
         arguments = [*place.arguments(stage=stage, **options), *more]
-        (result,) = process.run(training.command, arguments)
-        line = the_line(result["stderr"], result["stdout"])
-        assert result["code"] == 2, line
-        assert not list(tmp_path.glob("out/*")), "nothing half-written"
-        return line
+        lines = []
+        for dry in ((), ("--dry_run=true",)):
+            (result,) = process.run(training.command, [*arguments, *dry], environment)
+            lines.append(the_line(result["stderr"], result["stdout"]))
+            assert result["code"] == 2, lines
+            assert not list(tmp_path.glob("out/*")), "nothing half-written"
+        assert lines[0] == lines[1]
+        return lines[0]
 
     return run
 
@@ -109,6 +119,37 @@ def test_a_precision_that_the_device_lacks(refused: Callable[..., str]) -> None:
     if get_accelerator().is_fp16_supported():
         pytest.skip("this device computes fp16")
     assert "choose dtype bf16 or fp32" in refused(dtype="fp16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU refuses")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kernels": "liger"}, "kernels liger needs a GPU (--kernels on the command line)"),
+        ({"attention": "flash"}, "attention flash needs a GPU"),
+        ({"attention": "varlen"}, "attention varlen needs torch 2.10 or later"),
+        ({"compile": "blocks", "stage": 3}, "compile blocks needs ZeRO-0, 1 or 2"),
+        ({"compile": "blocks", "method": "lora"}, "compile blocks knows FlexLoRA's adapters only"),
+        ({"compile": True, "kernels": "liger"}, "kernels liger replaces what compile true would compile"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_here(refused: Callable[..., str], options: dict[str, Any], words: str) -> None:
+    assert words in refused(**options)
+
+
+def test_compile_without_a_compiler(refused: Callable[..., str]) -> None:
+    line = refused(compile="pieces", environment={"CXX": "no-such-compiler"})
+    assert "compile pieces needs a C++ compiler, and there is no no-such-compiler" in line
+
+
+def test_packing_for_a_model_with_a_state(refused: Callable[..., str], tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    small = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(small).save_pretrained(tmp_path / "mamba")
+    line = refused(model=tmp_path / "mamba", target_modules="in_proj", padding_free=True)
+    assert "MambaForCausalLM cannot keep packed examples apart (--padding_free on the command line)" in line
 
 
 def test_a_rank_above_a_layers_limit(refused: Callable[..., str]) -> None:

@@ -32,7 +32,7 @@ def test_auto_is_the_same_in_training_and_evaluation(
     with pytest.raises(InterruptedError):
         loading.load(Options(model="any"), torch.device("cuda" if gpu else "cpu"))
     assert asked == [TORCH_DTYPES[settled]]
-    assert TrainOptions().compute_dtype() == settled
+    assert resolve_dtype(TrainOptions().dtype, gpu=torch.cuda.is_available()) == settled
 
 
 @pytest.mark.parametrize("asked", TORCH_DTYPES)

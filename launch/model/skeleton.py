@@ -1,0 +1,49 @@
+"""A base model without its weights: what is decided before they are loaded looks at this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flexlora_ds.adapter.layer import check_rank, linear_names, linear_shapes, match_modules
+from flexlora_ds.base_model.loading import load_skeleton
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's configuration, and the shapes of the layers to be adapted."""
+
+    config: Any
+    """transformers' configuration."""
+    parameters: int
+    """Of the whole base."""
+    shapes: dict[str, tuple[int, int]]
+    """(out, in) of every layer to be adapted, by module name in the order of the model."""
+    name: str
+    """Of the model's class."""
+    separable: bool
+    """Whether it keeps packed examples apart: its attention takes boundaries, and no state goes from token to token."""
+
+
+def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int | None = None) -> Skeleton:
+    """Read a model's configuration and shapes.
+
+    Args:
+        model: a hub id, a folder, or a GGUF file.
+        limited_rank: a rank that no layer's shape may forbid; None: nothing is checked.
+
+    Raises:
+        UserError: the model is missing or gated, a target matches nothing, or the rank exceeds a layer's limit.
+    """
+    base = load_skeleton(model)
+    shapes = linear_shapes(base, match_modules(linear_names(base), target_modules))
+    if limited_rank is not None:
+        check_rank(limited_rank, shapes)
+    boundaries = getattr(base, "_supports_attention_backend", False)
+    return Skeleton(
+        config=base.config,
+        parameters=sum(p.numel() for p in base.parameters()),
+        shapes=shapes,
+        name=type(base).__name__,
+        separable=bool(boundaries) and not getattr(base, "_is_stateful", False),
+    )

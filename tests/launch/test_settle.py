@@ -1,0 +1,115 @@
+"""What a run decides before its first weight: nothing is left to `auto`, and one line says all of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexlora_ds.base_model.precision import TORCH_DTYPES
+from launch.engine.settled import Settled
+from launch.model.computation import Computation
+from launch.options.train_options import TrainOptions, parse_options
+from launch.planning import settle as settling
+from launch.planning.settle import LEFT_TO_US, settle
+from tests.helpers import training
+from tests.helpers.processes import ROOT
+from tests.helpers.training import Place
+
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="what `auto` is on a CPU")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return training.make_place(tmp_path_factory.mktemp("settle"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def settled(place: Place, processes: int = 1, **options: Any) -> Settled:
+    return settle(parse_options(place.arguments("unused", **{"dtype": None, **options})), processes)
+
+
+@CPU_ONLY
+def test_every_auto_is_decided_and_one_line_says_how(place: Place) -> None:
+    found = settled(place, 2)
+    assert found.computation == Computation("fp32", "sdpa", True, "none", None, False)
+    assert found.line() == (
+        "fp32, sdpa, packed, micro-batch 4 × accumulation 1 × processes 2, kernels none, compile none, "
+        "activations kept, prompt alpaca"
+    )
+    assert "auto" not in str(dict(found.ds_config))
+    left = {key for key in LEFT_TO_US if getattr(found.options, key) == "auto"}
+    assert left == {"attention"}, "which options.yaml keeps as asked"
+
+
+@CPU_ONLY
+def test_what_was_given_is_taken_and_marked(place: Place) -> None:
+    given = {"dtype": "bf16", "attention": "eager", "padding_free": False, "micro_batch_size": 2}
+    found = settled(place, gradient_checkpointing=True, kernels="none", prompt="llm_adapters", **given)
+    assert found.line() == (
+        "bf16 (given), eager (given), padded (given), micro-batch 2 × accumulation 4 × processes 1 (given), "
+        "kernels none (given), compile none, activations recomputed (given), prompt llm_adapters"
+    )
+
+
+def test_a_repetition_elsewhere_decides_again_what_depends_on_the_machine(place: Place) -> None:
+    found = settled(place)
+    again = TrainOptions.from_yaml(found.repeatable.to_yaml())
+    for key in ("micro_batch_size", "kernels", "padding_free", "attention"):
+        assert getattr(again, key) == "auto", key
+    assert again.dtype == found.computation.dtype
+    assert again.gradient_checkpointing is False
+
+
+@CPU_ONLY
+def test_compiled_layers_that_are_not_applied_are_named(place: Place) -> None:
+    """Under sdpa the compiled layers do not take packed examples: each layer runs as it is."""
+    line = settled(place, compile="blocks").line()
+    assert "compile blocks, which is NOT APPLIED: " in line and "try padding_free false" in line
+    assert "NOT APPLIED" not in settled(place, compile="blocks", padding_free=False).line()
+    on_a_gpu = Computation("bf16", "varlen", True, "none", "blocks", False)
+    assert not any("NOT APPLIED" in words for words in on_a_gpu.words(()))
+    assert any("not flash" in words for words in replace(on_a_gpu, attention="flash").words(()))
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, "bf16"), (False, "fp16")])
+def test_a_run_takes_the_precision_that_an_evaluation_takes(
+    place: Place, monkeypatch: pytest.MonkeyPatch, bf16: bool, dtype: str
+) -> None:
+    """As `tests/library/test_precision.py` holds for the evaluation, on GPUs with bf16 and without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    properties = type("Properties", (), {"total_memory": 2**40})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(settling, "require_dtype", lambda dtype, place: None)
+    found = settled(place)
+    assert found.computation.dtype == dtype
+    assert found.ds_config[dtype]["enabled"] is True
+    assert found.computation.dtype in TORCH_DTYPES
+
+
+def test_the_deepspeed_json_is_read_once(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"optimizer": {"type": "AdamW", "params": {"betas": [0.8, 0.9]}}}')
+    read = Path.read_text
+    reads: list[Path] = []
+
+    def counting(self: Path, *args: Any, **others: Any) -> str:
+        reads.append(self)
+        return read(self, *args, **others)
+
+    monkeypatch.setattr(Path, "read_text", counting)
+    found = settled(place, ds=path)
+    assert found.adam.betas == (0.8, 0.9) and "optimizer" not in found.ds_config
+    assert reads.count(path) == 1
