@@ -18,29 +18,32 @@ COMPILED := $(VENV)/.compiled
 SMOLLM2 := $(VENV)/.smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-full golden lint clean
+.PHONY: help setup demo demo-smollm2 test test-full golden gpu-check lint clean
 
-help:  ## show this list
+help:  ## show this list; times are of two cores, after setup
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: $(COMPILED)  ## make .venv, install into it, compile DeepSpeed's communication extension
+setup: $(COMPILED)  ## make .venv, install into it, compile DeepSpeed's communication extension (1.5-2.5 min)
 
-demo: $(COMPILED)  ## the whole path on generated data: data, base model, evaluation, training, evaluation
+demo: $(COMPILED)  ## the whole path on generated data: data, base model, evaluation, training, evaluation (3.5-5 min)
 	$(BIN)/python -m launch.demo
 
-demo-smollm2: $(COMPILED) $(SMOLLM2)  ## the same path with SmolLM2-135M; ARGS="--source DIR" for your data
+demo-smollm2: $(COMPILED) $(SMOLLM2)  ## the same path with SmolLM2-135M; ARGS="--source DIR" for your data (half an hour)
 	$(BIN)/python -m launch.demo.smollm2 $(ARGS)
 
-test: $(COMPILED)  ## the checks, one case per mechanism
+test: $(COMPILED)  ## the checks, one case per mechanism; ARGS=tests/launch for one room (7-9 min)
 	$(PYTEST) $(ARGS)
 
-test-full: $(COMPILED)  ## the long version of the checks
+test-full: $(COMPILED)  ## the long version of the checks (28 min)
 	FLEXLORA_FULL=1 $(PYTEST) $(ARGS)
 
-golden: $(COMPILED)  ## renew the kept losses (tests/golden) and say which changed; only for a change that is meant
+golden: $(COMPILED)  ## renew the kept losses (tests/golden) and say which changed; only for a change that is meant (1 min)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
 
-lint: $(INSTALLED)  ## style, format, types
+gpu-check: $(COMPILED)  ## proofs and figures on the GPU that is there; ARGS="--json FILE" keeps them (8 min)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+lint: $(INSTALLED)  ## style, format, types (half a minute)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
