@@ -27,7 +27,7 @@ FLAGS = {
 }
 """What the launchers of the pages are given for themselves."""
 SCRIPTS = {"launch/slurm/train.sbatch": "launch/train.py", "launch/slurm/eval.sbatch": "eval"}
-OTHERS = {"pytest", "source", "lm_eval", ".venv/bin/pip", "make"}
+OTHERS = {"pytest", "source", "lm_eval", ".venv/bin/pip", "make", "cp"}
 PLACEHOLDERS = re.compile(r"[…\[\]|]|\b(NAME|FILE|DIR|RUN|KEY|VALUE|ADAPTER)\b")
 
 
@@ -130,7 +130,8 @@ RUN = (
     "python -m data_prep --source DIR --tasks openbookqa,ARC-Easy,ARC-Challenge,winogrande --out data/real",
     "python launch/train.py --ds ds_configs/zero2.json --recipe smollm2_135m --model SmolLM2-135M-Instruct.Q4_1.gguf "
     "--data data/real/commonsense_170k.json --batch_size 2 --adjust_size 8 --val_every 0 --out runs/SmolLM2-135M",
-    "python -m tools.picture runs/SmolLM2-135M docs/images/ranks.png",
+    "python -m launch.report runs/SmolLM2-135M",
+    "cp runs/SmolLM2-135M/report/rank_heatmap.png docs/images/ranks.png",
     "python -m launch.options.help > docs/options.md",
 )
 """The blocks' commands that run in seconds, in an order in which each finds what it needs."""
@@ -160,6 +161,29 @@ SMALL = {
 """What a training of the pages gets here, behind its own options."""
 
 
+NOT_RUN = {
+    r"make ": "installs, or takes minutes: the suite itself, and the demo's own tests",
+    r"source |.venv/bin/pip ": "changes the environment",
+    r"python -m data_prep --out data$|python -m data_prep --tasks sciq": "needs the hub",
+    r"python -m eval --tasks sciq|torchrun .* -m eval": "an example with words to fill in",
+    r"(PROCESSES_PER_NODE=2 )?sbatch ": "needs a cluster; what it starts is run",
+    r"python -m eval --model .* runs/llama3_8b_r8/adapter": "another run of what is run",
+    r"python -m data_prep --source DIR .*boolq": "another selection of what is run",
+    r"python -m eval.compare": "needs evaluations; tests/evaluation/test_compare.py runs it",
+    r"python -m benchmarks|OMP_NUM_THREADS=. python -m benchmarks": "takes long; tests/benchmarks run it, made small",
+    r"lm_eval ": "needs lm-evaluation-harness; tests/evaluation/test_lm_eval.py reads its task files",
+    r"FLEXLORA_FULL=1 pytest": "a test of `make test-full`",
+    r".*[\[…]": "a form, not a command",
+}
+"""Why the blocks' other commands are not run here; their options are checked all the same."""
+
+
+def test_every_command_of_a_block_is_run_or_says_why_not() -> None:
+    for command in commands():
+        runs = any(command.text.startswith(text) for text in RUN + RUN_LONG)
+        assert runs or any(re.match(pattern, command.text) for pattern in NOT_RUN), command
+
+
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder like a clone, with raw rows and a tiny model, in which commands may write."""
@@ -175,6 +199,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run_here(text: str, folder: Path) -> None:
     """Run a command of a block in `folder`, with what is there for what is not."""
     command = next(command for command in commands() if command.text.startswith(text))
+    if command.words[0] == "cp":
+        shutil.copy(*(folder / word for word in command.words[1:]))
+        return
     program, words = ours(command)
     start = [program] if program.endswith(".py") else ["-m", program]
     replaced = {"meta-llama/Meta-Llama-3-8B": "tiny/model", "SmolLM2-135M-Instruct.Q4_1.gguf": "tiny/model"}

@@ -19,6 +19,7 @@ PROGRAMS = (
     "pytest",
     "source",
     "lm_eval",
+    "cp",
     ".venv/bin/pip",
 )
 _FENCE = re.compile(r"^ *```(\w*) *$")
