@@ -1,6 +1,6 @@
 """FlexLoRA: low-rank adapters ΔW = s · P diag(λ) Q whose rank changes while they train.
 
-Importing this package imports no DeepSpeed: only `RankController` and what it drives need an engine.
+Importing this package imports no DeepSpeed: only `RankController` and `save_adapter` need an engine.
 """
 
 from __future__ import annotations
@@ -8,19 +8,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["FlexLoRAConfig", "RankController", "adapters", "inject_adapters"]
+__all__ = [
+    "FlexLoRAConfig",
+    "RankController",
+    "adapters",
+    "build_optimizer",
+    "inject_adapters",
+    "save_adapter",
+]
 
 _HOMES = {
     "FlexLoRAConfig": "flexlora_ds.config",
     "RankController": "flexlora_ds.controller",
     "adapters": "flexlora_ds.adapter.layer",
+    "build_optimizer": "flexlora_ds.adapter.parameter_groups",
     "inject_adapters": "flexlora_ds.adapter.layer",
+    "save_adapter": "flexlora_ds.saving",
 }
 
 if TYPE_CHECKING:
     from flexlora_ds.adapter.layer import adapters, inject_adapters
+    from flexlora_ds.adapter.parameter_groups import build_optimizer
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController
+    from flexlora_ds.saving import save_adapter
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ FLOORS = {
     ),
     "flexlora_ds": (
         ("controller", "export"),
-        ("checkpoint", "base_model", "spectra", "directions", "rank_warnings"),
+        ("checkpoint", "base_model", "spectra", "directions", "rank_warnings", "saving"),
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files", "command"),

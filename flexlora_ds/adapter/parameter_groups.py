@@ -1,14 +1,61 @@
-"""Parameter groups: P and Q at the base learning rate, λ at its own, weight decay on λ alone."""
+"""The optimizer of adapters: P and Q at the base learning rate, λ at its own, weight decay on λ alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters
 from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import UserError
+from flexlora_ds.optimizer import FlexLoRAAdamW
+
+
+def build_optimizer(
+    model: nn.Module,
+    config: FlexLoRAConfig,
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    extra_groups: Iterable[Mapping[str, Any]] = (),
+) -> FlexLoRAAdamW:
+    """AdamW over a model's adapters, as the method wants it: λ's own rate, and an age for each element.
+
+    Args:
+        model: what `inject_adapters` has adapted.
+        lr: the learning rate of P and Q; λ's follows from it (`lambda_lr`).
+        betas: decay of the first and second moment.
+        eps: added to the denominator.
+        extra_groups: parameter groups of what else is trained, such as a task's head; each may set its own `lr` and
+            `weight_decay`. Their shapes never change.
+
+    Raises:
+        UserError: the model has no adapters, or an extra group has no trainable parameter.
+    """
+    if not adapters(model):
+        raise UserError("the model has no adapters", "build_optimizer", "call inject_adapters first")
+    groups = parameter_groups(model, config, lr)
+    for number, group in enumerate(extra_groups):
+        params = [p for p in group["params"] if p.requires_grad]
+        if not params:
+            raise UserError(
+                "no parameter of the group is trainable",
+                f"extra_groups, group {number}",
+                "set requires_grad after inject_adapters, which freezes the base",
+            )
+        groups.append({"lr": lr, "weight_decay": 0.0, **group, "params": params})
+    return FlexLoRAAdamW(
+        groups,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        per_element_age=config.new_moment == "own_age",
+        sensitivity=config.importance == "sensitivity",
+    )
 
 
 def lambda_factor(layer: AdaptedLinear, config: FlexLoRAConfig) -> float:

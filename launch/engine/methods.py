@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from flexlora_ds.adapter.layer import adapters, forward_context, inject_adapters, linear_names, match_modules
-from flexlora_ds.adapter.parameter_groups import parameter_groups
+from flexlora_ds.adapter.layer import forward_context, inject_adapters, linear_names, match_modules
+from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.controller import RankController
 from flexlora_ds.files.safetensors_file import save_tensors
-from flexlora_ds.optimizer import FlexLoRAAdamW
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
-from flexlora_ds.peft_format import PROMPT_FILE, Triple, write_peft_adapter
+from flexlora_ds.peft_format import PROMPT_FILE
 from flexlora_ds.rank_change import RankChange
+from flexlora_ds.saving import save_adapter
 from launch.data.batches import MicroBatch
 from launch.engine.adam import AdamSettings
 from launch.options.train_options import TrainOptions
@@ -85,14 +85,7 @@ class FlexLoRA:
 
     def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
         """Our AdamW, with λ in groups of its own."""
-        return FlexLoRAAdamW(
-            parameter_groups(model, self.config, self.options.lr),
-            lr=self.options.lr,
-            betas=adam.betas,
-            eps=adam.eps,
-            per_element_age=self.config.new_moment == "own_age",
-            sensitivity=self.config.importance == "sensitivity",
-        )
+        return build_optimizer(model, self.config, self.options.lr, betas=adam.betas, eps=adam.eps)
 
     def attach(self, engine: Any, total_steps: int, validate: Callable[[], float] | None) -> None:
         """Start the rank controller."""
@@ -123,18 +116,8 @@ class FlexLoRA:
 
     def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
         """Write P diag(λ) Q of every matrix, from the fp32 masters, as a LoRA with rank and alpha patterns."""
-        shards = live_shards(self.controller.engine)
-        writes = self.controller.engine.global_rank == 0
-        layers = adapters(self.controller.engine.module)
-        whole: dict[nn.Parameter, torch.Tensor] = {}
-        for p, value in shards.read([p for a in layers.values() for p in (a.P, a.lam, a.Q)], MASTER):
-            if writes:
-                whole[p] = value.detach().cpu().clone()
-        if not writes:
-            return {}
-        triples = {n: Triple(whole[a.P], whole[a.lam], whole[a.Q]) for n, a in layers.items()}
-        write_peft_adapter(folder, triples, self.config, base_model, prompt=self.options.prompt)
-        return {n: triple.lam.tolist() for n, triple in triples.items()}
+        engine, prompt = self.controller.engine, self.options.prompt
+        return save_adapter(engine, folder, self.config, base_model=base_model, prompt=prompt)
 
 
 class PeftLoRA:

@@ -134,15 +134,9 @@ def make_engine(
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
 
-    from flexlora_ds.adapter.parameter_groups import parameter_groups
-    from flexlora_ds.optimizer import FlexLoRAAdamW
+    from flexlora_ds import build_optimizer
 
-    optimizer = FlexLoRAAdamW(
-        parameter_groups(model, config, lr),
-        lr=lr,
-        per_element_age=config.new_moment == "own_age",
-        sensitivity=config.importance == "sensitivity",
-    )
+    optimizer = build_optimizer(model, config, lr)
     scheduler = LambdaLR(optimizer, lambda k: min((k + 1) / 5, max(0.0, 1 - k / total)))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
     return engine

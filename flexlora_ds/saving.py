@@ -1,0 +1,53 @@
+"""The adapter of a live engine, written in PEFT's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from flexlora_ds.adapter.layer import adapters
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import UserError
+from flexlora_ds.partitions import MASTER, live_shards
+from flexlora_ds.peft_format import Triple, write_peft_adapter
+
+
+def save_adapter(
+    engine: Any,
+    folder: str | Path,
+    config: FlexLoRAConfig,
+    *,
+    base_model: str,
+    prompt: str | None = None,
+) -> dict[str, list[float]]:
+    """Write P diag(λ) Q of every matrix, from the fp32 masters, as a LoRA with rank and alpha patterns; collective.
+
+    Every process calls it, process 0 writes. The folder appears whole: what was there is replaced at the end.
+
+    Args:
+        engine: the DeepSpeed engine, at any ZeRO stage.
+        base_model: what the adapter is for, as `from_pretrained` takes it.
+        prompt: the prompt that it was trained with; `python -m eval` asks with the same.
+
+    Returns:
+        λ of every matrix on process 0, empty on the others.
+
+    Raises:
+        UserError: the engine's model has no adapters.
+    """
+    layers = adapters(engine.module)
+    if not layers:
+        raise UserError("the model has no adapters", "save_adapter", "call inject_adapters first")
+    writes = engine.global_rank == 0
+    masters: dict[nn.Parameter, Tensor] = {}
+    wanted = [p for layer in layers.values() for p in (layer.P, layer.lam, layer.Q)]
+    for p, value in live_shards(engine).read(wanted, MASTER):
+        if writes:
+            masters[p] = value.detach().cpu().clone()
+    if not writes:
+        return {}
+    factors = {n: Triple(masters[a.P], masters[a.lam], masters[a.Q]) for n, a in layers.items()}
+    write_peft_adapter(Path(folder), factors, config, base_model, prompt=prompt)
+    return {name: triple.lam.tolist() for name, triple in factors.items()}
