@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,11 @@ from eval.items import Question, TaskItems, load_questions, tokenise
 from eval.model.loading import resolve_prompt
 from eval.options import Options
 from eval.predictions import PredictionFolder, unanswered
-from eval.progress import Progress
 from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS
 from eval.results import count, summarise, table
 from eval.workers import Team
 from flexlora_ds.errors import UserError
+from flexlora_ds.progress_bar import ProgressBar
 
 _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
 
@@ -156,16 +157,16 @@ def _plan(
 
 def _answer_all(answerer: Answering, batches: Sequence[Batch], folder: PredictionFolder, team: Team) -> float:
     """Answer batches until none is left; the duration in seconds."""
-    progress = Progress(sum(len(batch.items) for batch in batches))
+    started = time.monotonic()
+    items = sum(len(batch.items) for batch in batches)
     log = folder.prediction_log(team.rank)
-    for number in team.claim_batches(len(batches)):
-        log.add(answerer.answer(batches[number]))
-        done = team.add_done(len(batches[number].items))
-        if team.is_rank_zero:
-            progress.show(done)
+    with ProgressBar("evaluating", items, "items", shows=team.is_rank_zero) as bar:
+        for number in team.claim_batches(len(batches)):
+            log.add(answerer.answer(batches[number]))
+            bar.show(team.add_done(len(batches[number].items)))
     log.close()
     team.finish()
-    return progress.seconds
+    return time.monotonic() - started
 
 
 def _report(

@@ -42,7 +42,7 @@ FLOORS = {
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files", "command"),
         ("fields",),
-        ("errors", "rounding"),
+        ("errors", "rounding", "progress_bar"),
     ),
 }
 """From the top: a room imports from the floors below its own, and from itself."""

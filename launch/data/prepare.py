@@ -10,8 +10,8 @@ from data_prep.prompt import CHAT
 from data_prep.records import is_chat, load_entries
 from flexlora_ds.base_model.loading import load_tokenizer
 from flexlora_ds.errors import UserError
+from flexlora_ds.progress_bar import ProgressBar
 from flexlora_ds.schedule import resolve_calendar
-from launch.data.bar import Bar
 from launch.data.batch_layout import BatchLayout
 from launch.data.batches import ProcessShare, TrainingBatches, ValidationBatches, total_steps
 from launch.data.encoding import Encoding, all_cores, tokenise
@@ -45,8 +45,8 @@ def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
 
     def make() -> Tokenised:
         entries = load_entries(path)
-        with all_cores():
-            return tokenise(entries, tokenizer, how, Bar("tokenising", len(entries)).show)
+        with all_cores(), ProgressBar("tokenising", len(entries), "records", delayed=True) as bar:
+            return tokenise(entries, tokenizer, how, bar.show)
 
     examples, dropped = cached(content_key(path, tokenizer, settings), make)
     data = arrange(
