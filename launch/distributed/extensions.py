@@ -17,7 +17,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from flexlora_ds.command import exit_code_of
@@ -64,13 +66,12 @@ def release_abandoned_lock(
 ) -> bool:
     """Wait while somebody compiles in `folder`; then remove the lock if its owner left it. True if removed.
 
-    The owner keeps the file open, and the compiler it started works in the folder: on Linux a lock that no
-    process stands behind is seen at once. Where processes cannot tell (`trust_processes` False: another
-    machine may be compiling in a shared folder; or no /proc), the lock counts as left when nothing in the
-    folder changed for `abandoned_after` seconds.
+    The owner keeps the file open, and the compiler it started works in the folder: a lock that no process stands
+    behind is seen at once. Where processes cannot show it (`trust_processes` False: another machine may be
+    compiling in a shared folder), the lock counts as left when nothing in the folder changed for
+    `abandoned_after` seconds.
     """
     lock = folder / LOCK
-    trust_processes = trust_processes and Path("/proc/self/fd").exists()
     while lock.exists():
         if not _held_open(lock):
             gone = trust_processes and not _worked_in(folder)
@@ -134,32 +135,26 @@ def _one_at_a_time(root: Path) -> Iterator[bool]:
 
 
 def _held_open(lock: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        file = lock.stat()
-        return any(_is_at(descriptor, file) for fds in _processes("fd") for descriptor in _entries(fds))
-    return False
+    path = str(lock.resolve())
+    return any(file.path == path for process in psutil.process_iter() for file in _open_files(process))
 
 
 def _worked_in(folder: Path) -> bool:
-    place = folder.stat()
-    return any(_is_at(cwd, place) for cwd in _processes("cwd"))
+    path = str(folder.resolve())
+    return any(_working_folder(process) == path for process in psutil.process_iter())
 
 
-def _processes(entry: str) -> Iterator[Path]:
-    return (process / entry for process in Path("/proc").glob("[0-9]*"))
-
-
-def _entries(folder: Path) -> list[Path]:
+def _open_files(process: psutil.Process) -> list[Any]:
     # Another user's process, or one that ended just now, shows nothing.
-    with contextlib.suppress(OSError):
-        return list(folder.iterdir())
+    with contextlib.suppress(psutil.Error, OSError):
+        return list(process.open_files())
     return []
 
 
-def _is_at(link: Path, target: os.stat_result) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(link.stat(), target)
-    return False
+def _working_folder(process: psutil.Process) -> str | None:
+    with contextlib.suppress(psutil.Error, OSError):
+        return str(process.cwd())
+    return None
 
 
 def _idle_seconds(folder: Path) -> float:

@@ -1,62 +1,49 @@
-"""Processes of this machine as the kernel knows them, so that a number used again is not taken for the old process."""
+"""Processes of this machine: which started this one, and which have ended."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from dataclasses import dataclass
+import itertools
 from pathlib import Path
+
+import psutil
 
 _LAUNCHERS = {"deepspeed", "torchrun", "accelerate", "torch.distributed.run", "torch.distributed.launch"}
 _LAUNCHERS |= {"deepspeed.launcher.runner", "deepspeed.launcher.launch"}
+_SAME_START_SECONDS = 2.0  # two processes may take the machine's own start for a second apart
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One process: its number, and when it started in the kernel's ticks; empty where the kernel does not say."""
+def find_process(pid: int, started: float) -> psutil.Process | None:
+    """The process of this number, if it began at `started` (seconds since 1970); None for another or none.
 
-    pid: int
-    started: str
-
-    @classmethod
-    def of(cls, pid: int) -> Entry:
-        """The process that has this number now."""
-        return cls(pid, _status(pid)[1])
-
-    @property
-    def known(self) -> bool:
-        """Whether the kernel says enough to tell when it has ended (Linux does)."""
-        return self.started != ""
-
-    def gone(self) -> bool:
-        """Whether it has ended, reaped by its parent or not."""
-        return self.known and _status(self.pid)[1] != self.started
+    A container has numbers of its own: the same one may be another process there.
+    """
+    with contextlib.suppress(psutil.Error):
+        found = psutil.Process(pid)
+        if abs(found.create_time() - started) < _SAME_START_SECONDS:
+            return found
+    return None
 
 
-def launchers_above() -> list[Entry]:
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it has ended, reaped by its parent or not; its number used again is not taken for it."""
+    try:
+        return not process.is_running() or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def launchers_above() -> list[psutil.Process]:
     """This process's parent, and above it whatever starts others in turn.
 
     `deepspeed` is two processes, of which only the lower one is our parent: the upper one may be killed alone.
     """
-    found = [Entry.of(os.getppid())]
-    while (above := _status(found[-1].pid)[0]) > 1 and _is_launcher(above):
-        found.append(Entry.of(above))
-    return found
+    above = psutil.Process().parents()
+    return [*above[:1], *itertools.takewhile(_is_launcher, above[1:])]
 
 
-def _is_launcher(pid: int) -> bool:
+def _is_launcher(process: psutil.Process) -> bool:
     """By its first words: `python -u -m deepspeed.launcher.launch …`, `/usr/bin/python /venv/bin/torchrun …`."""
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:4]
-        return any(Path(word).name in _LAUNCHERS for word in words)
+    with contextlib.suppress(psutil.Error):
+        return process.pid > 1 and any(Path(word).name in _LAUNCHERS for word in process.cmdline()[:4])
     return False
-
-
-def _status(pid: int) -> tuple[int, str]:
-    """(parent, start) of a process; (0, "") for one that has ended, also if not yet reaped."""
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        fields = text.rpartition(")")[2].split()  # its name, in parentheses, may hold anything
-        if fields[0] not in "ZX":
-            return int(fields[1]), fields[19]
-    return 0, ""

@@ -14,13 +14,15 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import FrameType, TracebackType
+
+import psutil
 
 from flexlora_ds.errors import RunError
 from launch.distributed.agreement import gather
 from launch.distributed.process import Process
-from launch.distributed.process_table import Entry, launchers_above
+from launch.distributed.process_table import find_process, has_ended, launchers_above
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
@@ -34,7 +36,7 @@ class Peer:
     """Another process of the run on this machine."""
 
     rank: int
-    entry: Entry
+    process: psutil.Process
 
 
 class SignalWatcher:
@@ -88,23 +90,21 @@ class SignalWatcher:
 
     def follow(self, process: Process) -> None:
         """Begin to watch the other processes on this machine; collective."""
-        me = {"host": socket.gethostname(), **asdict(Entry.of(os.getpid()))}
-        others = [
-            Peer(rank, Entry(other["pid"], other["started"]))
-            for rank, other in enumerate(gather(process, me))
-            if rank != process.rank and other["host"] == me["host"]
-        ]
+        host = socket.gethostname()
+        me = {"host": host, "pid": os.getpid(), "started": psutil.Process().create_time()}
+        others = gather(process, me)  # each process can watch those on its own machine
+        found = {r: find_process(o["pid"], o["started"]) for r, o in enumerate(others) if o["host"] == host}
         self._rank = process.rank
-        self._peers = [peer for peer in others if not peer.entry.gone()]
+        self._peers = [Peer(rank, other) for rank, other in found.items() if other and rank != process.rank]
 
     def say_ready(self, process: Process) -> None:
-        """Tell who sends signals that from now on one ends in a stop that can be continued."""
+        """Say, for those who send signals, that from now on one ends in a stop that can be continued."""
         if process.is_rank_zero:
             print("signals: ready", file=sys.stderr, flush=True)
 
     def part(self, process: Process) -> None:
         """Wait for the others, and stop watching them: they may leave from now on; collective."""
-        gather(process, "done")
+        gather(process, "done")  # a barrier: who leaves earlier would look like one that died
         self._peers = []
 
     def _run(self) -> None:
@@ -126,7 +126,7 @@ class SignalWatcher:
     def _look_around(self) -> None:
         if self.reason is None and self._orphaned():
             self.reason = "the launcher is gone"
-        gone = [peer for peer in self._peers if peer.entry.gone()]
+        gone = [peer for peer in self._peers if has_ended(peer.process)]
         if not gone:
             return
         self._missed_since = self._missed_since or time.monotonic()
@@ -137,13 +137,13 @@ class SignalWatcher:
     def _orphaned(self) -> bool:
         if not self._launchers:
             return False
-        return os.getppid() != self._launchers[0].pid or any(entry.gone() for entry in self._launchers)
+        return os.getppid() != self._launchers[0].pid or any(map(has_ended, self._launchers))
 
     def _say_gone(self, gone: list[Peer]) -> None:
         """One of those left says it: the one of the lowest rank."""
         alive = [peer.rank for peer in self._peers if peer not in gone]
         if self._rank < min(alive, default=self._rank + 1):
-            lost = ", ".join(f"{peer.rank} (pid {peer.entry.pid})" for peer in gone)
+            lost = ", ".join(f"{peer.rank} (pid {peer.process.pid})" for peer in gone)
             text = f"error: process {lost} is gone; start the run again: it resumes from its last checkpoint"
             print(text, file=sys.stderr, flush=True)
 
