@@ -39,7 +39,7 @@ class Kind:
     changes: bool = False
     """Ranks change every k steps."""
     packed: bool = False
-    """Examples lie end to end; all others pad to a multiple of 8."""
+    """Examples are packed; all others pad to a multiple of 8."""
     full_logits: bool = False
     """Logits at every position, as transformers' own loss computes them; all others where there are targets."""
     liger: bool = False

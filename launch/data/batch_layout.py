@@ -1,4 +1,4 @@
-"""How a global batch is cut: batch size = micro-batch × accumulation × processes."""
+"""How a global batch is divided: batch size = micro-batch × accumulation × processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MemoryEstimate = Callable[[int], float]
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """The cut of every global batch; the product of the three parts is `batch_size`."""
+    """The parts of every global batch; the product of the three is `batch_size`."""
 
     micro_batch_size: int
     accumulation_steps: int

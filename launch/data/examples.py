@@ -51,7 +51,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def pack(cls, rows: Iterable[tuple[int, Tokens, Mask]]) -> Examples:
-        """Lay out (record id, token ids, which of them are learnt) end to end."""
+        """Pack (record id, token ids, which of them are learnt) into flat arrays."""
         record_ids, tokens, learnt = [], [np.empty(0, np.int32)], [np.empty(0, np.bool_)]
         for record_id, ids, mask in rows:
             record_ids.append(record_id)
@@ -102,7 +102,7 @@ class Examples(Sequence[Example]):
         )
 
     def save(self, folder: Path) -> None:
-        """Write the arrays to files that `open` maps. Only for examples that lie end to end, as `pack` lays them."""
+        """Write the arrays to files that `open` maps. Only for examples in the order in which `pack` put them."""
         np.save(folder / "tokens.npy", self._tokens)
         np.save(folder / "learnt.npy", self._learnt)
         np.save(folder / "examples.npy", np.stack([self.record_ids, self.lengths, self.target_counts]))
@@ -140,7 +140,7 @@ class TokenisedData:
         shown = ", ".join(str(i + 1) for i in self.dropped[:5]) + (", …" if len(self.dropped) > 5 else "")
         return (
             f"dropped {len(self.dropped):,} of {total:,} records longer than cutoff_len {self.cutoff_len} "
-            f"(an answer is never cut): records {shown}"
+            f"(an answer is never shortened): records {shown}"
         )
 
 

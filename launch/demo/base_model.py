@@ -121,11 +121,11 @@ def _llama_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> LlamaTo
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     known = set(pieces)
     merges = [
-        (piece[:cut], piece[cut:])
+        (piece[:at], piece[at:])
         for i, piece in enumerate(pieces)
         if not processor.is_control(i) and not processor.is_byte(i) and not processor.is_unknown(i)
-        for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
+        for at in range(1, len(piece))
+        if piece[:at] in known and piece[at:] in known
     ]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, pad_token="<pad>")
@@ -134,7 +134,7 @@ def _llama_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> LlamaTo
 
 
 def packed_batches(ids: list[list[int]], bos: int, recipe: BaseRecipe) -> Iterator[Tensor]:
-    """Endless batches [batch, sequence] of sentences laid end to end; every row starts at a sentence."""
+    """Endless batches [batch, sequence] of packed sentences; every row starts at a sentence."""
     rng = random.Random(recipe.seed)
     stream = itertools.chain.from_iterable(iter(lambda: rng.sample(ids, len(ids)), None))
     while True:

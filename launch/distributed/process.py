@@ -57,7 +57,7 @@ def join_processes() -> Process:
 
 
 def choose_accelerator() -> int:
-    """The number of GPUs here; where there is none, DeepSpeed is told so before it is imported."""
+    """The number of GPUs here; where there is none, DeepSpeed gets to know before it is imported."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -209,8 +209,8 @@ def _parsed(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         comment = line.startswith(("//", "#", "/*")) or "//" in line
-        mend = "JSON has no comments: remove this one" if comment else "correct it"
-        raise UserError(f"not valid JSON: {error.msg} ({path}, line {error.lineno}); {mend}") from error
+        remedy = "JSON has no comments: remove this one" if comment else "correct it"
+        raise UserError(f"not valid JSON: {error.msg} ({path}, line {error.lineno}); {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"the DeepSpeed JSON is no object ({path}); write {{...}}")
     return value

@@ -43,7 +43,7 @@ class Method(Protocol):
         """Begin to live with a DeepSpeed engine."""
 
     def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
-        """Told of every micro-batch just before the model sees it."""
+        """Called for every micro-batch just before the model sees it."""
 
     def after_step(self, step: int) -> RankChange | None:
         """Called once after every attempted update."""

@@ -30,7 +30,7 @@ from flexlora_ds.rounding import round_up
 from launch.model.packed_attention import PACKED_VARLEN
 
 _LONGEST_IN = 128
-"""The longest segment is told to the attention rounded up to a multiple of this."""
+"""The attention gets the length of the longest segment rounded up to a multiple of this."""
 _OFFSET = 64
 _GRAPHS = 64
 """At most so many for one layer's code; a model needs two, with an attention mask and without."""
@@ -162,7 +162,7 @@ class _Shared:
     inside: bool | None = None
 
     def lie_inside(self, matrices: list[AdaptedLinear]) -> bool:
-        """Whether parameters lie in a buffer of many, as ZeRO keeps them; settled at the first call."""
+        """Whether parameters lie in a buffer of many, as ZeRO keeps them; decided at the first call."""
         if self.inside is None:
             self.inside = any(p.storage_offset() > 1 for m in matrices for p in (m.P, m.lam, m.Q))
         return self.inside

@@ -1,4 +1,4 @@
-"""Attention over examples that lie end to end: each attends to itself alone, without a mask as wide as the batch.
+"""Attention over packed examples: each attends to itself alone, without a mask as wide as the batch.
 
 transformers' flash attention takes the boundaries as they are; its `sdpa` would compute the whole square of the batch
 under a block-diagonal mask, which for 16 examples is 16 times the work. Here `sdpa` runs example by example; torch's

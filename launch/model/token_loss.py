@@ -70,7 +70,7 @@ def _loss_of_logits(
 
 
 def _who_sees_whom(batch: MicroBatch, device: torch.device) -> dict[str, Any]:
-    """The padding mask; or the boundaries of examples that lie end to end, in the forms that attentions take."""
+    """The padding mask; or the boundaries of packed examples, in the forms that attentions take."""
     if batch.segment_lengths is None:
         return {"attention_mask": batch.attention_mask.to(device, non_blocking=True)}
     ends = F.pad(torch.tensor(batch.segment_lengths).cumsum(0), (1, 0)).to(

@@ -96,7 +96,7 @@ class TrainOptions(FlexLoRAConfig):
     prompt: Annotated[Prompt, EXAMPLES, MUST_MATCH] = "alpaca"
     """The prompt around a record; llm_adapters is the published one, chat the tokenizer's template (as for chats)."""
     cutoff_len: Annotated[Positive, EXAMPLES, MUST_MATCH] = 256
-    """Tokens in an example at most; longer records are dropped and counted, never cut."""
+    """Tokens in an example at most; longer records are dropped and counted, never shortened."""
     train_on_inputs: Annotated[bool, EXAMPLES, MUST_MATCH] = False
     """Whether the loss covers the prompt as well as the answer."""
     val_size: Annotated[Count, EXAMPLES, MUST_MATCH] = 120
@@ -109,7 +109,7 @@ class TrainOptions(FlexLoRAConfig):
     gradient_checkpointing: Annotated[bool | Auto, SPEED, MAY_CHANGE] = "auto"
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: Annotated[bool | Auto, SPEED, MAY_CHANGE] = "auto"
-    """Whether a micro-batch's examples lie end to end, or are padded; auto: the former with flash, varlen or no GPU."""
+    """Whether a micro-batch's examples are packed, or padded; auto: packed with flash, varlen or no GPU."""
     group_by_length: Annotated[bool, SPEED, MUST_MATCH] = False
     """Whether batches are made of records of like length: less padding, but other records share a batch."""
     kernels: Annotated[Kernels | Auto, SPEED, MAY_CHANGE] = "auto"

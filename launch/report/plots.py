@@ -136,7 +136,7 @@ def draw_singular_values(run: RunData, path: Path) -> None:
 def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
     """Return the mean over a centred thirtieth of the points: it lags behind nothing.
 
-    Towards the start the window narrows, so that the steep fall there stays steep; at the end it is cut off.
+    Towards the start the window narrows, so that the steep fall there stays steep; at the end it is shortened.
     """
     count = len(values)
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])

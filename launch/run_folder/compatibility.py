@@ -74,14 +74,14 @@ class Identity:
                 f"{self.options['data']} (its examples differ)",
             )
         changed = [n for n in names if on_resume[n] is OnResume.IS_SAID]
-        told = [f"{name} {_show(options.get(name))} → {_show(self.options[name])}" for name in changed]
+        differences = [f"{name} {_show(options.get(name))} → {_show(self.options[name])}" for name in changed]
         if saved.get("total_steps") != self.total_steps:
-            told.append(f"steps {saved.get('total_steps')} → {self.total_steps}")
+            differences.append(f"steps {saved.get('total_steps')} → {self.total_steps}")
         if checkpoint.step > self.total_steps:
             _refuse(
                 checkpoint, "number of steps", f"at {checkpoint.step} already", f"only {self.total_steps}"
             )
-        return told
+        return differences
 
 
 def _base_of(saved: Mapping[str, Any]) -> Base:

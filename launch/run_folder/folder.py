@@ -1,7 +1,7 @@
 """The files of a run folder (the README's contract), each written so that a crash leaves it whole and
 readable.
 
-JSON and YAML files appear by rename; the JSON-lines files grow line by line and are cut back to a
+JSON and YAML files appear by rename; the JSON-lines files grow line by line and are shortened to a
 checkpoint's step on resume. Every number that is not finite is written as `null`, for `NaN` is no JSON.
 """
 
@@ -90,7 +90,7 @@ class Summary:
 
 
 class RunFolder:
-    """The run folder `path`; every process may hold one, only the one with `writes` touches files."""
+    """The run folder `path`; every process may hold one, only that of process 0 touches files."""
 
     def __init__(self, path: str | Path, *, is_rank_zero: bool = True) -> None:
         self.path = Path(path)
@@ -104,7 +104,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
+        """Where the checkpoints are."""
         return self.path / "checkpoints"
 
     @property
@@ -147,7 +147,7 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
 
     def continue_after(self, step: int) -> None:
-        """Cut the JSON-lines files back to `step`: the steps after it will be run, and written, again."""
+        """Shorten the JSON-lines files to `step`: the steps after it will be run, and written, again."""
         for lines in (self.metrics, self.rank_changes, self.validation):
             lines.truncate_after(step)
 

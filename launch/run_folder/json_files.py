@@ -1,4 +1,4 @@
-"""JSON on disk that survives a crash: files that appear by rename, logs that can be cut back to a step."""
+"""JSON on disk that survives a crash: files that appear by rename, logs that can be shortened to a step."""
 
 from __future__ import annotations
 

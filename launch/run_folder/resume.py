@@ -1,4 +1,4 @@
-"""Where a run begins: at a checkpoint, or anew. Process 0 looks and checks, all hear the same answer."""
+"""Where a run begins: at a checkpoint, or anew. Process 0 looks and checks, and all get its answer."""
 
 from __future__ import annotations
 
@@ -54,9 +54,11 @@ def find_start(options: TrainOptions, folder: RunFolder, process: Process, ident
         chosen, origin, messages = _choose(options, folder)
         if chosen is not None:
             _require_notes(chosen)
-            told = identity.compare(chosen)
+            differences = identity.compare(chosen)
             messages += [f"continuing after step {chosen.step} ({chosen.folder})"]
-            messages += [f"warning: other options than before: {', '.join(told)}"] if told else []
+            messages += (
+                [f"warning: other options than before: {', '.join(differences)}"] if differences else []
+            )
         return {"folder": chosen and str(chosen.folder), "origin": origin, "messages": messages}
 
     answer = on_rank_zero(process, look)
@@ -120,9 +122,9 @@ def _newest(root: Path) -> tuple[Checkpoint, list[str]]:
             return open_checkpoint(folder), damage
         except files.DamagedError as error:
             damage.append(f"warning: damaged checkpoint, trying the one before: {error}")
-    told = damage[0].partition(": ")[2].partition(": ")[2] if damage else f"all were removed ({root})"
+    found = damage[0].partition(": ")[2].partition(": ")[2] if damage else f"all were removed ({root})"
     raise RunError(
-        f"no valid checkpoint is left of those completed here: {told}; restore one, or choose another out"
+        f"no valid checkpoint is left of those completed here: {found}; restore one, or choose another out"
     )
 
 

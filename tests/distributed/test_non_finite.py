@@ -102,7 +102,7 @@ def test_three_in_a_row_end_the_run(place: Place, tmp_path: Path, two_processes:
 
 @pytest.mark.full
 @pytest.mark.parametrize("ds", ["zero0", "zero2", "zero3"])
-def test_skips_of_the_loss_scale_are_told_apart(
+def test_skips_of_the_loss_scale_are_distinguished(
     ds: str, place: Place, tmp_path: Path, two_processes: Processes
 ) -> None:
     """A gradient that overflows fp16 lowers the scale; it never ends the run."""

@@ -1,4 +1,4 @@
-"""A run that is told to stop, at any moment: one complete checkpoint, exit code 0, and the rest is the same run."""
+"""A run that is asked to stop, at any moment: one complete checkpoint, exit code 0, and the rest is the same run."""
 
 from __future__ import annotations
 

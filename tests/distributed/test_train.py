@@ -1,4 +1,4 @@
-"""Whole runs of the training command: what they leave behind, that it is right, and that the cut of a run is no matter.
+"""Whole runs of the training command: what they leave behind, that it is right, and the same however divided.
 
 Runs are shared between the checks: `alone` is one process at stage 0, `two` are two processes at stage 3, both started
 as a launcher would; `again` repeats the first from its own options.yaml.

@@ -88,7 +88,7 @@ def watch_files(count: int, hold: Hold) -> None:
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
-        # What a start opens to check is no part of a save, whose files lie below `.step_…` until it is complete.
+        # What a start opens to check is no part of a save, whose files are below `.step_…` until it is complete.
         path = str(args[0]) if event in _FILE_EVENTS else ""
         saves = "/.step_" in path or "/.latest" in path or event != "open"
         if "checkpoints" in path and saves:

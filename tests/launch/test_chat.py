@@ -1,4 +1,4 @@
-"""Chats through the tokenizer's template: what is asked, what is learnt, what cannot be told apart."""
+"""Chats through the tokenizer's template: what is asked, what is learnt, what cannot be distinguished."""
 
 from __future__ import annotations
 

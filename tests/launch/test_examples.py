@@ -1,4 +1,4 @@
-"""Records -> examples: ids of the prompt and the answer, the mask, the cut-off, the validation split."""
+"""Records -> examples: ids of the prompt and the answer, the mask, the longest length, the validation split."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_record_over_the_cutoff_is_dropped_never_truncated(prompt: str) -> Non
     assert [len(example.input_ids) for example in data.train] == [limit - 1, limit]
     assert all(example.input_ids[-1] == EOS for example in data.train)
     assert data.dropped_line() == (
-        f"dropped 2 of 4 records longer than cutoff_len {limit} (an answer is never cut): records 2, 4"
+        f"dropped 2 of 4 records longer than cutoff_len {limit} (an answer is never shortened): records 2, 4"
     )
 
 

@@ -100,7 +100,7 @@ def test_a_compiler_that_outlived_its_owner_is_waited_for(folder: Path) -> None:
     assert time.monotonic() - started >= 0.9
 
 
-def test_where_processes_cannot_tell_age_decides(folder: Path) -> None:
+def test_where_processes_cannot_show_it_age_decides(folder: Path) -> None:
     lock = folder / "lock"
     lock.touch()
     waiter = threading.Thread(
@@ -134,7 +134,9 @@ def test_a_build_killed_half_way_no_longer_blocks_the_next(tmp_path: Path, folde
     assert not (folder / "lock").exists()
 
 
-def test_without_a_compiler_the_error_names_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -162,7 +162,7 @@ def test_text_is_converted_to_every_kind(recipe: Path) -> None:
         (["--target_modules", "q_(proj"], ["regular expression", "--target_modules on the command line"]),
     ],
 )
-def test_bad_command_lines_are_named_with_their_mend(argv: list[str], parts: list[str]) -> None:
+def test_bad_command_lines_are_named_with_what_to_do(argv: list[str], parts: list[str]) -> None:
     message = refused(*argv)
     assert all(part in message for part in parts), message
     assert "\n" not in message

@@ -1,4 +1,4 @@
-"""Examples laid end to end: what a micro-batch holds, and that the model computes what it computes with padding."""
+"""Packed examples: what a micro-batch holds, and that the model computes what it computes with padding."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def loss_and_gradients(model: Any, run: TrainingBatches) -> dict[str, torch.Tens
     ids=["sdpa", "eager", "window"],
 )
 def test_losses_and_gradients_are_the_padded_ones(attention: str, window: int | None, micro: int) -> None:
-    """Dropout on: a token's mask is its own, wherever it lies."""
+    """Dropout on: a token's mask is its own, wherever it stands."""
     register_packed_sdpa()
     expected = loss_and_gradients(adapted_model("sdpa", window), batches_of_eight(False))
     found = loss_and_gradients(adapted_model(attention, window), batches_of_eight(True, micro))

@@ -171,7 +171,7 @@ def test_checkpoints_that_could_not_be_written_are_found_at_the_start(tmp_path: 
         RunFolder(tmp_path).prepare("auto")
 
 
-def test_a_log_that_lacks_a_line_is_told_and_gets_no_more(tmp_path: Path) -> None:
+def test_a_log_that_lacks_a_line_is_reported_and_gets_no_more(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     (tmp_path / "metrics.jsonl").mkdir()
     run.log_step(step_metrics(1))

@@ -106,7 +106,9 @@ def test_a_value_that_is_not_allowed(
 
 
 @pytest.mark.parametrize("method", ["flexlora", "lora"])
-def test_targets_that_match_nothing_are_told_what_there_is(refused: Callable[..., str], method: str) -> None:
+def test_targets_that_match_nothing_get_a_list_of_what_there_is(
+    refused: Callable[..., str], method: str
+) -> None:
     line = refused(target_modules="q_proj,query_key_value", method=method)
     assert "'query_key_value'" in line
     assert all(f"{kind}_proj" in line for kind in ("q", "k", "v", "o", "gate", "up", "down"))

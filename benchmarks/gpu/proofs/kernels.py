@@ -1,4 +1,4 @@
-"""Proofs that need no engine: the compiled dropout's bits, the loss in chunks, examples laid end to end."""
+"""Proofs that need no engine: the compiled dropout's bits, the loss in chunks, packed examples."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def packed(conditions: Conditions, report: Report) -> None:
     ]
     expected: dict[torch.dtype, dict[str, Tensor]] = {}
     for kind, dtype, attention in cases:
-        name = f"examples end to end compute what padded ones do: {kind}, {short(dtype)}"
+        name = f"packed examples compute what padded ones do: {kind}, {short(dtype)}"
         if not conditions.wants(name):
             continue
         try:
@@ -122,8 +122,8 @@ def packed(conditions: Conditions, report: Report) -> None:
             continue
         with report.attempt(name, proof=True):
             if dtype not in expected:
-                expected[dtype] = loss_and_gradients("sdpa", dtype, conditions.device, end_to_end=False)
-            found = loss_and_gradients(chosen, dtype, conditions.device, end_to_end=True)
+                expected[dtype] = loss_and_gradients("sdpa", dtype, conditions.device, packed=False)
+            found = loss_and_gradients(chosen, dtype, conditions.device, packed=True)
             apart = {n: relative(found[n], value) for n, value in expected[dtype].items()}
             loss, gradients = apart.pop("loss"), max(apart.values())
             bounds = BOUNDS[dtype]
@@ -155,7 +155,7 @@ def flash() -> str:
 
 
 def loss_and_gradients(
-    attention: str, dtype: torch.dtype, device: torch.device, *, end_to_end: bool
+    attention: str, dtype: torch.dtype, device: torch.device, *, packed: bool
 ) -> dict[str, Tensor]:
     """Of 8 examples of unequal length, on a small model whose adapters have something to say."""
     from benchmarks.shapes import random_model
@@ -170,7 +170,7 @@ def loss_and_gradients(
     for layer in adapters(model).values():
         layer.lam.data.copy_(torch.randn(4, generator=rng))
     model.to(device)
-    run = TrainingBatches(examples(), 8, 42, ProcessShare(1, 0, 8), 7, padding_free=end_to_end)
+    run = TrainingBatches(examples(), 8, 42, ProcessShare(1, 0, 8), 7, padding_free=packed)
     (batch,) = run.micro_batches(3)
     forward_context(model).row_keys = batch.row_keys.to(device)
     loss = token_loss(model, batch, device, Head(at_positions=True)) / batch.target_tokens
