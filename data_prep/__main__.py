@@ -22,7 +22,7 @@ from flexlora_ds.errors import UserError
 _INTERRUPTED = "no file is half-written, start again"
 _DESCRIPTION = """\
 Build Commonsense170K (170,420 training records) and the eight test sets from the original benchmarks,
-byte for byte as LLM-Adapters published them, and say for every file whether it is identical.
+byte for byte as LLM-Adapters published them, and report for every file whether it is identical.
 
   python -m data_prep --out data                      from the hub (needs a network)
   python -m data_prep --out data --source raw         from raw/<task>/<split>.jsonl, in the hub's columns
@@ -69,7 +69,7 @@ def parser() -> CommandParser:
     p.add_argument(
         "--strict", action="store_true", help="a missing split is an error instead of being left out"
     )
-    p.add_argument("--force", action="store_true", help="build anew, replacing what OUT holds")
+    p.add_argument("--force", action="store_true", help="rebuild, replacing what OUT holds")
     p.add_argument(
         "--published",
         type=Path,
@@ -82,7 +82,7 @@ def parser() -> CommandParser:
 @contextmanager
 def _source(args: argparse.Namespace) -> Iterator[Source]:
     if not args.demo:
-        yield HubSource(say=_say) if args.source in (None, "hub") else LocalSource(args.source)
+        yield HubSource(log=_log) if args.source in (None, "hub") else LocalSource(args.source)
         return
     if args.source is not None:
         raise UserError("--demo and --source exclude each other", mend="leave one out")
@@ -94,20 +94,20 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
 
 
 def table(manifest: dict[str, Any]) -> str:
-    """The files of a build as text: records, bytes, verdict, what is to be said of each."""
+    """The files of a build as text: records, bytes, verdict, remarks."""
     rows = [("file", "records", "bytes", "verdict", "")]
     for name, entry in manifest["files"].items():
-        said = "; ".join(filter(None, (entry["detail"], entry["order"])))
-        rows.append((name, f"{entry['records']:,}", f"{entry['bytes']:,}", entry["verdict"], said))
+        remarks = "; ".join(filter(None, (entry["detail"], entry["order"])))
+        rows.append((name, f"{entry['records']:,}", f"{entry['bytes']:,}", entry["verdict"], remarks))
     w = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
-        f"{name:<{w[0]}}  {records:>{w[1]}}  {size:>{w[2]}}  {verdict:<{w[3]}}  {said}".rstrip()
-        for name, records, size, verdict, said in rows
+        f"{name:<{w[0]}}  {records:>{w[1]}}  {size:>{w[2]}}  {verdict:<{w[3]}}  {remarks}".rstrip()
+        for name, records, size, verdict, remarks in rows
     ]
     return "\n".join([*lines, *(f"left out: {fault}" for fault in manifest["missing"])])
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -116,10 +116,10 @@ def _run(args: argparse.Namespace) -> None:
     out = args.out or Path("data/demo" if args.demo else "data")
     options = Options(args.tasks, args.limit, args.seed, args.strict, args.force, args.published)
     with _source(args) as source:
-        built = build(source, out, options, say=_say)
+        built = build(source, out, options, log=_log)
     print(table(built.manifest))
     if built.unchanged:
-        print(f"nothing to do: {built.unchanged}; --force builds anew")
+        print(f"nothing to do: {built.unchanged}; --force rebuilds")
     else:
         print(f"wrote {out} in {time.monotonic() - start:.1f} s")
 

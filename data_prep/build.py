@@ -1,4 +1,4 @@
-"""Raw rows to train and test files, the corpus, and a manifest that says how far each is proven."""
+"""Raw rows to train and test files, the corpus, and a manifest that compares each with the published file."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def build(
     *,
     tasks: Mapping[str, Task] = TASKS,
     published: Mapping[str, Published] = PUBLISHED,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Built:
     """Build `out` from `source`, or find that it is already there.
 
-    Everything is written aside and put in place at the end. Raises UserError, with nothing written, for rows
-    that cannot be converted, for splits that are missing (`strict`) or empty, and where `out` holds something
-    else and `force` is not set.
+    Everything is written to a staging folder and moved into place at the end. Raises UserError, with nothing written,
+    for rows that cannot be converted, for splits that are missing (`strict`) or empty, and where `out` holds
+    something else and `force` is not set.
     """
     chosen = [tasks[name] for name in options.tasks]
     request = {
@@ -75,11 +75,11 @@ def build(
         if not options.force:
             reason = _stale(out, old, request, inputs)
             if old is not None and not reason:
-                return Built(old, f"{out} is up to date: {len(old['files'])} files, all as the manifest says")
+                return Built(old, f"{out} is up to date: {len(old['files'])} files, all as in the manifest")
             _refuse_foreign(out, old, request, chosen)
             if old is not None:
-                say(f"rebuilding: {reason}")
-        draft = _Draft(staging(out), published, options, say)
+                log(f"rebuilding: {reason}")
+        draft = _Draft(staging(out), published, options, log)
         parts = [(task.name, draft.task(task, source)) for task in chosen]
         if not draft.files:
             raise UserError(
@@ -128,27 +128,27 @@ def _stale(
 def _refuse_foreign(
     out: Path, old: dict[str, Any] | None, request: dict[str, Any], tasks: Iterable[Task]
 ) -> None:
-    """Never overwrite another build or somebody's own files without being told to."""
-    mend = "choose another --out, or --force to replace it"
+    """Raise UserError where another build, or files that no build wrote, would be overwritten."""
+    remedy = "choose another --out, or --force to replace it"
     if old is not None:
         if old.get("request") != request:
             raise UserError(
-                "holds a build with other settings (source, tasks, limit or seed)", str(out), mend
+                "holds a build with other settings (source, tasks, limit or seed)", str(out), remedy
             )
         return
     names = [f"{task.name}/{kind}.json" for task in tasks for kind in ("train", "test")]
     for name in (CORPUS, MANIFEST, *names):
         if (out / name).exists():
-            raise UserError(f"{name} is already there and was not built by this command", str(out), mend)
+            raise UserError(f"{name} is already there and was not built by this command", str(out), remedy)
 
 
 class _Draft:
-    """The staged files and what the manifest will say of them."""
+    """The staged files and their entries in the manifest."""
 
     def __init__(
-        self, folder: Path, published: Mapping[str, Published], options: Options, say: Callable[[str], None]
+        self, folder: Path, published: Mapping[str, Published], options: Options, log: Callable[[str], None]
     ) -> None:
-        self.folder, self.published, self.options, self.say = folder, published, options, say
+        self.folder, self.published, self.options, self.log = folder, published, options, log
         self.files: dict[str, dict[str, Any]] = {}
         self.missing: list[str] = []
 
@@ -167,7 +167,7 @@ class _Draft:
                 body = SEPARATOR.join(section.body for section in ordered)
                 records = sum(section.records for section in ordered)
                 part = Section(body, records, {"source": f"{task.name}/train.json"})
-        self.say(f"{task.name}: " + (", ".join(self._counts(task)) or "nothing"))
+        self.log(f"{task.name}: " + (", ".join(self._counts(task)) or "nothing"))
         return part
 
     def corpus(self, parts: dict[str, Section]) -> None:
@@ -176,13 +176,13 @@ class _Draft:
             return
         names = list(parts)
         train_files = [f"{name}/train.json" for name in names]
-        proven = all(self.files.get(name, {}).get("verdict") == "identical" for name in train_files)
+        identical = all(self.files.get(name, {}).get("verdict") == "identical" for name in train_files)
         guesses = [
             [names.index(name) for name in order]
             for order in _CORPUS_ORDERS
             if sorted(order) == sorted(names)
         ]
-        self._ordered(CORPUS, list(parts.values()), names, _CORPUS_SECONDS if proven else 0.0, guesses)
+        self._ordered(CORPUS, list(parts.values()), names, _CORPUS_SECONDS if identical else 0.0, guesses)
 
     def _counts(self, task: Task) -> list[str]:
         entries = ((kind, self.files.get(f"{task.name}/{kind}.json")) for kind in ("train", "test"))
@@ -200,7 +200,7 @@ class _Draft:
         order, note = tuple(range(len(sections))), ""
         target = self.published.get(name)
         if len(sections) > 1 and target is not None and seconds and _same_size(sections, target):
-            self.say(f"{name}: searching the order of its {len(sections)} parts")
+            self.log(f"{name}: searching the order of its {len(sections)} parts")
             result = find_order(
                 [section.body for section in sections], target.sha256, [order, *guesses], seconds
             )

@@ -16,7 +16,7 @@ _NO_TEMPLATE = "use an instruct model's tokenizer, or records of instruction and
 
 
 class Piece(NamedTuple):
-    """A part of a rendered chat; `answer`: it is what the assistant says, its end mark included."""
+    """A part of a rendered chat; `answer`: it is an answer of the assistant, its end mark included."""
 
     text: str
     answer: bool
@@ -56,11 +56,11 @@ def as_record(entry: Entry) -> Record:
 
 
 def chat_pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
-    """The rendered chat, from its beginning to the end of the last answer: what is given and answers in turn.
+    """The rendered chat up to the end of the last answer: context and answers in turn.
 
-    White space behind an answer's end mark counts to the piece that follows it. Raises UserError where the tokenizer
+    White space after an answer's end mark belongs to the next piece. Raises UserError where the tokenizer
     has no chat template, where the template refuses these messages, or where it writes what came before an answer
-    differently once the answer is there (then nobody could say which tokens are the answer's).
+    differently once the answer is there: then the answer's tokens cannot be identified.
     """
     pieces: list[Piece] = []
     done = ""
@@ -72,7 +72,7 @@ def chat_pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
         if not (given.startswith(done) and whole.startswith(given)):
             raise UserError(
                 "the tokenizer's chat template changes earlier text when an answer follows: "
-                f"the tokens of message {index + 1} cannot be told",
+                f"the tokens of message {index + 1} cannot be identified",
                 mend="split the chat into chats of one answer, or use another template",
             )
         answer = whole[len(given) :].rstrip()

@@ -17,7 +17,7 @@ from flexlora_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Section:
-    """The records of one raw split, as they stand between the brackets of a file."""
+    """The records of one raw split, as they are written between the brackets of a file."""
 
     body: bytes
     records: int

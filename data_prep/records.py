@@ -53,7 +53,7 @@ Entry: TypeAlias = "Record | ChatRecord"
 
 
 def open_text(path: Path) -> IO[str]:
-    """A UTF-8 text stream of a plain or gzipped file (told apart by its first bytes, not by its name).
+    """A UTF-8 text stream of a plain or gzipped file (recognised by its first bytes, not by its name).
 
     Raises UserError where the file is missing or cannot be read.
     """
@@ -64,7 +64,7 @@ def open_text(path: Path) -> IO[str]:
             return cast(IO[str], gzip.open(path, "rt", encoding="utf-8-sig"))
         return path.open(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError("no such file", str(path), "run python -m data_prep or mend the path") from None
+        raise UserError("no such file", str(path), "run python -m data_prep or correct the path") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}", str(path)) from None
 
@@ -88,7 +88,7 @@ def iter_objects(path: str | Path) -> Iterator[tuple[int, Any]]:
         except _UNREADABLE as error:
             fault = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             place = f"{path}, record {number + 1}"
-            raise UserError(f"not valid JSON: {fault}", place, "mend or remove it") from None
+            raise UserError(f"not valid JSON: {fault}", place, "correct or remove it") from None
 
 
 def _line_items(file: IO[str], first: str) -> Iterator[Any]:
@@ -125,7 +125,7 @@ def _end_of_space(text: str, at: int) -> int:
 
 
 def _decode(file: IO[str], text: str, at: int) -> tuple[Any, str, int]:
-    """One value that starts at `text[at]`, reading on while it is cut off; with it, the text and its end."""
+    """One value that starts at `text[at]`, reading on while it is incomplete; with it, the text and its end."""
     while True:
         fault: json.JSONDecodeError | None = None
         item, end = None, at
@@ -162,10 +162,10 @@ def to_record(value: Any, place: str, need_answer: bool = False) -> Record:
         raise UserError(f"a {type(value).__name__} where a record (an object) is expected", place)
     missing = [key for key in needed if key not in value]
     if missing:
-        mend = "records need instruction, input, output, answer"
+        remedy = "records need instruction, input, output, answer"
         if "messages" in value:
-            mend = "this is a chat record, and chats do not mix with records in one file: see docs/data.md"
-        raise UserError(f"{missing[0]!r} is missing", place, mend)
+            remedy = "this is a chat record, and chats do not mix with records in one file: see docs/data.md"
+        raise UserError(f"{missing[0]!r} is missing", place, remedy)
     record: Record = {
         "instruction": _text_field(value, "instruction", place),
         "input": _text_field(value, "input", place) if value.get("input") is not None else "",

@@ -19,7 +19,12 @@ from flexlora_ds.errors import UserError
 Loader = Callable[..., Iterable[Row]]  # the signature of datasets.load_dataset
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
-_LOGIN_MARKS = ("gated", "cannot be accessed", "401", "403")  # in what datasets and huggingface_hub say
+_LOGIN_MARKS = (
+    "gated",
+    "cannot be accessed",
+    "401",
+    "403",
+)  # in the messages of datasets and huggingface_hub
 _LOCAL_HELP = "or build from local files with --source DIR (docs/data.md)"
 
 
@@ -46,7 +51,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self, task: Task, split: Split) -> str | None:
-        """What changes when the split's content does; None where it is missing or cannot be told."""
+        """What changes when the split's content does; None where it is missing or unknown."""
         ...
 
 
@@ -106,15 +111,15 @@ class HubSource:
 
     name = "hub"
 
-    def __init__(self, load: Loader | None = None, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, load: Loader | None = None, log: Callable[[str], None] = lambda text: None) -> None:
         self._load = load or _datasets_loader()
-        self._say = say
+        self._log = log
 
     def open(self, task: Task, split: Split) -> Opened:
         """Open one split. Raises UserError naming every place that was tried and why it failed."""
         faults: list[str] = []
         for place in task.hub:
-            self._say(f"{task.name}/{split.file}: asking the hub for {place}")
+            self._log(f"{task.name}/{split.file}: asking the hub for {place}")
             try:
                 with quiet_retries():
                     return self._open(place, task, split)
@@ -147,7 +152,7 @@ class HubSource:
         return Opened(origin, name, _with_first(first, rows))
 
     def fingerprint(self, task: Task, split: Split) -> str | None:
-        """None: asking would need the network; `--force` builds anew."""
+        """None: the hub's state is unknown without the network; `--force` rebuilds."""
         return None
 
 

@@ -47,7 +47,7 @@ class Task:
 
     `convert` maps a raw row to (instruction, answer). `pattern` is the published answer regex, searched
     case-sensitively in the generated text. `train` lists the raw splits of the training file in their natural
-    order. `hub` lists places to load from, the first that works is used. `in_corpus` says whether the task is
+    order. `hub` lists places to load from, the first that works is used. `in_corpus`: whether the task is
     part of commonsense_170k.json.
     """
 

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     team.follow_launcher()
 
     def speaks(code: int) -> bool:
-        """Before the work starts all processes meet the same fault of the user's: the leading one reports it."""
+        """Before the work starts all processes find the same error of the user's: rank 0 reports it."""
         return team.is_rank_zero or team.started or code == 1
 
     return exit_code_of(lambda: evaluate(parse_options(arguments), team), arguments, speaks=speaks)

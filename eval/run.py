@@ -30,7 +30,7 @@ _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
 def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     """Run an evaluation on this process of a team; the summary on rank 0, None on the others.
 
-    Raises UserError or RunError as the design's table of exit codes says.
+    Raises UserError or RunError for what `flexlora_ds.command` gives the exit codes 2 and 1.
     """
     threads = team.set_threads()
     quiet_libraries()

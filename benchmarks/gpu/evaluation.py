@@ -113,7 +113,7 @@ def questions_of(per_task: int) -> dict[str, list[Question]]:
         raw, out = Path(scratch) / "raw", Path(scratch) / "data"
         write_raw(raw, 42)
         options = Options(tuple(TASKS), None, None, False, False, None)
-        build(LocalSource(raw, name="demo"), out, options, say=lambda _: None)
+        build(LocalSource(raw, name="demo"), out, options, log=lambda _: None)
         found = {task: load_questions(out, task, "alpaca") for task in TASKS}
     return {
         task: [replace(asked[n % len(asked)], index=n) for n in range(per_task)]

@@ -1,1 +1,1 @@
-"""The generated sample, and the world behind it."""
+"""The generated sample, and the facts it is generated from."""

@@ -46,7 +46,7 @@ class Draw:
         )
 
     def options(self, right: str, count: int, others: tuple[str, ...] = ()) -> tuple[list[str], int]:
-        """`count` words of different classes, one of them of class `right`, and where it stands (from 0)."""
+        """`count` words of different classes, one of them of class `right`, and its position (from 0)."""
         pool = others or (THINGS if self.rng.random() < 0.3 or count > 4 else _PLAIN)
         kinds = self.rng.sample([kind for kind in pool if kind != right], count - 1)
         place = self.turn(count)

@@ -1,6 +1,6 @@
 """Which order of sections gives a known hash.
 
-The published files join their parts in an order that nobody wrote down; the hash of the whole tells it.
+The order of the parts of the published files is not documented; the hash of the whole file identifies it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OrderSearch:
 
 @dataclass
 class _Walk:
-    """Depth-first through all orders; orders with a common beginning share its hash state."""
+    """Depth-first through all orders; orders with a common prefix share its hash state."""
 
     sections: Sequence[bytes]
     target: str
@@ -60,7 +60,7 @@ def find_order(
     """Find the order in which `sections` (joined records) make a JSON file with this SHA-256.
 
     The orders of `first` come first, then all others in lexicographic order, for at most `seconds`. Six
-    sections have 720 orders and 1,956 beginnings: every byte is hashed 326 times instead of 720.
+    sections have 720 orders and 1,956 prefixes: every byte is hashed 326 times instead of 720.
     """
     deadline = time.monotonic() + seconds
     tried = 0

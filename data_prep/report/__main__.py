@@ -31,7 +31,7 @@ columns:  dup        records whose instruction and answer occurred before in the
           conflict   records whose instruction occurred before with another answer
           exact      test records whose instruction occurs in training, character for character
           normal.    the same, ignoring case, punctuation, white space and Unicode forms
-          > cutoff   training texts longer than --cutoff (training drops those; it never cuts an answer off)
+          > cutoff   training texts longer than --cutoff (training drops those; it never truncates an answer)
 writes:   OUT/report.md, report.json, lengths.png, answers.png, overlaps.png
 """
 _HEAD = (
@@ -69,7 +69,7 @@ def parser() -> CommandParser:
 
 
 def measure_folder(
-    folder: Path, count: CountTokens, style: str, say: Callable[[str], None] = lambda text: None
+    folder: Path, count: CountTokens, style: str, log: Callable[[str], None] = lambda text: None
 ) -> dict[str, Measures]:
     """Measure every `<task>/train.json` and `<task>/test.json` of a folder, and the corpus, in that order.
 
@@ -85,11 +85,11 @@ def measure_folder(
         )
     seen = Seen()
     for path in corpus + train:  # the corpus may hold more tasks than have files here, or fewer
-        say(f"reading {path}")
+        log(f"reading {path}")
         seen.add(iter_records(path))
     measures = {}
     for path in sorted(train + tests) + corpus:
-        say(f"measuring {path}")
+        log(f"measuring {path}")
         overlaps = seen if path.name == "test.json" else None
         measures[str(path.relative_to(folder))] = measure(path, count, style, overlaps)
     return measures

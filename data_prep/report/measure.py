@@ -1,4 +1,4 @@
-"""What can be said of a data file without training on it: duplicates, overlaps, lengths, balance."""
+"""Measures of a data file: duplicates, overlaps, lengths, balance."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def token_counter(tokenizer: str) -> CountTokens:
     # a tokenizer that is not there, gated or damaged shows as many unrelated types
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        mend = "give a hub id, a local folder or a .gguf file"
-        raise UserError(f"tokenizer cannot be loaded: {reason}", tokenizer, mend) from None
+        remedy = "give a hub id, a local folder or a .gguf file"
+        raise UserError(f"tokenizer cannot be loaded: {reason}", tokenizer, remedy) from None
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in loaded(texts, add_special_tokens=False)["input_ids"]]

@@ -32,7 +32,7 @@ _OWN = {"data", "base", BEFORE, AFTER, AFTER_GENERATE}
 
 
 def commands(out: Path, *, processes: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Titles and commands of the steps, in order; paths lie below `out`, which is also the run folder."""
+    """Titles and commands of the steps, in order; paths are below `out`, which is also the run folder."""
     data, base = out / "data", out / "base"
     evaluate = ["-m", "eval", "--model", str(base), "--data", str(data)]
     options = ["--model", str(base), "--data", str(data / "commonsense_170k.json"), "--out", str(out)]

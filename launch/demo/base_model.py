@@ -201,7 +201,7 @@ def keep_unseen_rows(model: LlamaForCausalLM, seen: set[int]) -> None:
     """Leave the output rows of pieces that never occur in the text at their random start.
 
     Adam would push them all alike, away from every hidden state: an adapter of the frozen model could then hardly
-    tell `true` from `false`.
+    learn to separate `true` from `false`.
     """
     mask = torch.zeros(model.config.vocab_size, 1)
     mask[sorted(seen)] = 1.0

@@ -134,7 +134,7 @@ def draw_singular_values(run: RunData, path: Path) -> None:
 
 
 def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Return the mean over a centred thirtieth of the points: it lags behind nothing.
+    """Return the mean over a centred thirtieth of the points: it does not lag.
 
     Towards the start the window narrows, so that the steep fall there stays steep; at the end it is shortened.
     """
@@ -200,7 +200,7 @@ def _draw_losses(axes: Any, run: RunData) -> None:
 
 
 def _scale_losses(axes: Any, losses: list[float]) -> None:
-    """A logarithmic axis where the loss falls far: else all but the first steps lie on one line."""
+    """A logarithmic axis where the loss falls far: else all but the first steps would be one flat line."""
     positive = [loss for loss in losses if loss > 0]
     if not positive or max(positive) < 6 * min(positive):
         return

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunData:
-    """A run as its folder tells it; parts that are not there (yet) are empty."""
+    """A run, read from its folder; parts that are not there (yet) are empty."""
 
     name: str
     options: Mapping[str, Any]
@@ -96,7 +96,7 @@ def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def layer_label(name: str, kind: str) -> str:
-    """Return what tells a matrix from the others of its kind: its numbers, or else its whole name."""
+    """Return what distinguishes a matrix from the others of its kind: its numbers, or else its whole name."""
     return name if kind == OTHERS else ".".join(_NUMBER.findall(name))
 
 

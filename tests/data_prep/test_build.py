@@ -175,9 +175,7 @@ def test_a_missing_split_is_left_out_or_an_error(tmp_path: Path, raw: Path) -> N
     )
     files = built.manifest["files"]
     assert "piqa/train.json" not in files and files["winogrande/train.json"]["records"] == 10
-    write_split(
-        raw, "winogrande", "train_xl", winogrande("xl")
-    )  # now it is there: built anew without --force
+    write_split(raw, "winogrande", "train_xl", winogrande("xl"))  # now it is there: rebuilt without --force
     again = build(LocalSource(raw), tmp_path / "data", Options())
     assert not again.unchanged and again.manifest["files"]["winogrande/train.json"]["records"] == 12
 
@@ -313,7 +311,7 @@ def test_one_build_at_a_time(tmp_path: Path, raw: Path) -> None:
             build(LocalSource(raw), out, Options())
         faults.append(error)
 
-    build(LocalSource(raw), out, Options(), say=meanwhile)
+    build(LocalSource(raw), out, Options(), log=meanwhile)
     assert faults and len(snapshot(out)) == 18
 
 

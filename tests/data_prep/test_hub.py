@@ -86,11 +86,11 @@ def test_the_hub_gives_the_same_files_as_a_local_folder(tmp_path: Path) -> None:
 
 def test_every_task_has_an_alternative_and_the_one_used_is_recorded(tmp_path: Path) -> None:
     assert all(len(task.hub) >= 2 for task in TASKS.values())
-    said: list[str] = []
+    lines: list[str] = []
     broken = {"ybisk/piqa": RuntimeError("Dataset scripts are no longer supported")}
-    built = build(HubSource(hub(broken), said.append), tmp_path / "data", Options(tasks=("piqa",)))
+    built = build(HubSource(hub(broken), lines.append), tmp_path / "data", Options(tasks=("piqa",)))
     assert built.manifest["files"]["piqa/train.json"]["sources"][0]["source"] == "baber/piqa"
-    assert [line for line in said if "train" in line] == [
+    assert [line for line in lines if "train" in line] == [
         "piqa/train: asking the hub for ybisk/piqa@refs/convert/parquet",
         "piqa/train: asking the hub for baber/piqa",
     ]

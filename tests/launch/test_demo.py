@@ -1,4 +1,4 @@
-"""The demo compares like with like, and says what it showed; its steps run here on a tiny model."""
+"""The demo compares like with like, and prints what it showed; its steps run here on a tiny model."""
 
 from __future__ import annotations
 
