@@ -111,7 +111,7 @@ class FlexLoRAConfig:
     grace: Annotated[Count, RANK_CHANGES] = 0
     """Changes during which a new direction neither counts in the entropy nor is pruned."""
     expand_min_energy: Annotated[Fraction, RANK_CHANGES] = 0.0
-    """A quantile: matrices whose Σλ² lies below it are not expanded."""
+    """A quantile: matrices whose Σλ² is below it are not expanded."""
     new_direction: Annotated[NewDirection, RANK_CHANGES] = "zero_impact"
     """How a new direction begins; all but small leave the model's output unchanged, zero never learns."""
     new_direction_std: Annotated[AboveZero | None, RANK_CHANGES] = None

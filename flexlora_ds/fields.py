@@ -31,7 +31,7 @@ class Bounds:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies inside (NaN never does)."""
+        """Whether a number is inside (NaN never does)."""
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:

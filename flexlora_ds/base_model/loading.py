@@ -82,7 +82,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
     with one_line_errors(source, "tokenizer"):
         folder = fetch(source, "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf_argument(source))
-    _settle_pad_token(tokenizer, source.name)
+    _resolve_pad_token(tokenizer, source.name)
     return tokenizer
 
 
@@ -139,7 +139,7 @@ def _forget_quantization(model: Any) -> None:
         del model.config.quantization_config
 
 
-def _settle_pad_token(tokenizer: Any, name: str) -> None:
+def _resolve_pad_token(tokenizer: Any, name: str) -> None:
     """Keep a pad token that is special; else take a special token made for padding, else the end token.
 
     Older scripts pad with id 0, which in several vocabularies is a real word ('!' in Llama 3's).

@@ -15,7 +15,7 @@ from launch.options.train_options import TrainOptions
 
 @dataclass(frozen=True)
 class Settled:
-    """The decisions of one run; alike on all of its processes. `launch.planning.settle` makes them."""
+    """The decisions of one run, the same on all of its processes. `launch.planning.settle` makes them."""
 
     options: TrainOptions
     """Every option as this run uses it; what an engine needs of `auto` ones stands below."""

@@ -126,7 +126,7 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{_ZERO}.leaf_module",
         "leaf modules fetch their parameters together, which rank changes do not track",
     ),
-    Refusal(f"{_ZERO}.legacy_stage1", "the old stage 1 lays its partitions out in another way"),
+    Refusal(f"{_ZERO}.legacy_stage1", "the old stage 1 has another layout of its partitions"),
     Refusal("bf16.bf16_master_weights_and_grads", "rank changes read and write fp32 masters"),
     Refusal("bf16.bf16_optimizer_states", "rank changes read and write fp32 optimizer states"),
     Refusal("fp16.fp16_master_weights_and_grads", "rank changes read and write fp32 masters"),

@@ -12,7 +12,7 @@ from launch.options.train_options import Attention, Compile, Kernels
 
 @dataclass(frozen=True)
 class Computation:
-    """Precision, kernels and the form of a micro-batch; alike on all processes."""
+    """Precision, kernels and the form of a micro-batch; the same on all processes."""
 
     dtype: Dtype
     attention: Attention

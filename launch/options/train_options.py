@@ -208,7 +208,7 @@ def _recipe_keys() -> list[str]:
 
 
 def _short(path: Path) -> str:
-    """A path as seen from the working directory, where it lies below it."""
+    """A path as seen from the working directory, where it is below it."""
     absolute = path.resolve()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
 

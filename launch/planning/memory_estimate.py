@@ -49,7 +49,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """How the run lays its state out."""
+    """How the run's state is laid out over processes and devices."""
 
     dtype: str
     processes: int
