@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,15 @@ def test_blocks_that_begin_like_json_are_json() -> None:
     assert len(found) >= 2
     for block in found:
         json.loads(block.text)
+
+
+@pytest.mark.parametrize("package", ["flexlora_ds", "data_prep", "launch", "eval"])
+def test_the_architecture_draws_every_room_and_no_other(package: str) -> None:
+    drawing = next(blocks(ROOT / "docs" / "architecture.md")).text
+    (part,) = (part for part in drawing.split("\n\n") if part.startswith(f"{package}/"))
+    columns = (line[2:24] for line in part.splitlines()[1:] if re.match(r"  \w", line))
+    drawn = {name.strip(" /") for column in columns for name in column.partition("  ")[0].split(",")}
+    children = [
+        child for child in (ROOT / package).iterdir() if child.name not in ("__init__.py", "__pycache__")
+    ]
+    assert drawn == {child.stem for child in children}
