@@ -8,7 +8,6 @@ the lock and then find the entry.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,14 +15,18 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.lock import locked
 from launch.data.examples import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 FOLDER = "FLEXLORA_CACHE"
 """The environment variable that names the folder of the cache."""
@@ -49,7 +52,7 @@ def cache_folder() -> Path:
     return Path(caches) / "flexlora_ds" / "tokens"
 
 
-def content_key(data: Path, tokenizer: Any, options: Mapping[str, Any]) -> str:
+def content_key(data: Path, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
     """32 hex digits over the data file's bytes, the tokenizer's content, its library's versions and the options."""
     digest = hashlib.sha256()
     with data.open("rb") as file:
@@ -72,7 +75,8 @@ def cached(key: str, make: Callable[[], Tokenised]) -> Tokenised:
         return found
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock"):
+        # Where a file system has no locks several may make the entry, and the first rename counts.
+        with locked(root / f"{key}.lock", _say_waiting):
             return _open(root / key) or _make(root, key, make)
     except OSError as error:
         raise RunError(
@@ -110,26 +114,9 @@ def _open(folder: Path) -> Tokenised | None:
         return None
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        _take(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    except BlockingIOError:
-        if os.environ.get("RANK", "0") == "0":
-            print("waiting for another process that tokenises the same data", file=sys.stderr, flush=True)
-    except OSError:
-        return  # a file system without locks: several may make the entry, and the first rename counts
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+def _say_waiting(holder: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"waiting for {holder}, which tokenises the same data", file=sys.stderr, flush=True)
 
 
 def _flush(path: Path) -> None:
@@ -137,7 +124,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _tokenizer_content(tokenizer: Any) -> list[str]:
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """All that decides which ids a text gets: the fast tokenizer's own JSON, or else the files it would be saved in."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     said = [type(tokenizer).__name__, repr(tokenizer.special_tokens_map), str(tokenizer.chat_template)]

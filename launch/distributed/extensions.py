@@ -10,12 +10,10 @@ such a file; `python -m launch.distributed.extensions` does so from the command 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 
 from flexlora_ds.command import exit_code_of
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.lock import locked
 
 EXTENSION = "deepspeed_shm_comm"
 LOCK = "lock"
@@ -47,7 +46,8 @@ def prepare_extensions() -> Path | None:
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return None
     folder = root / EXTENSION
-    with _one_at_a_time(root) as alone:
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / ".prepare") as alone:  # False on a file system without locks
         release_abandoned_lock(folder, trust_processes=alone)
         if not (folder / f"{EXTENSION}.so").exists():
             _require_compiler()
@@ -119,19 +119,6 @@ def _prefer_own_programs() -> None:
     path = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if path[0] != programs:
         os.environ["PATH"] = os.pathsep.join([programs, *path])
-
-
-@contextlib.contextmanager
-def _one_at_a_time(root: Path) -> Iterator[bool]:
-    """Hold a lock that the kernel frees when its holder dies; False where the file system has none."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".prepare").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
 
 
 def _held_open(lock: Path) -> bool:

@@ -27,7 +27,7 @@ from launch.options.train_options import TrainOptions
 from launch.progress import Progress
 from launch.run_folder.compatibility import Base, Identity
 from launch.run_folder.folder import RunFolder, library_versions
-from launch.run_folder.lock import locked
+from launch.run_folder.lock import one_run_in
 from launch.run_folder.resume import Start
 from launch.run_folder.saver import Saver
 
@@ -91,7 +91,7 @@ def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
     folder = RunFolder(options.out, is_rank_zero=process.is_rank_zero)
     on_rank_zero(process, lambda: folder.prepare(options.resume))
     with ExitStack() as held:
-        on_rank_zero(process, lambda: held.enter_context(locked(folder.path)))
+        on_rank_zero(process, lambda: held.enter_context(one_run_in(folder.path)))
         yield folder
 
 

@@ -99,7 +99,7 @@ class RunFolder:
         self.rank_changes = JsonLines(self.path / "ranks.jsonl", is_rank_zero)
         self.validation = JsonLines(self.path / "validation.jsonl", is_rank_zero)
         self.fault: RunError | None = None
-        """Why a log could not be written; the processes agree on it between two steps (`StopAgreement.steps`)."""
+        """Why a log could not be written; the processes agree on it between two steps (`StopAgreement.before_step`)."""
         self._validated: int | None = None
 
     @property
