@@ -86,7 +86,9 @@ def overflow_of(groups: Iterable[Sequence[Tensor | None] | None]) -> Tensor:
 class GradientProbe:
     """Sums of this process's own gradients, before they are reduced: a sum is finite where its terms are.
 
-    One small reduction for each parameter and micro-step, left on the device.
+    One small reduction for each parameter and micro-step, left on the device. It cannot wait for one reduction of all
+    at the end: autograd copies a gradient that somebody else holds (as many kernels again), and a view of one would be
+    overwritten where DeepSpeed reduces in place (stage 0, and parameters larger than a bucket).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
