@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from data_prep.prompt import CHAT, encode_answers, encode_prompts, evaluation_pr
 from data_prep.records import Entry, Record
 from flexlora_ds.errors import UserError
 from launch.data.examples import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _CHUNK = 4096  # records per call of the tokenizer: bounds the memory held as Python lists
 
@@ -35,7 +39,7 @@ class Encoding:
 
 def tokenise(
     entries: Sequence[Entry],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     how: Encoding,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Examples, tuple[int, ...]]:
@@ -83,7 +87,10 @@ def all_cores() -> Iterator[None]:
 
 
 def _encoded(
-    entries: Sequence[Entry], tokenizer: Any, how: Encoding, progress: Callable[[int], None]
+    entries: Sequence[Entry],
+    tokenizer: PreTrainedTokenizerBase,
+    how: Encoding,
+    progress: Callable[[int], None],
 ) -> Iterator[Encoded]:
     for first in range(0, len(entries), _CHUNK):
         chunk = entries[first : first + _CHUNK]
@@ -99,7 +106,9 @@ def _place(file: str, first: int, index: int) -> str:
     return f"{file}, record {first + index + 1}"
 
 
-def _encode_by_parts(records: Sequence[Record], tokenizer: Any, style: str) -> list[Encoded]:
+def _encode_by_parts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, style: str
+) -> list[Encoded]:
     prompts = encode_prompts(tokenizer, [evaluation_prompt(record, style) for record in records])
     answers = encode_answers(tokenizer, [training_text(record, style)[1] for record in records])
     eos = tokenizer.eos_token_id
@@ -109,7 +118,7 @@ def _encode_by_parts(records: Sequence[Record], tokenizer: Any, style: str) -> l
     ]
 
 
-def _encode_whole(records: Sequence[Record], tokenizer: Any, style: str) -> list[Encoded]:
+def _encode_whole(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, style: str) -> list[Encoded]:
     parts = [training_text(record, style) for record in records]
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in parts])
     wholes = encode_prompts(tokenizer, [prompt + answer for prompt, answer in parts])
@@ -121,7 +130,9 @@ def _encode_whole(records: Sequence[Record], tokenizer: Any, style: str) -> list
     ]
 
 
-def _encode_chats(entries: Sequence[Entry], tokenizer: Any, place: Callable[[int], str]) -> list[Encoded]:
+def _encode_chats(
+    entries: Sequence[Entry], tokenizer: PreTrainedTokenizerBase, place: Callable[[int], str]
+) -> list[Encoded]:
     eos = tokenizer.eos_token_id
     encoded = []
     for pieces in encode_chats(tokenizer, [as_chat(entry) for entry in entries], place):

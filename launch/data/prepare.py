@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.prompt import CHAT
 from data_prep.records import is_chat, load_entries
@@ -20,6 +20,9 @@ from launch.data.token_cache import Tokenised, cached, content_key
 from launch.distributed.process import Process
 from launch.options.train_options import TrainOptions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Data:
@@ -31,7 +34,7 @@ class Data:
     steps: int
 
 
-def prepare_data(options: TrainOptions, tokenizer: Any) -> TokenisedData:
+def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> TokenisedData:
     """Tokenise the records, or find them tokenised already, and see that rank changes fit the steps they make.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +21,13 @@ from launch.model.head_loss import install_head_loss
 from launch.model.liger import apply_liger
 from launch.model.torch_compile import compile_pieces
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 def build_engine(
     settled: Settled, steps: int, process: Process, ranks: Mapping[str, int] | None = None
-) -> tuple[Any, Method]:
+) -> tuple[DeepSpeedEngine, Method]:
     """Load the model, adapt it, and wrap it in a DeepSpeed engine.
 
     `ranks` are those of a checkpoint to be continued; None begins with the options' rank everywhere.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from launch.engine.adam import AdamSettings
 from launch.options.train_options import TrainOptions
 from launch.run_folder.json_files import write_text_atomically
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 class Method(Protocol):
     """One training method: built in the order of these functions."""
@@ -39,7 +42,7 @@ class Method(Protocol):
     def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
         """The optimizer over the trainable parameters."""
 
-    def attach(self, engine: Any, total_steps: int, validate: Callable[[], float] | None) -> None:
+    def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
         """Begin to live with a DeepSpeed engine."""
 
     def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
@@ -87,7 +90,7 @@ class FlexLoRA:
         """Our AdamW, with λ in groups of its own."""
         return build_optimizer(model, self.config, self.options.lr, betas=adam.betas, eps=adam.eps)
 
-    def attach(self, engine: Any, total_steps: int, validate: Callable[[], float] | None) -> None:
+    def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
         """Start the rank controller."""
         self._controller = RankController(engine, self.config, total_steps, validate)
         self._context = forward_context(engine.module)
@@ -159,7 +162,7 @@ class PeftLoRA:
             params, lr=options.lr, betas=adam.betas, eps=adam.eps, weight_decay=options.weight_decay
         )
 
-    def attach(self, engine: Any, total_steps: int, validate: Callable[[], float] | None) -> None:
+    def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
         """Remember the engine."""
         self.engine = engine
         forget_construction(engine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm
@@ -15,6 +15,9 @@ from launch.engine.methods import Method
 from launch.model.token_loss import head_of, token_loss
 from launch.run_folder.folder import RunFolder
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 class Validator:
     """Computes Σ token losses / target tokens over the records held out, every `every` steps of `last`; collective.
@@ -24,7 +27,7 @@ class Validator:
 
     def __init__(
         self,
-        engine: Any,
+        engine: DeepSpeedEngine,
         method: Method,
         batches: ValidationBatches | None,
         process: Process,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from launch.data.examples import IGNORED, TokenisedData
 from launch.data.prepare import load_tokenizer_of, prepare_data, steps_of
@@ -12,6 +12,9 @@ from launch.options.train_options import TrainOptions
 from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
 from launch.planning.settle import settle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def dry_run(options: TrainOptions) -> None:
@@ -43,7 +46,7 @@ def dry_run(options: TrainOptions) -> None:
         print(text)
 
 
-def _example(data: TokenisedData, tokenizer: Any) -> list[tuple[str, bool]]:
+def _example(data: TokenisedData, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     first = data.train[0]
     return [
         (tokenizer.decode([token]), label != IGNORED)

@@ -6,13 +6,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.state import Snapshot, take_snapshot
 from launch.distributed.agreement import gather_results, on_rank_zero
 from launch.distributed.process import Process
 from launch.run_folder.folder import RunFolder
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from flexlora_ds.controller import RankController
 
 
 class _Writing:
@@ -59,8 +64,8 @@ class Saver:
         self,
         folder: RunFolder,
         process: Process,
-        engine: Any,
-        controller: Any,
+        engine: DeepSpeedEngine,
+        controller: RankController | None,
         run: Callable[[], dict[str, Any]],
         *,
         every: int,
