@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.command import CommandParser, exit_code_of
-from flexlora_ds.dropout.apply import Drop, FusedMasking
+from flexlora_ds.dropout.apply import FusedMasking, SeededDropout
 from flexlora_ds.dropout.cpu_kernel import HostKernel
 
 
@@ -27,9 +27,9 @@ def contenders(rows: int, features: int, p: float, dtype: torch.dtype) -> dict[s
     """Ways to drop elements of the same values [rows, features]."""
     torch.manual_seed(0)
     values = torch.randn(rows, features).to(dtype)
-    drop, kernel = Drop(torch.randint(-(2**62), 2**62, (rows,)), 1, p), HostKernel()
+    drop, kernel = SeededDropout(torch.randint(-(2**62), 2**62, (rows,)), 1, p), HostKernel()
     return {
-        "pass in C": lambda: FusedMasking(drop, kernel).kept(values),
+        "pass in C": lambda: FusedMasking(drop, kernel).apply(values),
         "written mask": lambda: values * drop.mask(features, dtype),
         "torch's dropout": lambda: F.dropout(values, p),
     }

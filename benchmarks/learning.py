@@ -124,10 +124,10 @@ def spectra(folder: Path) -> dict[str, float]:
     if not checkpoint.ranks:
         return {}
     by_lambda, exact, violations = {}, {}, []
-    for name, triple in masters_of(checkpoint).items():
-        grams = [(m.T @ m).double() for m in (triple.P, triple.Q.T)]
+    for name, matrix in masters_of(checkpoint).items():
+        grams = [(m.T @ m).double() for m in (matrix.P, matrix.Q.T)]
         violations += [float((gram - gram.new_ones(len(gram)).diag()).norm()) for gram in grams]
-        by_lambda[name], exact[name] = triple.lam, exact_spectrum(*grams, triple.lam)
+        by_lambda[name], exact[name] = matrix.lam, exact_spectrum(*grams, matrix.lam)
     scores = [list(score_matrices(s, FlexLoRAConfig()).values()) for s in (by_lambda, exact)]
     ranks = [np.argsort(np.argsort(values)) for values in scores]
     return {

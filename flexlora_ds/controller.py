@@ -14,7 +14,7 @@ from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.allocation import RankPlan, plan_ranks
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.directions import TensorEdit, matrix_edits, weakest
+from flexlora_ds.directions import TensorEdit, matrix_edits, smallest_directions
 from flexlora_ds.importance import exact_spectrum, not_expandable, score_matrices, spectrum_error
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
 from flexlora_ds.rank_change import RankChange
@@ -188,7 +188,7 @@ class RankController:
         ages = []
         births = dict(self.births)
         for name in (*plan.pruned, *plan.expanded):
-            gone = weakest(lambdas[name], 1, mature[name]) if name in plan.pruned else []
+            gone = smallest_directions(lambdas[name], 1, mature[name]) if name in plan.pruned else []
             keep = [i for i in range(len(lambdas[name])) if i not in gone]
             added = int(name in plan.expanded)
             ages += [step - births[name][i][0] for i in gone]

@@ -112,7 +112,7 @@ def _orthonormal_to(survivors: Tensor, drawn: Tensor) -> Tensor:
     return basis[:, r:].float()
 
 
-def weakest(lam: Tensor, count: int, mature: Sequence[bool]) -> list[int]:
+def smallest_directions(lam: Tensor, count: int, mature: Sequence[bool]) -> list[int]:
     """Indices of the `count` mature directions with the smallest |λ|, ties by index.
 
     The paper's code drops the smallest signed value, which is the strongest negative direction.

@@ -26,9 +26,9 @@ from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import replacing_folder
 from flexlora_ds.peft_format import (
     CONFIG_FILE,
+    AdapterFactors,
     LoraAdapter,
     LoraMatrix,
-    Triple,
     finite,
     max_relative_difference,
     read_peft_adapter,
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "AdapterFactors",
     "LoraAdapter",
     "LoraMatrix",
-    "Triple",
     "export_merged",
     "export_peft",
     "export_uniform",

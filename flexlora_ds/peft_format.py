@@ -35,7 +35,7 @@ PROMPT_FILE = "prompt.json"
 _PREFIX = "base_model.model."
 
 
-class Triple(NamedTuple):
+class AdapterFactors(NamedTuple):
     """One matrix's adapter: P [out, r], λ [r], Q [r, in], fp32 on the CPU."""
 
     P: Tensor
@@ -78,7 +78,7 @@ class LoraAdapter:
 
 def write_peft_adapter(
     folder: Path,
-    matrices: Mapping[str, Triple],
+    matrices: Mapping[str, AdapterFactors],
     config: FlexLoRAConfig,
     base_model_name: str,
     revision: str | None = None,
@@ -94,7 +94,7 @@ def write_peft_adapter(
 
 
 def lora_of(
-    matrices: Mapping[str, Triple],
+    matrices: Mapping[str, AdapterFactors],
     config: FlexLoRAConfig,
     base_model_name: str,
     revision: str | None = None,

@@ -11,7 +11,7 @@ from flexlora_ds.adapter.layer import adapters
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import MASTER, live_shards
-from flexlora_ds.peft_format import Triple, write_peft_adapter
+from flexlora_ds.peft_format import AdapterFactors, write_peft_adapter
 
 
 def save_adapter(
@@ -48,6 +48,6 @@ def save_adapter(
             masters[p] = value.detach().cpu().clone()
     if not writes:
         return {}
-    factors = {n: Triple(masters[a.P], masters[a.lam], masters[a.Q]) for n, a in layers.items()}
+    factors = {n: AdapterFactors(masters[a.P], masters[a.lam], masters[a.Q]) for n, a in layers.items()}
     write_peft_adapter(Path(folder), factors, config, base_model, prompt=prompt)
-    return {name: triple.lam.tolist() for name, triple in factors.items()}
+    return {name: matrix.lam.tolist() for name, matrix in factors.items()}

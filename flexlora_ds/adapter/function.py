@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexlora_ds.dropout.apply import Drop, FusedMasking, Masking
+from flexlora_ds.dropout.apply import FusedMasking, Masking, SeededDropout
 
 
 def plain_adapted_linear(
-    x: Tensor, y: Tensor, P: Tensor, lam: Tensor, Q: Tensor, scale: float, drop: Drop | None
+    x: Tensor, y: Tensor, P: Tensor, lam: Tensor, Q: Tensor, scale: float, drop: SeededDropout | None
 ) -> Tensor:
     """y + scale · (x ⊙ mask) Qᵀ diag(λ) Pᵀ, in the dtype of P, λ and Q; x [..., in], y = W x + b [..., out]."""
     rows = x.reshape(-1, x.shape[-1])
@@ -43,7 +43,7 @@ def adapted_linear(
     lam: Tensor,
     Q: Tensor,
     scale: float,
-    drop: Drop | None,
+    drop: SeededDropout | None,
 ) -> Tensor:
     """W x + b + scale · P diag(λ) Q (x ⊙ mask) in one node; x [..., in] -> [..., out]. W and b get no gradient.
 
@@ -85,7 +85,7 @@ class _AdaptedLinear(torch.autograd.Function):
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         rows = x.reshape(-1, x.shape[-1])
         if drop is not None:
-            rows = drop.masking(rows.shape[1], dtype).kept(rows)
+            rows = drop.masking(rows.shape[1], dtype).apply(rows)
         z = F.linear(rows, Q.to(dtype))
         y.view(-1, y.shape[-1]).addmm_((z * (lam * scale)).to(dtype), P.to(dtype).t())
         ctx.save_for_backward(x, weight, P, lam, Q, z, row_keys)
@@ -99,9 +99,9 @@ class _AdaptedLinear(torch.autograd.Function):
             return (*_gradients(ctx, grad), None, None, None)
 
 
-def _drop(row_keys: Tensor | None, how: tuple[int, float, bool | None] | None) -> Drop | None:
-    """`Drop` again: its tensor went through the node's saved tensors, the rest beside them."""
-    return None if row_keys is None or how is None else Drop(row_keys, *how)
+def _drop(row_keys: Tensor | None, how: tuple[int, float, bool | None] | None) -> SeededDropout | None:
+    """`SeededDropout` again: its tensor went through the node's saved tensors, the rest beside them."""
+    return None if row_keys is None or how is None else SeededDropout(row_keys, *how)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,7 +125,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = _input_gradient(g, weight.to(dtype), through_lam, Q.to(dtype), masking).view(x.shape)
     if for_q:
         rows = x.reshape(-1, x.shape[-1])
-        grad_q = (through_lam.t() @ (rows if masking is None else masking.kept_last(rows))).to(Q.dtype)
+        grad_q = (through_lam.t() @ (rows if masking is None else masking.apply_last(rows))).to(Q.dtype)
     return grad_x, None, None, grad_p, grad_lam, grad_q
 
 
@@ -135,4 +135,4 @@ def _input_gradient(
     """g W + (through_lam Q) ⊙ mask, [rows, in]."""
     if masking is None:
         return (g @ weight).addmm_(through_lam, Q)
-    return masking.keep_(through_lam @ Q).addmm_(g, weight)
+    return masking.apply_(through_lam @ Q).addmm_(g, weight)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from flexlora_ds.adapter.function import adapted_linear, autocast_dtype, plain_adapted_linear
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.dropout.apply import Drop, dropped_in_graph
+from flexlora_ds.dropout.apply import SeededDropout, dropped_in_graph
 from flexlora_ds.dropout.mask import name_key
 from flexlora_ds.errors import UserError
 from flexlora_ds.seeds import generator
@@ -157,7 +157,7 @@ class AdaptedLinear(nn.Module):
             return False
         return self.weight.dtype == x.dtype or autocast_dtype(x) is not None
 
-    def _drop(self, x: Tensor) -> Drop:
+    def _drop(self, x: Tensor) -> SeededDropout:
         rows = x.numel() // x.shape[-1]
         keys = self.context.row_keys
         if keys is None:
@@ -165,7 +165,7 @@ class AdaptedLinear(nn.Module):
             keys = torch.randint(limit.min, limit.max, (rows,), device=x.device)
         elif keys.numel() != rows:
             raise ValueError(f"{self.name}: {rows} input rows, but {keys.numel()} row keys")
-        return Drop(keys.reshape(-1), self.key, self.dropout, self.context.fused_masks)
+        return SeededDropout(keys.reshape(-1), self.key, self.dropout, self.context.fused_masks)
 
     def extra_repr(self) -> str:
         return (

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexlora_ds.checkpoint.state import Checkpoint, open_checkpoint
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
-from flexlora_ds.peft_format import LoraAdapter, Triple, lora_of
+from flexlora_ds.peft_format import AdapterFactors, LoraAdapter, lora_of
 
 NOTES = "adapter"
 """Under this name a run says in its checkpoints what `adapter_notes` gives."""
@@ -37,7 +37,7 @@ def read_checkpoint_adapter(folder: Path) -> LoraAdapter:
     return lora_of(masters_of(checkpoint), config, notes["base_model"], prompt=notes["prompt"])
 
 
-def masters_of(checkpoint: Checkpoint) -> dict[str, Triple]:
+def masters_of(checkpoint: Checkpoint) -> dict[str, AdapterFactors]:
     """P, λ and Q of every matrix, fp32, by the matrices' names."""
     masters: dict[str, Tensor] = {}
     for label, value in checkpoint.tensors():
@@ -45,6 +45,6 @@ def masters_of(checkpoint: Checkpoint) -> dict[str, Triple]:
         if key == "master":
             masters[parameter] = value
     return {
-        name: Triple(masters[f"{name}.P"], masters[f"{name}.lam"], masters[f"{name}.Q"])
+        name: AdapterFactors(masters[f"{name}.P"], masters[f"{name}.lam"], masters[f"{name}.Q"])
         for name in checkpoint.ranks
     }

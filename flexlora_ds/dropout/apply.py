@@ -2,7 +2,7 @@
 
 A written mask takes a dozen passes over memory for every linear layer: a tenth of a step on a CPU, on a GPU more than
 the adapter itself. So a CPU has a pass in C (`flexlora_ds.dropout.cpu_kernel`), and a GPU one in Triton. Each is
-tried once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
+verified once against the written mask, which serves wherever it fails, on devices of other kinds, and as the reference.
 """
 
 from __future__ import annotations
@@ -44,43 +44,43 @@ FUSED_ON = ("cpu", "cuda")
 class Masking:
     """A mask [rows, features] for one pass over one layer, written once."""
 
-    def __init__(self, drop: Drop, features: int, dtype: torch.dtype) -> None:
+    def __init__(self, drop: SeededDropout, features: int, dtype: torch.dtype) -> None:
         self.mask = drop.mask(features, dtype)
 
-    def kept(self, values: Tensor) -> Tensor:
+    def apply(self, values: Tensor) -> Tensor:
         """values ⊙ mask, a new tensor."""
         return values * self.mask
 
-    def keep_(self, values: Tensor) -> Tensor:
+    def apply_(self, values: Tensor) -> Tensor:
         """values ⊙ mask; `values` may be overwritten."""
         return values.mul_(self.mask)
 
-    def kept_last(self, values: Tensor) -> Tensor:
-        """As `kept`, where the mask is not needed again: it becomes the result."""
+    def apply_last(self, values: Tensor) -> Tensor:
+        """As `apply`, where the mask is not needed again: it becomes the result."""
         return self.mask.mul_(values)
 
 
 class FusedMasking:
     """The same without a mask: every call computes its bits anew."""
 
-    def __init__(self, drop: Drop, kernel: Kernel) -> None:
+    def __init__(self, drop: SeededDropout, kernel: Kernel) -> None:
         keys = drop.row_keys
         key = key_of(drop.matrix_key, keys.device)
         self.kernel, self.of_rows = kernel, (keys, key, *split_rate(drop.p))
 
-    def kept(self, values: Tensor) -> Tensor:
+    def apply(self, values: Tensor) -> Tensor:
         """values ⊙ mask, a new tensor."""
         return self.kernel(values, *self.of_rows)
 
-    kept_last = kept
+    apply_last = apply
 
-    def keep_(self, values: Tensor) -> Tensor:
+    def apply_(self, values: Tensor) -> Tensor:
         """values ⊙ mask; `values` may be overwritten."""
         return self.kernel(values, *self.of_rows, out=values)
 
 
 @dataclass(frozen=True)
-class Drop:
+class SeededDropout:
     """Which elements of x the update does not see: those that `keep_mask` of these values drops."""
 
     row_keys: Tensor
@@ -114,8 +114,8 @@ def dropped_on_host(values: Tensor, row_keys: Tensor, matrix_key: Tensor, p: flo
     Left to itself it writes C++ in which the hash's products may not overflow, and other elements are dropped (torch
     2.13, gcc 12). `matrix_key` is int64 [1].
     """
-    drop = Drop(row_keys, int(matrix_key), p)
-    return drop.masking(values.shape[-1], values.dtype).kept(values)
+    drop = SeededDropout(row_keys, int(matrix_key), p)
+    return drop.masking(values.shape[-1], values.dtype).apply(values)
 
 
 @dropped_on_host.register_fake
@@ -159,8 +159,8 @@ def key_of(matrix_key: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def fused_kernel(device: torch.device) -> Kernel | None:
-    """The kernel of a device, made and tried at the first call; None, with a warning, where it cannot be used."""
-    return tried(HostKernel if device.type == "cpu" else triton_kernel, device)
+    """The kernel of a device, made and verified at the first call; None, with a warning, where it cannot be used."""
+    return verified_kernel(HostKernel if device.type == "cpu" else triton_kernel, device)
 
 
 def triton_kernel() -> Kernel:
@@ -183,13 +183,13 @@ def torch_kernel() -> Kernel:
     return kernel
 
 
-def tried(make: Callable[[], Kernel], device: torch.device) -> Kernel | None:
+def verified_kernel(make: Callable[[], Kernel], device: torch.device) -> Kernel | None:
     """The kernel that `make` gives; None, with a warning, where that fails or drops other elements than the mask."""
-    drop = Drop(torch.arange(7, device=device) - 3, 11, 0.25)
+    drop = SeededDropout(torch.arange(7, device=device) - 3, 11, 0.25)
     values = torch.ones(7, 30, device=device)
     try:
         kernel = make()
-        found = FusedMasking(drop, kernel).kept(values)
+        found = FusedMasking(drop, kernel).apply(values)
     except Exception as error:  # a compiler's own, of many kinds; what it was is said
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no text'}"
     else:

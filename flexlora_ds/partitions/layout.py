@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from flexlora_ds.errors import UserError
-from flexlora_ds.partitions.shards import MASTER, Cut, Piece, Shards, split_state
+from flexlora_ds.partitions.shards import MASTER, Piece, Shards, SliceBounds, split_state
 
 
 def stage_of(engine: Any) -> int:
@@ -78,61 +78,65 @@ def live_shards(engine: Any) -> Shards:
 def _replicated(engine: Any, device: torch.device) -> Shards:
     wrapper = engine.optimizer
     fp32 = wrapper is engine.basic_optimizer
-    flats: list[dict[str, Tensor]] = []
+    flat_tensors: list[dict[str, Tensor]] = []
     scalars, pieces, shapes = [], {}, {}
     masters = [p for g in engine.basic_optimizer.param_groups for p in g["params"]]
     originals = [p for group in trainable_groups(engine) for p in group]
     for p, master in zip(originals, masters, strict=True):
         elements, rest = split_state(engine.basic_optimizer.state.get(master, {}), master)
-        pieces[p] = Piece(len(flats), 0, 0, master.numel(), Cut(0, master.numel(), master.numel()))
+        pieces[p] = Piece(
+            len(flat_tensors), 0, 0, master.numel(), SliceBounds(0, master.numel(), master.numel())
+        )
         shapes[p] = tuple(master.shape)
-        flats.append({MASTER: master.data.view(-1), **{k: v.view(-1) for k, v in elements.items()}})
+        flat_tensors.append({MASTER: master.data.view(-1), **{k: v.view(-1) for k, v in elements.items()}})
         scalars.append(rest)
-    return Shards(flats, scalars, pieces, shapes, device, replicated=True, masters_are_parameters=fp32)
+    return Shards(flat_tensors, scalars, pieces, shapes, device, replicated=True, masters_are_parameters=fp32)
 
 
 def _flat_groups(wrapper: Any, device: torch.device) -> Shards:
-    flats: list[dict[str, Tensor]] = []
+    flat_tensors: list[dict[str, Tensor]] = []
     scalars, pieces, shapes = [], {}, {}
     group = wrapper.real_dp_process_group[0]
     world, rank = comm.get_world_size(group=group), comm.get_rank(group=group)
     for i, master in enumerate(wrapper.single_partition_of_fp32_groups):
         elements, rest = split_state(wrapper.optimizer.state.get(master, {}), master)
-        flats.append({MASTER: master.data, **elements})
+        flat_tensors.append({MASTER: master.data, **elements})
         scalars.append(rest)
         width = master.numel()
         for p, begin in zip(
             wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i], strict=True
         ):
-            cut = Cut(begin, p.numel(), width)
-            start, length = cut.run(rank)
-            pieces[p] = Piece(i, begin + start - rank * width if length else 0, start, length, cut)
+            bounds = SliceBounds(begin, p.numel(), width)
+            start, length = bounds.run(rank)
+            pieces[p] = Piece(i, begin + start - rank * width if length else 0, start, length, bounds)
             shapes[p] = tuple(p.shape)
-    return Shards(flats, scalars, pieces, shapes, device, group, world, rank)
+    return Shards(flat_tensors, scalars, pieces, shapes, device, group, world, rank)
 
 
 def _partitioned(wrapper: Any, device: torch.device) -> Shards:
-    flats: list[dict[str, Tensor]] = []
+    flat_tensors: list[dict[str, Tensor]] = []
     scalars, pieces, shapes, low_precision = [], {}, {}, {}
     group, world, rank = None, 1, 0
     for i, master in enumerate(wrapper.fp32_partitioned_groups_flat):
         elements, rest = split_state(wrapper.optimizer.state.get(master, {}), master)
-        flats.append({MASTER: master.data, **elements})
+        flat_tensors.append({MASTER: master.data, **elements})
         scalars.append(rest)
         group = wrapper.sub_group_process_groups[i]  # DeepSpeed asserts that a sub-group has one
         world, rank = comm.get_world_size(group=group), comm.get_rank(group=group)
         for p in wrapper.fp16_groups[i]:
             flat, offset, padded = wrapper.grad_position[wrapper.get_param_id(p)]
             assert flat == i, "ZeRO-3 keeps a parameter's gradient in its own sub-group"
-            cut = Cut(0, p.ds_numel, padded)
-            pieces[p] = Piece(i, offset, *cut.run(rank), cut)
+            bounds = SliceBounds(0, p.ds_numel, padded)
+            pieces[p] = Piece(i, offset, *bounds.run(rank), bounds)
             shapes[p] = tuple(p.ds_shape)
             low_precision[p] = p.ds_tensor.data.view(-1)
-    return Shards(flats, scalars, pieces, shapes, device, group, world, rank, low_precision=low_precision)
+    return Shards(
+        flat_tensors, scalars, pieces, shapes, device, group, world, rank, low_precision=low_precision
+    )
 
 
 def flat_masters(engine: Any) -> list[Tensor]:
-    """The tensors that the torch optimizer updates, in the order of `Shards.flats`."""
+    """The tensors that the torch optimizer updates, in the order of `Shards.flat_tensors`."""
     wrapper, stage = engine.optimizer, stage_of(engine)
     if stage == 0:
         return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]

@@ -23,7 +23,7 @@ BUCKET_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Cut:
+class SliceBounds:
     """How `numel` elements are shared out: process k holds those of its slice, [k · width, (k + 1) · width).
 
     The elements begin at `begin` of what is sliced (the flat group at stages 1 and 2, the parameter itself at stage 3).
@@ -48,19 +48,19 @@ class Piece:
     offset: int
     start: int
     length: int
-    cut: Cut
+    bounds: SliceBounds
 
 
 @dataclass
 class Shards:
     """The training state that this process holds, and how to make whole tensors of it.
 
-    `flats`: one dict per flat tensor, key -> 1-d fp32 tensor; `scalars`: per flat, the state that is not per element
-    (the step); `pieces`, `shapes`: by parameter; `rank`: this process within `group`; `replicated`: every process holds
-    everything.
+    `flat_tensors`: one dict per flat tensor, key -> 1-d fp32 tensor; `scalars`: per flat tensor, the state that is not
+    per element (the step); `pieces`, `shapes`: by parameter; `rank`: this process within `group`; `replicated`: every
+    process holds everything.
     """
 
-    flats: list[dict[str, Tensor]]
+    flat_tensors: list[dict[str, Tensor]]
     scalars: list[dict[str, Any]]
     pieces: dict[nn.Parameter, Piece]
     shapes: dict[nn.Parameter, tuple[int, ...]]
@@ -75,13 +75,13 @@ class Shards:
     @property
     def keys(self) -> list[str]:
         """The master's key first, then the optimizer's per-element states; the same on every process."""
-        names = {key for flat in self.flats for key in flat}
+        names = {key for flat in self.flat_tensors for key in flat}
         return [MASTER, *sorted(names - {MASTER})]
 
     def local(self, p: nn.Parameter, key: str) -> Tensor:
         """This process's piece of a parameter's state, a 1-d view."""
         piece = self.pieces[p]
-        return self.flats[piece.flat][key].narrow(0, piece.offset, piece.length)
+        return self.flat_tensors[piece.flat][key].narrow(0, piece.offset, piece.length)
 
     def read(self, params: Iterable[nn.Parameter], key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Whole tensors of one key, bucket by bucket; collective: every process asks for the same parameters.
@@ -94,7 +94,7 @@ class Shards:
                 for p in bucket:
                     yield p, self.local(p, key).view(self.shapes[p]).to(self.device)
                 continue
-            held = [[self.pieces[p].cut.run(k)[1] for p in bucket] for k in range(self.world_size)]
+            held = [[self.pieces[p].bounds.run(k)[1] for p in bucket] for k in range(self.world_size)]
             totals = [sum(lengths) for lengths in held]
             # On the wire a gather pads every process's share to the largest, a sum moves the whole twice.
             gather = self.world_size * max(totals) <= 2 * sum(totals)

@@ -47,7 +47,7 @@ def write_back(engine: Any, edits: Mapping[nn.Parameter, Edit], old: Shards) -> 
 
 def _stays(old: Shards, new: Shards, p: nn.Parameter) -> bool:
     """Whether every process holds the same elements of a parameter as before."""
-    one, other = old.pieces[p].cut, new.pieces[p].cut
+    one, other = old.pieces[p].bounds, new.pieces[p].bounds
     return one == other or all(one.run(k) == other.run(k) for k in range(old.world_size))
 
 
@@ -61,8 +61,8 @@ class _Run:
 
     def copy(self, old: Shards, new: Shards, key: str) -> None:
         """Copy one key's elements."""
-        source = old.flats[self.source.flat][key].narrow(0, self.source.offset, self.length)
-        target = new.flats[self.target.flat][key].narrow(0, self.target.offset, self.length)
+        source = old.flat_tensors[self.source.flat][key].narrow(0, self.source.offset, self.length)
+        target = new.flat_tensors[self.target.flat][key].narrow(0, self.target.offset, self.length)
         if source.data_ptr() != target.data_ptr():
             target.copy_(source)
 

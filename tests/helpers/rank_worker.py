@@ -88,7 +88,7 @@ def empty_plans(case: dict[str, Any]) -> dict[str, list[float]]:
 @torch.no_grad()
 def _lose(engine: Any, variant: str) -> None:
     shards = live_shards(engine)
-    for flat, scalars in zip(shards.flats, shards.scalars, strict=True):
+    for flat, scalars in zip(shards.flat_tensors, shards.scalars, strict=True):
         if variant == "without moments":
             flat["exp_avg"].zero_()
             flat["exp_avg_sq"].zero_()

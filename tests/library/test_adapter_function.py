@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter.function import adapted_linear
 from flexlora_ds.adapter.layer import forward_context
-from flexlora_ds.dropout.apply import Drop
+from flexlora_ds.dropout.apply import SeededDropout
 from flexlora_ds.dropout.mask import keep_mask
 from tests.helpers import tiny
 from tests.helpers.adapted_layers import adapted_layer, output_and_gradients, seeded_normal
@@ -38,11 +38,11 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     }
 
 
-def drop(p: float = 0.4) -> Drop:
-    return Drop(torch.arange(50, 50 + ROWS), 9, p)
+def drop(p: float = 0.4) -> SeededDropout:
+    return SeededDropout(torch.arange(50, 50 + ROWS), 9, p)
 
 
-def dense(t: dict[str, Tensor], dropped: Drop | None) -> Tensor:
+def dense(t: dict[str, Tensor], dropped: SeededDropout | None) -> Tensor:
     """The formula with the whole update formed."""
     x = t["x"] if dropped is None else t["x"] * keep_mask(dropped.row_keys, 9, IN, dropped.p).view(2, 3, IN)
     update = SCALE * t["P"] @ torch.diag(t["lam"]) @ t["Q"]
@@ -56,7 +56,9 @@ def dense(t: dict[str, Tensor], dropped: Drop | None) -> Tensor:
     [("x", "P", "lam", "Q"), ("P", "lam", "Q"), ("x",), ("x", "P"), ("lam",), ("x", "Q")],
     ids=" ".join,
 )
-def test_gradients_are_numerical_ones(trained: tuple[str, ...], bias: bool, dropped: Drop | None) -> None:
+def test_gradients_are_numerical_ones(
+    trained: tuple[str, ...], bias: bool, dropped: SeededDropout | None
+) -> None:
     given = inputs()
     free = {name: given[name].requires_grad_() for name in trained}
 

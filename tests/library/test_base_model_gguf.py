@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
-from flexlora_ds.export import Triple, export_merged, read_peft_adapter, write_peft_adapter
+from flexlora_ds.export import AdapterFactors, export_merged, read_peft_adapter, write_peft_adapter
 from tests.helpers.tiny import tiny_llama
 from tests.helpers.tiny_gguf import write_gguf
 
@@ -44,7 +44,7 @@ def test_training_on_a_gguf_merges_into_a_plain_model(file: Path, tmp_path: Path
         layer.lam.data.fill_(0.7)
     with torch.no_grad():
         expected = model(IDS).logits
-    matrices = {n: Triple(m.P.data, m.lam.data, m.Q.data) for n, m in adapters(model).items()}
+    matrices = {n: AdapterFactors(m.P.data, m.lam.data, m.Q.data) for n, m in adapters(model).items()}
     write_peft_adapter(tmp_path / "adapter", matrices, config, str(file))
     check = export_merged(read_peft_adapter(tmp_path / "adapter"), tmp_path / "merged")
     assert check.figure <= 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.adapter.layer import AdaptedLinear
-from flexlora_ds.directions import MASTER, SMALL_LAMBDA, matrix_edits, weakest
+from flexlora_ds.directions import MASTER, SMALL_LAMBDA, matrix_edits, smallest_directions
 
 OUT, IN, RANK = 40, 24, 5
 LAWS = ("zero_impact", "small", "zero", "orthogonal")
@@ -203,10 +203,10 @@ def test_edits_keep_the_dtype_of_what_they_edit() -> None:
 def test_the_weakest_direction_is_the_smallest_not_the_most_negative() -> None:
     lam = torch.tensor([0.5, -0.9, -0.1, 0.3])
     everyone = [True] * 4
-    assert weakest(lam, 1, everyone) == [2]
-    assert weakest(lam, 3, everyone) == [2, 3, 0]
-    assert weakest(lam, 1, [True, True, False, True]) == [3]
-    assert weakest(lam, 1, [False] * 4) == []
+    assert smallest_directions(lam, 1, everyone) == [2]
+    assert smallest_directions(lam, 3, everyone) == [2, 3, 0]
+    assert smallest_directions(lam, 1, [True, True, False, True]) == [3]
+    assert smallest_directions(lam, 1, [False] * 4) == []
 
 
 @given(
@@ -220,7 +220,7 @@ def test_the_weakest_direction_is_the_smallest_not_the_most_negative() -> None:
 )
 def test_no_direction_left_is_weaker_than_one_that_goes(case: tuple[list[float], int, list[bool]]) -> None:
     values, count, mature = case
-    gone = weakest(torch.tensor(values), count, mature)
+    gone = smallest_directions(torch.tensor(values), count, mature)
     left = [i for i, old in enumerate(mature) if old and i not in gone]
     assert len(gone) == len(set(gone)) == min(count, sum(mature))
     assert all(mature[i] for i in gone)

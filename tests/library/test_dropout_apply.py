@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from flexlora_ds.dropout import apply
-from flexlora_ds.dropout.apply import Drop, FusedMasking, Kernel, Masking, fused_kernel, torch_kernel, tried
+from flexlora_ds.dropout.apply import (
+    FusedMasking,
+    Kernel,
+    Masking,
+    SeededDropout,
+    fused_kernel,
+    torch_kernel,
+    verified_kernel,
+)
 from flexlora_ds.dropout.cpu_kernel import ELEMENTS_PER_THREAD, HostKernel
 from tests.helpers.adapted_layers import adapted_layer, output_and_gradients, seeded_normal
 
@@ -22,7 +30,7 @@ def test_a_layer_computes_the_same_either_way(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], Kernel]
 ) -> None:
     """Output and gradients, in two precisions, under autocast, for other numbers of rows."""
-    kernel = tried(make, CPU)
+    kernel = verified_kernel(make, CPU)
     assert kernel is not None
     monkeypatch.setattr(apply, "fused_kernel", lambda device: kernel)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -50,25 +58,27 @@ def kernel() -> HostKernel:
 def test_the_pass_in_c_drops_what_the_mask_drops(kernel: HostKernel, dtype: torch.dtype, p: float) -> None:
     keys = torch.randint(-(2**62), 2**62, (331,), generator=torch.Generator().manual_seed(0))
     for rows, features in ((331, 997), (3, 1), (1, 4096), (0, 8), (100, 30)):
-        drop, values = Drop(keys[:rows], -(2**63), p), seeded_normal(rows, features, dtype=dtype)
-        kept = FusedMasking(drop, kernel).kept(values)
+        drop, values = SeededDropout(keys[:rows], -(2**63), p), seeded_normal(rows, features, dtype=dtype)
+        kept = FusedMasking(drop, kernel).apply(values)
         assert kept.dtype == dtype
         assert torch.equal(kept, values * drop.mask(features, dtype))
         place = values.data_ptr()
-        there = FusedMasking(drop, kernel).keep_(values)
+        there = FusedMasking(drop, kernel).apply_(values)
         assert there.data_ptr() == place
         assert torch.equal(there, kept)
 
 
 def test_threads_and_strides_change_no_bit(kernel: HostKernel) -> None:
     keys = torch.arange(4 * ELEMENTS_PER_THREAD // 64)
-    drop, values = Drop(keys.repeat_interleave(2)[::2], 5, 0.3), seeded_normal(64, len(keys)).t()
+    drop, values = SeededDropout(keys.repeat_interleave(2)[::2], 5, 0.3), seeded_normal(64, len(keys)).t()
     threads = torch.get_num_threads()
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            assert torch.equal(FusedMasking(drop, kernel).kept(values), values * drop.mask(64, torch.float32))
-            kept = FusedMasking(drop, kernel).keep_(values.clone(memory_format=torch.preserve_format))
+            assert torch.equal(
+                FusedMasking(drop, kernel).apply(values), values * drop.mask(64, torch.float32)
+            )
+            kept = FusedMasking(drop, kernel).apply_(values.clone(memory_format=torch.preserve_format))
             assert torch.equal(kept, values * drop.mask(64, torch.float32))
     finally:
         torch.set_num_threads(threads)
@@ -89,8 +99,10 @@ def results_without_dropout(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def test_a_cpu_has_a_kernel_and_another_device_writes_the_mask() -> None:
     assert isinstance(fused_kernel(CPU), HostKernel)
-    assert isinstance(Drop(torch.arange(4), 3, 0.5).masking(8, torch.float32), FusedMasking)
-    assert isinstance(Drop(torch.arange(4, device="meta"), 3, 0.5).masking(8, torch.float32), Masking)
+    assert isinstance(SeededDropout(torch.arange(4), 3, 0.5).masking(8, torch.float32), FusedMasking)
+    assert isinstance(
+        SeededDropout(torch.arange(4, device="meta"), 3, 0.5).masking(8, torch.float32), Masking
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +121,7 @@ def test_without_a_c_compiler_the_mask_is_written(
     with pytest.warns(UserWarning, match=f"^dropout without a fused kernel, which is slower: cpu: {reason}$"):
         assert fused_kernel.__wrapped__(CPU) is None
     monkeypatch.setattr(apply, "fused_kernel", lambda device: None)
-    assert isinstance(Drop(torch.arange(4), 3, 0.5).masking(8, torch.float32), Masking)
+    assert isinstance(SeededDropout(torch.arange(4), 3, 0.5).masking(8, torch.float32), Masking)
 
 
 def no_compiler() -> Kernel:
@@ -128,14 +140,14 @@ def test_a_kernel_that_fails_or_drops_other_elements_is_not_used(
     make: Callable[[], Kernel], reason: str
 ) -> None:
     with pytest.warns(UserWarning, match=f"slower: cpu: {reason}$"):
-        assert tried(make, CPU) is None
+        assert verified_kernel(make, CPU) is None
 
 
 @pytest.mark.gpu
 def test_a_gpu_computes_it_in_one_kernel_with_the_bits_of_a_cpu() -> None:
     keys = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
     values = seeded_normal(64, 4096, dtype=torch.bfloat16)
-    fused = Drop(keys.cuda(), 77, 0.05).masking(4096, torch.bfloat16)
+    fused = SeededDropout(keys.cuda(), 77, 0.05).masking(4096, torch.bfloat16)
     assert isinstance(fused, FusedMasking)
-    written = Drop(keys, 77, 0.05).masking(4096, torch.bfloat16)
-    assert torch.equal(fused.kept(values.cuda()).cpu(), written.kept(values))
+    written = SeededDropout(keys, 77, 0.05).masking(4096, torch.bfloat16)
+    assert torch.equal(fused.apply(values.cuda()).cpu(), written.apply(values))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
 from flexlora_ds.errors import RunError
 from flexlora_ds.export import (
-    Triple,
+    AdapterFactors,
     export_merged,
     export_uniform,
     main,
@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"))
 
 
-def train_in_pretence(model: nn.Module) -> dict[str, Triple]:
+def train_in_pretence(model: nn.Module) -> dict[str, AdapterFactors]:
     """Give every adapter a rank of its own (1 to 7) and non-zero λ, as training and rank changes would."""
     inject_adapters(model, CONFIG)
     rng = torch.Generator().manual_seed(1)
@@ -53,11 +53,11 @@ def train_in_pretence(model: nn.Module) -> dict[str, Triple]:
         layer.P.data = torch.randn(layer.out_features, rank, generator=rng) / 6
         layer.lam.data = torch.randn(rank, generator=rng)
         layer.Q.data = torch.randn(rank, layer.in_features, generator=rng) / 6
-    return {n: Triple(m.P.data, m.lam.data, m.Q.data) for n, m in adapters(model).items()}
+    return {n: AdapterFactors(m.P.data, m.lam.data, m.Q.data) for n, m in adapters(model).items()}
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path) -> tuple[dict[str, Triple], Tensor]:
+def trained(base: Path) -> tuple[dict[str, AdapterFactors], Tensor]:
     """The matrices of a trained model, and its logits."""
     model = AutoModelForCausalLM.from_pretrained(base)
     matrices = train_in_pretence(model)
@@ -65,7 +65,7 @@ def trained(base: Path) -> tuple[dict[str, Triple], Tensor]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, base: Path, trained: tuple[dict[str, Triple], Tensor]) -> Path:
+def run(tmp_path: Path, base: Path, trained: tuple[dict[str, AdapterFactors], Tensor]) -> Path:
     folder = tmp_path / "run"
     extra = {"made": "in a test"}
     write_peft_adapter(folder / "adapter", trained[0], CONFIG, str(base), extra=extra, prompt="llm_adapters")
@@ -87,7 +87,7 @@ def error_of(actual: Tensor, expected: Tensor) -> float:
 
 
 def test_peft_gives_the_training_models_logits(
-    base: Path, run: Path, trained: tuple[dict[str, Triple], Tensor]
+    base: Path, run: Path, trained: tuple[dict[str, AdapterFactors], Tensor]
 ) -> None:
     expected = trained[1]
     assert error_of(logits(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.05
@@ -95,7 +95,7 @@ def test_peft_gives_the_training_models_logits(
 
 
 def test_peft_takes_exactly_the_adapted_matrices_at_their_ranks(
-    base: Path, run: Path, trained: tuple[dict[str, Triple], Tensor], recwarn: pytest.WarningsRecorder
+    base: Path, run: Path, trained: tuple[dict[str, AdapterFactors], Tensor], recwarn: pytest.WarningsRecorder
 ) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
     found = {
@@ -118,7 +118,9 @@ def test_pattern_keys_mean_one_module_each(run: Path) -> None:
             assert not hits or (exists and re.fullmatch(hits[0], other))
 
 
-def test_reading_back_gives_the_same_update(run: Path, trained: tuple[dict[str, Triple], Tensor]) -> None:
+def test_reading_back_gives_the_same_update(
+    run: Path, trained: tuple[dict[str, AdapterFactors], Tensor]
+) -> None:
     adapter = read_peft_adapter(run / "adapter")
     assert list(adapter.matrices) and set(adapter.matrices) == set(trained[0])
     for name, m in trained[0].items():
@@ -145,7 +147,7 @@ def test_adapters_that_peft_trained_are_read_with_their_patterns(base: Path, tmp
 
 
 def test_an_interrupted_write_leaves_the_old_adapter(
-    run: Path, trained: tuple[dict[str, Triple], Tensor], monkeypatch: pytest.MonkeyPatch
+    run: Path, trained: tuple[dict[str, AdapterFactors], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {file.name: file.read_bytes() for file in (run / "adapter").iterdir()}
 
@@ -160,7 +162,7 @@ def test_an_interrupted_write_leaves_the_old_adapter(
 
 
 def test_uniform_ranks_need_no_pattern(
-    base: Path, run: Path, tmp_path: Path, trained: tuple[dict[str, Triple], Tensor]
+    base: Path, run: Path, tmp_path: Path, trained: tuple[dict[str, AdapterFactors], Tensor]
 ) -> None:
     out = tmp_path / "uniform"
     export_uniform(read_peft_adapter(run / "adapter"), out)
@@ -175,7 +177,7 @@ def test_uniform_ranks_need_no_pattern(
 
 
 def test_merged_model_has_the_logits_and_needs_neither_adapter_nor_base(
-    run: Path, tmp_path: Path, trained: tuple[dict[str, Triple], Tensor]
+    run: Path, tmp_path: Path, trained: tuple[dict[str, AdapterFactors], Tensor]
 ) -> None:
     check = export_merged(read_peft_adapter(run / "adapter"), tmp_path / "merged")
     assert check.figure <= 1

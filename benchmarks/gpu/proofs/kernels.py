@@ -42,7 +42,7 @@ def short(dtype: torch.dtype) -> str:
 
 def dropout_bits(conditions: Conditions) -> tuple[bool, str]:
     """Several shapes, rates and precisions; out of place and in place."""
-    from flexlora_ds.dropout.apply import Drop, FusedMasking
+    from flexlora_ds.dropout.apply import FusedMasking, SeededDropout
 
     device, rng = conditions.device, torch.Generator().manual_seed(0)
     keys = torch.randint(-(2**62), 2**62, (2048,), generator=rng)
@@ -52,16 +52,16 @@ def dropout_bits(conditions: Conditions) -> tuple[bool, str]:
         for dtype in (torch.float32, torch.bfloat16):
             for rows, features in shapes:
                 values = torch.randn(rows, features, generator=rng).to(dtype)
-                drop = Drop(keys[:rows].to(device), -(2**63) + 77, p)
+                drop = SeededDropout(keys[:rows].to(device), -(2**63) + 77, p)
                 fused = drop.masking(features, dtype)
                 if not isinstance(fused, FusedMasking):
                     return False, "there is no compiled kernel; the warning above says why"
-                expected = values * Drop(keys[:rows], drop.matrix_key, p).mask(features, dtype)
+                expected = values * SeededDropout(keys[:rows], drop.matrix_key, p).mask(features, dtype)
                 here = values.to(device)
                 found = {
-                    "kernel": fused.kept(here),
+                    "kernel": fused.apply(here),
                     "written mask": here * drop.mask(features, dtype),
-                    "kernel in place": fused.keep_(here.clone()),
+                    "kernel in place": fused.apply_(here.clone()),
                 }
                 compared += rows * features
                 wrong += [
