@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.allocation import RankPlan, plan_ranks
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.directions import TensorEdit, matrix_edits, smallest_directions
-from flexlora_ds.importance import exact_spectrum, not_expandable, score_matrices, spectrum_error
+from flexlora_ds.importance import not_expandable, score_matrices, spectrum_error
+from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
 from flexlora_ds.rank_change import RankChange
-from flexlora_ds.rank_warnings import PruneWatch, warnings_of
+from flexlora_ds.rank_warnings import Limits, PruneWatch, warnings_of
 from flexlora_ds.schedule import adjustment_size, resolve_calendar
-from flexlora_ds.spectra import Grams, orthogonalise, read_grams, read_lambdas, read_sensitivities
+from flexlora_ds.spectra import Grams, MatrixView, read_grams, read_matrices
 
 Validate = Callable[[], float]
 
@@ -45,9 +45,8 @@ class RankController:
         self.total_steps = total_steps
         self.validate = validate
         self.layers: dict[str, AdaptedLinear] = adapters(engine.module)
-        self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
         context = forward_context(engine.module)
-        resolve_calendar(total_steps, config)
+        self.interval = resolve_calendar(total_steps, config).interval
         forget_construction(engine)
         live_shards(engine)
         if config.orth_form != "decoupled":
@@ -61,6 +60,11 @@ class RankController:
         self._skipped = int(engine.skipped_steps)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every matrix, in module order."""
+        return {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
+
+    @property
     def ranks(self) -> dict[str, int]:
         """The current rank of every matrix, in module order."""
         return {name: layer.rank for name, layer in self.layers.items()}
@@ -72,7 +76,10 @@ class RankController:
 
     def trainable_parameters(self, *, with_lambda: bool = True) -> int:
         """Σ r · (in + out), plus r for λ."""
-        return sum(layer.rank * (sum(self.shapes[n]) + with_lambda) for n, layer in self.layers.items())
+        return sum(
+            layer.rank * (layer.out_features + layer.in_features + with_lambda)
+            for layer in self.layers.values()
+        )
 
     def after_step(self, step: int) -> RankChange | None:
         """Regularise, and change ranks if a change is due after `step` (counted from 1); collective.
@@ -104,28 +111,21 @@ class RankController:
     def _change(self, step: int, size: int, grams: Mapping[str, Grams] | None = None) -> RankChange:
         """`grams`: those of the masters as they are now, where they are known already."""
         started = time.perf_counter()
-        shards = live_shards(self.engine)
-        lambdas = read_lambdas(shards, self.layers)
-        grams = grams or read_grams(shards, self.layers)
-        exact = {n: exact_spectrum(grams[n].p, grams[n].q, lam) for n, lam in lambdas.items()}
-        mature = {n: self._mature(n) for n in self.layers}
-        scores = self._scores(shards, step, lambdas, grams, mature)
-        plan = plan_ranks(
-            scores,
-            self.ranks,
-            size,
-            self.config,
-            self.shapes,
-            limit=self.parameter_limit,
-            not_prunable=[n for n, m in mature.items() if not any(m)],
-            not_expandable=not_expandable(lambdas, self.config),
+        matrices = read_matrices(
+            live_shards(self.engine),
+            self.layers,
+            {name: self._mature(name) for name in self.layers},
+            grams=grams,
+            with_sensitivity=self.config.importance == "sensitivity",
         )
-        before = self._timed_validation(plan)
-        ages = self._apply(step, plan, lambdas, mature)
-        after = self._timed_validation(plan)
+        error = max(spectrum_error(matrix.lam, matrix.exact) for matrix in matrices.values())
+        scores = self._scores(step, matrices)
+        plan = self._plan(size, scores, matrices)
+        loss_before, seconds_before = self._timed_validation(plan)
+        ages = self._apply(step, plan, matrices)
+        loss_after, seconds_after = self._timed_validation(plan)
         self.changes += 1
-        losses = (before[0], after[0])
-        return RankChange(
+        change = RankChange(
             step=step,
             adjust_size=size,
             importance=scores,
@@ -136,12 +136,13 @@ class RankController:
             ranks=self.ranks,
             total_rank=self.total_rank,
             trainable_params=self.trainable_parameters(),
-            loss_before=losses[0],
-            loss_after=losses[1],
-            spectrum_error=max(spectrum_error(lam, exact[n]) for n, lam in lambdas.items()),
-            seconds=time.perf_counter() - started - before[1] - after[1],
-            warnings=warnings_of(self, step, ages, losses),
+            loss_before=loss_before,
+            loss_after=loss_after,
+            spectrum_error=error,
+            seconds=time.perf_counter() - started - seconds_before - seconds_after,
         )
+        limits = Limits(self.initial_total_rank, self.parameter_limit, self.interval)
+        return replace(change, warnings=warnings_of(change, self.config, limits, self.watch))
 
     def _timed_validation(self, plan: RankPlan) -> tuple[float | None, float]:
         if self.validate is None or plan.empty:
@@ -149,38 +150,35 @@ class RankController:
         started = time.perf_counter()
         return self.validate(), time.perf_counter() - started
 
-    def _scores(
-        self,
-        shards: Any,
-        step: int,
-        lambdas: dict[str, Tensor],
-        grams: Mapping[str, Grams],
-        mature: dict[str, list[bool]],
-    ) -> dict[str, float]:
-        if self.config.spectrum == "exact":
-            spectra = {}
-            for n, lam in lambdas.items():
-                keep = torch.tensor(mature[n])
-                spectra[n] = exact_spectrum(grams[n].p[keep][:, keep], grams[n].q[keep][:, keep], lam[keep])
-            masks = None
-        else:
-            spectra, masks = lambdas, {n: torch.tensor(m) for n, m in mature.items()}
-        sensitive = self.config.importance == "sensitivity"
+    def _scores(self, step: int, matrices: Mapping[str, MatrixView]) -> dict[str, float]:
+        exact, sensitive = self.config.spectrum == "exact", self.config.importance == "sensitivity"
         return score_matrices(
-            spectra,
+            {name: matrix.mature_exact() if exact else matrix.lam for name, matrix in matrices.items()},
             self.config,
-            mature=masks,
-            sensitivity=read_sensitivities(shards, self.layers) if sensitive else None,
+            mature=None if exact else {name: matrix.mature for name, matrix in matrices.items()},
+            sensitivity={n: m.sensitivity for n, m in matrices.items() if m.sensitivity is not None}
+            if sensitive
+            else None,
             step=step,
+        )
+
+    def _plan(self, size: int, scores: dict[str, float], matrices: Mapping[str, MatrixView]) -> RankPlan:
+        return plan_ranks(
+            scores,
+            self.ranks,
+            size,
+            self.config,
+            self.shapes,
+            limit=self.parameter_limit,
+            not_prunable=[name for name, matrix in matrices.items() if not matrix.mature.any()],
+            not_expandable=not_expandable({name: m.lam for name, m in matrices.items()}, self.config),
         )
 
     def _mature(self, name: str) -> list[bool]:
         """Which directions are at least `grace` changes old; those there from the start always are."""
         return [born == 0 or self.changes - change >= self.config.grace for born, change in self.births[name]]
 
-    def _apply(
-        self, step: int, plan: RankPlan, lambdas: dict[str, Tensor], mature: dict[str, list[bool]]
-    ) -> list[int]:
+    def _apply(self, step: int, plan: RankPlan, matrices: Mapping[str, MatrixView]) -> list[int]:
         """Resize what the plan names; returns the ages in steps of the pruned directions."""
         if plan.empty:
             return []
@@ -188,8 +186,9 @@ class RankController:
         ages = []
         births = dict(self.births)
         for name in (*plan.pruned, *plan.expanded):
-            gone = smallest_directions(lambdas[name], 1, mature[name]) if name in plan.pruned else []
-            keep = [i for i in range(len(lambdas[name])) if i not in gone]
+            lam, mature = matrices[name].lam, matrices[name].mature.tolist()
+            gone = smallest_directions(lam, 1, mature) if name in plan.pruned else []
+            keep = [i for i in range(len(lam)) if i not in gone]
             added = int(name in plan.expanded)
             ages += [step - births[name][i][0] for i in gone]
             births[name] = [births[name][i] for i in keep] + [(step, self.changes + 1)] * added

@@ -84,13 +84,13 @@ def score_matrices(
     scores: dict[str, float | None] = {}
     for name, spectrum in spectra.items():
         keep = slice(None) if mature is None else mature[name].cpu()
-        statistics = MatrixStatistics(
+        matrix = MatrixStatistics(
             spectrum=_as_float64(spectrum, name)[keep],
             sensitivity=None if sensitivity is None else _as_float64(sensitivity[name], name)[keep],
             draw=f"{config.seed}/{step}/{name}",
         )
-        defined = statistics.spectrum.numel() >= metric.least_directions
-        scores[name] = metric.score(statistics) if defined else None
+        defined = matrix.spectrum.numel() >= metric.least_directions
+        scores[name] = metric.score(matrix) if defined else None
     return _fill_undefined(scores, config.rank_one)
 
 
@@ -166,37 +166,37 @@ def direction_sensitivity(p_scores: Tensor, lam_scores: Tensor, q_scores: Tensor
     return lam_scores + p_scores.mean(dim=0) + q_scores.mean(dim=1)
 
 
-def _nuclear(statistics: MatrixStatistics) -> float:
-    return float(statistics.spectrum.abs().mean())
+def _nuclear(matrix: MatrixStatistics) -> float:
+    return float(matrix.spectrum.abs().mean())
 
 
-def _frobenius(statistics: MatrixStatistics) -> float:
-    return float(torch.linalg.vector_norm(statistics.spectrum)) / statistics.spectrum.numel()
+def _frobenius(matrix: MatrixStatistics) -> float:
+    return float(torch.linalg.vector_norm(matrix.spectrum)) / matrix.spectrum.numel()
 
 
-def _sensitivity(statistics: MatrixStatistics) -> float:
-    assert statistics.sensitivity is not None, "the sensitivity metric needs the optimizer's averages"
-    return float(statistics.sensitivity.mean())
+def _sensitivity(matrix: MatrixStatistics) -> float:
+    assert matrix.sensitivity is not None, "the sensitivity metric needs the optimizer's averages"
+    return float(matrix.sensitivity.mean())
 
 
-def _elem_energy_entropy(statistics: MatrixStatistics) -> float:
-    terms = _entropy_terms(statistics.spectrum) * statistics.spectrum.square()
-    return max(0.0, float(terms.sum())) / math.log(statistics.spectrum.numel())
+def _elem_energy_entropy(matrix: MatrixStatistics) -> float:
+    terms = _entropy_terms(matrix.spectrum) * matrix.spectrum.square()
+    return max(0.0, float(terms.sum())) / math.log(matrix.spectrum.numel())
 
 
-def _matrix_energy_entropy(statistics: MatrixStatistics) -> float:
-    return float(statistics.spectrum.square().sum()) * spectral_entropy(statistics.spectrum)
+def _matrix_energy_entropy(matrix: MatrixStatistics) -> float:
+    return float(matrix.spectrum.square().sum()) * spectral_entropy(matrix.spectrum)
 
 
 METRICS: dict[str, Metric] = {
-    "entropy": Metric(lambda statistics: spectral_entropy(statistics.spectrum), least_directions=2),
+    "entropy": Metric(lambda matrix: spectral_entropy(matrix.spectrum), least_directions=2),
     "nuclear": Metric(_nuclear),
     "frobenius": Metric(_frobenius),
     "sensitivity": Metric(_sensitivity),
     "elem_energy_entropy": Metric(_elem_energy_entropy, least_directions=2),
     "matrix_energy_entropy": Metric(_matrix_energy_entropy, least_directions=2),
-    "random": Metric(lambda statistics: random.Random(statistics.draw).random(), least_directions=0),
-    "reversed": Metric(lambda statistics: 1.0 - spectral_entropy(statistics.spectrum), least_directions=2),
+    "random": Metric(lambda matrix: random.Random(matrix.draw).random(), least_directions=0),
+    "reversed": Metric(lambda matrix: 1.0 - spectral_entropy(matrix.spectrum), least_directions=2),
 }
 """Every metric by its name in `config.importance`."""
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from flexlora_ds.schedule import resolve_calendar
-
-if TYPE_CHECKING:
-    from flexlora_ds.controller import RankController
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.rank_change import RankChange
 
 COLLAPSED_SHARE = 0.9
 """This share of matrices at rank 1 is a collapse (never the case by intent below `direction: prune`)."""
@@ -23,33 +20,41 @@ YOUNG_INTERVALS = 2
 """A direction pruned within this many intervals of its birth is young."""
 
 
-def warnings_of(
-    controller: RankController,
-    step: int,
-    prune_ages: list[int],
-    losses: tuple[float | None, float | None],
-) -> list[str]:
-    """The warnings of one change, most severe first; an empty list where all is well."""
+@dataclass(frozen=True)
+class Limits:
+    """What a run may not leave."""
+
+    total_rank: int
+    """Σ ranks at the start."""
+    parameters: int
+    """Σ r · (in + out) at the start."""
+    interval: int
+    """Steps between changes."""
+
+
+def warnings_of(change: RankChange, config: FlexLoRAConfig, limits: Limits, prunes: PruneWatch) -> list[str]:
+    """The warnings of one change, most severe first; an empty list where all is well.
+
+    Args:
+        prunes: counts this change's prunes too.
+    """
     found = []
-    ranks = controller.ranks
-    at_floor = sum(r == 1 for r in ranks.values()) / len(ranks)
-    if at_floor >= COLLAPSED_SHARE and controller.config.rank > 1:
+    at_floor = sum(r == 1 for r in change.ranks.values()) / len(change.ranks)
+    if at_floor >= COLLAPSED_SHARE and config.rank > 1:
         found.append(f"{at_floor:.0%} of the matrices are at rank 1: the allocation has collapsed")
-    if controller.config.direction == "both" and controller.config.budget == "ranks":
-        if controller.total_rank != controller.initial_total_rank:
-            found.append(
-                f"total rank {controller.total_rank} is not its budget {controller.initial_total_rank}"
-            )
-    elif controller.config.budget == "params":
-        used = controller.trainable_parameters(with_lambda=False)
-        if used > controller.parameter_limit:
-            found.append(f"{used} parameters exceed the budget {controller.parameter_limit}")
-    before, after = losses
+    if config.direction == "both" and config.budget == "ranks":
+        if change.total_rank != limits.total_rank:
+            found.append(f"total rank {change.total_rank} is not its budget {limits.total_rank}")
+    elif config.budget == "params":
+        used = change.trainable_params - change.total_rank  # without λ
+        if used > limits.parameters:
+            found.append(f"{used} parameters exceed the budget {limits.parameters}")
+    before, after = change.loss_before, change.loss_after
     if before is not None and after is not None and after > before * (1 + LOSS_JUMP):
         found.append(f"the change raised the validation loss from {before:.4f} to {after:.4f}")
-    if controller.watch.turned_young(step, prune_ages, _interval(controller)):
+    if prunes.turned_young(change.step, change.prune_age, limits.interval):
         found.append(
-            f"{controller.watch.young} of {controller.watch.prunes} prunes so far hit directions born at most "
+            f"{prunes.young} of {prunes.prunes} prunes so far hit directions born at most "
             f"{YOUNG_INTERVALS} changes before; see `grace`"
         )
     return found
@@ -71,7 +76,3 @@ class PruneWatch:
             return False
         self.warned = True
         return True
-
-
-def _interval(controller: RankController) -> int:
-    return resolve_calendar(controller.total_steps, controller.config).interval

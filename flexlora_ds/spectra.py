@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear
-from flexlora_ds.importance import direction_sensitivity
-from flexlora_ds.orthogonality import decoupled_step, gram
-from flexlora_ds.partitions import BUCKET_ELEMENTS, MASTER, Shards
+from flexlora_ds.importance import direction_sensitivity, exact_spectrum
+from flexlora_ds.orthogonality import gram
+from flexlora_ds.partitions import MASTER, Shards
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,62 @@ class Grams:
         return float(torch.linalg.norm(self.p - eye) + torch.linalg.norm(self.q - eye)) / 2
 
 
+@dataclass(frozen=True)
+class MatrixView:
+    """One adapted matrix as a decision looks at it: whole values on the CPU, the same on every process."""
+
+    name: str
+    shape: tuple[int, int]
+    """(out, in)."""
+    lam: Tensor
+    """λ, [r], fp32."""
+    grams: Grams
+    mature: Tensor
+    """The directions that count and may be pruned (`grace`), a boolean [r]."""
+    sensitivity: Tensor | None = None
+    """Score of each direction, [r], where the metric is `sensitivity`."""
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The true singular values of P diag(λ) Q, [r], descending, float64."""
+        return exact_spectrum(self.grams.p, self.grams.q, self.lam)
+
+    def mature_exact(self) -> Tensor:
+        """The true singular values of the mature directions alone."""
+        keep = self.mature
+        return exact_spectrum(self.grams.p[keep][:, keep], self.grams.q[keep][:, keep], self.lam[keep])
+
+
+def read_matrices(
+    shards: Shards,
+    layers: Mapping[str, AdaptedLinear],
+    mature: Mapping[str, list[bool]],
+    *,
+    grams: Mapping[str, Grams] | None = None,
+    with_sensitivity: bool = False,
+) -> dict[str, MatrixView]:
+    """What a decision looks at, matrix by matrix, in module order; collective.
+
+    Args:
+        mature: the directions at least `grace` changes old.
+        grams: the Gram matrices of the masters as they are now, where they are known already.
+    """
+    lambdas = read_lambdas(shards, layers)
+    known = grams or read_grams(shards, layers)
+    sensitivities = read_sensitivities(shards, layers) if with_sensitivity else {}
+    return {
+        name: MatrixView(
+            name,
+            (layer.out_features, layer.in_features),
+            lambdas[name],
+            known[name],
+            torch.tensor(mature[name]),
+            sensitivities.get(name),
+        )
+        for name, layer in layers.items()
+    }
+
+
 def read_lambdas(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     """λ of every matrix, [r], fp32 on the CPU; one small collective."""
     whole = [value for _, value in shards.read([layer.lam for layer in layers.values()], MASTER)]
@@ -37,8 +94,8 @@ def read_lambdas(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[st
 
 def read_grams(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Grams]:
     """The Gram matrices of every matrix; P and Q pass by in buckets and are never all whole at once."""
-    masters = _read_masters(shards, layers)
-    return _grams(layers, {p: gram(whole, tall=tall).double() for tall, p, whole in masters})
+    masters = read_masters(shards, layers)
+    return grams_of(layers, {p: gram(whole, tall=tall).double() for tall, p, whole in masters})
 
 
 def read_sensitivities(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
@@ -55,70 +112,19 @@ def read_sensitivities(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> d
     }
 
 
-@torch.no_grad()
-def orthogonalise(
-    shards: Shards,
-    layers: Mapping[str, AdaptedLinear],
-    eta: float,
-    *,
-    with_grams: bool = False,
-    stacked: bool | None = None,
-) -> dict[str, Grams] | None:
-    """The decoupled regulariser on the masters: P ← P − η P(PᵀP − I), Q ← Q − η (QQᵀ − I)Q, after the step.
-
-    Every process computes the same from the whole masters and writes its own part, so it is exact at every stage.
-
-    Args:
-        with_grams: return the Gram matrices of what was written, which `read_grams` would read all masters again for.
-        stacked: compute matrices of one shape together, a handful of kernels for all; None does so on a GPU. On a CPU
-            the copies cost more than the calls.
-    """
-    together = shards.device.type == "cuda" if stacked is None else stacked
-    found: dict[nn.Parameter, Tensor] = {}
-    for tall, group in _alike(_read_masters(shards, layers), together=together):
-        wholes = [whole for _, _, whole in group]
-        changed: Sequence[Tensor] = (
-            [decoupled_step(wholes[0], eta, tall=tall)]
-            if len(wholes) == 1
-            else decoupled_step(torch.stack(wholes), eta, tall=tall).unbind()
-        )
-        written = {p: matrix for (_, p, _), matrix in zip(group, changed, strict=True)}
-        shards.write_all(MASTER, written)
-        if with_grams:
-            found |= {p: gram(matrix, tall=tall).double() for p, matrix in written.items()}
-    return _grams(layers, found) if with_grams else None
-
-
 Master = tuple[bool, nn.Parameter, Tensor]
 """Whether it is a P, which is tall; the parameter; its master."""
 
 
-def _read_masters(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> Iterator[Master]:
+def read_masters(shards: Shards, layers: Mapping[str, AdaptedLinear]) -> Iterator[Master]:
     """All P and Q, whole, bucket by bucket."""
     tall = {layer.P for layer in layers.values()}
     for p, whole in shards.read([q for layer in layers.values() for q in (layer.P, layer.Q)], MASTER):
         yield p in tall, p, whole
 
 
-def _alike(masters: Iterator[Master], *, together: bool) -> Iterator[tuple[bool, list[Master]]]:
-    """Groups of one kind and shape, of a bucket's size in all at a time; every one by itself unless `together`."""
-    waiting: dict[tuple[bool, torch.Size], list[Master]] = {}
-    elements = 0
-    for master in masters:
-        tall, _, whole = master
-        if not together:
-            yield tall, [master]
-            continue
-        waiting.setdefault((tall, whole.shape), []).append(master)
-        elements += whole.numel()
-        if elements >= BUCKET_ELEMENTS:
-            yield from ((kind, group) for (kind, _), group in waiting.items())
-            waiting, elements = {}, 0
-    yield from ((kind, group) for (kind, _), group in waiting.items())
-
-
-def _grams(layers: Mapping[str, AdaptedLinear], found: Mapping[nn.Parameter, Tensor]) -> dict[str, Grams]:
-    """By matrix and on the CPU; one copy from the device for all."""
+def grams_of(layers: Mapping[str, AdaptedLinear], found: Mapping[nn.Parameter, Tensor]) -> dict[str, Grams]:
+    """Gram matrices by matrix and on the CPU; one copy from the device for all."""
     flat = torch.cat([gram.reshape(-1) for gram in found.values()]).cpu()
     parts = torch.split(flat, [gram.numel() for gram in found.values()])
     on_cpu = {p: part.view(found[p].shape) for p, part in zip(found, parts, strict=True)}

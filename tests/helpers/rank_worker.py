@@ -11,8 +11,9 @@ import torch
 from benchmarks.traffic import Traffic
 from flexlora_ds import FlexLoRAConfig, RankController, adapters
 from flexlora_ds.importance import score_matrices
+from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import MASTER, live_shards, resize
-from flexlora_ds.spectra import orthogonalise, read_lambdas
+from flexlora_ds.spectra import read_lambdas
 from tests.helpers import tiny
 
 CALENDAR = {"adjust_start": 5, "adjust_freeze": 8, "adjust_interval": 10}  # due at 15, 25, 35, 45 of 60
