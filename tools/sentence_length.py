@@ -18,7 +18,7 @@ AT_MOST = 20
 
 ROOT = Path(__file__).resolve().parent.parent
 _FENCE = re.compile(r"^ *(```|~~~)")
-_NOT_PROSE = re.compile(r"^ *(#|\||<|!\[)|^ {4,}\S|^ *[-=]{3,}$")
+_NOT_PROSE = re.compile(r"^ *(#|\||<|!\[)|^ *[-=]{3,}$")
 _ITEM = re.compile(r"^ *([-*]|\d+\.) +")
 _CODE = re.compile(r"`[^`]*`")
 _RUN_IN = re.compile(r"^\*\*(\S+ ){0,2}\S+[.:]\*\* +")
@@ -39,17 +39,17 @@ def paragraphs(text: str) -> Iterator[str]:
     fenced = False
     for line in [*text.splitlines(), ""]:
         fence = bool(_FENCE.match(line))
+        code = fence or fenced
         fenced ^= fence
-        item = _ITEM.match(line)
-        ends = fence or fenced or not line.strip() or bool(item)
+        item = None if code else _ITEM.match(line)
         # An indented line goes on with a list item where one is open; else it is a formula.
-        if ends or (_NOT_PROSE.match(line) and not lines):
-            if lines:
-                yield " ".join(lines)
+        formula = line.startswith("    ") and not lines and not item
+        other = code or formula or not line.strip() or bool(_NOT_PROSE.match(line))
+        if (other or item) and lines:
+            yield " ".join(lines)
             lines = []
-        if fence or fenced or not line.strip() or (_NOT_PROSE.match(line) and not lines and not item):
-            continue
-        lines.append(line[item.end() :].strip() if item else line.strip())
+        if item or not other:
+            lines.append(line[item.end() :].strip() if item else line.strip())
 
 
 def sentences(paragraph: str) -> list[str]:

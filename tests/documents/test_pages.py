@@ -29,6 +29,14 @@ def test_relative_links_resolve(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{name(page)}: {link}"
 
 
+@pytest.mark.parametrize("page", pages(), ids=name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    folders = "flexlora_ds|data_prep|launch|eval|benchmarks|tests|tools|ds_configs|docs"
+    tested = "|".join(folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir())
+    for path in re.findall(rf"`((?:{folders}|{tested})/[\w./-]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), f"{name(page)}: {path}"
+
+
 def test_the_map_of_the_readme_names_every_page() -> None:
     named = {Path(link.partition("#")[0]).name for link in links(ROOT / "README.md")}
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= named
