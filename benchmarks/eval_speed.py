@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from benchmarks.eval_contenders import ROUNDS, Contender, Key, forward, greedy, ours, reference
-from eval.files import write_json
 from eval.items import Item, TaskItems, load_questions, tokenise
 from eval.model.language_model import LanguageModel
 from eval.model.loading import load, resolve_prompt
@@ -36,6 +35,7 @@ from eval.run import quiet_libraries
 from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.markdown import markdown_table
+from flexlora_ds.files.text import write_json_atomically
 
 GAP = 1e-4
 
@@ -216,7 +216,7 @@ def compare() -> None:
             contender.run(number)
         print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
     summary = summary_of(options, lm, contenders, answers)
-    write_json(known.json, summary)
+    write_json_atomically(known.json, summary)
     print(f"{show(summary)}\n{known.json}")
     wrong = [d for d in summary["generate_against_greedy"]["differences"] if not d["allowed"]]
     if wrong:

@@ -37,8 +37,8 @@ from benchmarks.shapes import SHAPES
 from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_row, markdown_table
+from flexlora_ds.files.text import write_text_atomically
 from launch.command import quiet_libraries
-from launch.run_folder.json_files import write_text_atomically
 
 MIB = 2**20
 MEMORY_STAGE = 3

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from eval.files import write_json, write_text
 from eval.items import Question, TaskItems
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.text import write_json_atomically, write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class PredictionFolder:
                         f"results of other settings are in {self.out}: {key} was {before.get(key)!r} "
                         f"and is {settings.get(key)!r} (--out); {remedy}"
                     )
-        write_json(path, dict(settings))
+        write_json_atomically(path, dict(settings))
 
     def merge_logs(self, tasks: Iterable[TaskItems]) -> None:
         """Merge the prediction logs into the task files; one process calls this, while none writes."""
@@ -150,7 +150,7 @@ class PredictionFolder:
             merged = self.read(task.task)
             merged.update({p.index: p for p in found[task.task] if known.get(p.index) == p.prompt_hash})
             lines = [json.dumps(merged[index].to_json()) + "\n" for index in sorted(merged)]
-            write_text(self.folder / f"{task.task}.jsonl", "".join(lines))
+            write_text_atomically(self.folder / f"{task.task}.jsonl", "".join(lines))
         for log in logs:
             log.unlink()
 

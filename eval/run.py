@@ -12,7 +12,6 @@ from typing import Any
 from data_prep.prompt import CHAT
 from eval.answering.backends import Answering, Backend, open_backend
 from eval.answering.batching import Batch, order_batches, plan_batches
-from eval.files import write_json, write_text
 from eval.fingerprint import fingerprint_files, fingerprint_task
 from eval.items import Question, TaskItems, load_questions, tokenise
 from eval.model.loading import resolve_prompt
@@ -22,6 +21,7 @@ from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS
 from eval.results import count, summarise, table
 from eval.workers import Team
 from flexlora_ds.errors import UserError
+from flexlora_ds.files.text import write_json_atomically, write_text_atomically
 from flexlora_ds.progress_bar import ProgressBar
 
 _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
@@ -180,8 +180,8 @@ def _report(
     results = [count(task, list(folder.read(name).values())) for name, task in tasks.items()]
     summary = summarise(results, protocol, settings, seconds)
     text = table(summary, protocol)
-    write_text(options.out / "table.md", text)
-    write_json(options.out / "results.json", summary)
+    write_text_atomically(options.out / "table.md", text)
+    write_json_atomically(options.out / "results.json", summary)
     print(f"{text}\n{options.out}/results.json")
     return summary
 

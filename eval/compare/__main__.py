@@ -16,10 +16,10 @@ from typing import Any
 
 from eval.compare.differences import Difference, Run, Setting, agreement, common_tasks, difference, read_run
 from eval.compare.paper import PAPER
-from eval.files import write_text
 from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
+from flexlora_ds.files.text import write_text_atomically
 
 _SEED = re.compile(r"seed[-_=]?\d+")
 _MAY_DIFFER = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
@@ -199,7 +199,7 @@ def _run(given: argparse.Namespace) -> None:
     settings = read_settings(given.runs)
     beside = read_settings(given.beside)
     text, out = report(settings, given.paper, beside), Path(given.out)
-    write_text(out / "comparison.md", text)
+    write_text_atomically(out / "comparison.md", text)
     drawn = draw([*settings, *beside], out / "comparison.png")
     chart = f", {out}/comparison.png" if drawn else " (no chart without matplotlib)"
     print(f"{text}\n{out}/comparison.md{chart}")

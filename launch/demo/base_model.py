@@ -148,6 +148,7 @@ def packed_batches(ids: list[list[int]], bos: int, recipe: BaseRecipe) -> Iterat
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> LlamaForCausalLM:
+    """A Llama with random weights, of the recipe's sizes."""
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
         LlamaConfig(

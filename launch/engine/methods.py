@@ -14,6 +14,7 @@ from flexlora_ds.adapter.layer import forward_context, inject_adapters, linear_n
 from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.controller import RankController
 from flexlora_ds.files.safetensors_file import save_tensors
+from flexlora_ds.files.text import write_text_atomically
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
 from flexlora_ds.peft_format import PROMPT_FILE
 from flexlora_ds.rank_change import RankChange
@@ -21,7 +22,6 @@ from flexlora_ds.saving import save_adapter
 from launch.data.batches import MicroBatch
 from launch.engine.adam import AdamSettings
 from launch.options.train_options import TrainOptions
-from launch.run_folder.json_files import write_text_atomically
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

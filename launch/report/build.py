@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.text import write_text_atomically
 from launch.report.page import page
 from launch.report.plots import draw_loss, draw_rank_heatmap, draw_singular_values
 from launch.report.run_data import read_run
-from launch.run_folder.json_files import write_text_atomically
 
 
 def build_report(path: str | Path) -> Path:

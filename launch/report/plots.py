@@ -134,7 +134,7 @@ def draw_singular_values(run: RunData, path: Path) -> None:
 
 
 def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Return the mean over a centred thirtieth of the points: it does not lag.
+    """The mean over a centred thirtieth of the points: it does not lag.
 
     Towards the start the window narrows, so that the steep fall there stays steep; at the end it is shortened.
     """

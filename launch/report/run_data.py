@@ -42,7 +42,7 @@ class RunData:
         return of_run + [text for text in of_changes if text not in of_run]
 
     def rank_history(self) -> tuple[list[int], dict[str, list[int]]]:
-        """Return the steps (0 = the start) and every matrix's rank after each of them; empty without
+        """The steps (0 = the start) and every matrix's rank after each of them; empty without
         matrices.
 
         The ranks at the start are those after the first change with its moves undone.
@@ -96,7 +96,7 @@ def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def layer_label(name: str, kind: str) -> str:
-    """Return what distinguishes a matrix from the others of its kind: its numbers, or else its whole name."""
+    """What distinguishes a matrix from the others of its kind: its numbers, or else its whole name."""
     return name if kind == OTHERS else ".".join(_NUMBER.findall(name))
 
 

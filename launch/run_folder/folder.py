@@ -18,7 +18,8 @@ from typing import Any
 
 from flexlora_ds import __version__
 from flexlora_ds.errors import RunError, UserError
-from launch.run_folder.json_files import JsonLines, to_json, write_text_atomically
+from flexlora_ds.files.text import write_text_atomically
+from launch.run_folder.json_files import JsonLines, to_json
 from launch.run_folder.lock import LOCK_FILE
 
 RANK_CHANGE_KEYS = (

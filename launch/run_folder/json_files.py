@@ -1,4 +1,4 @@
-"""JSON on disk that survives a crash: files that appear by rename, logs that can be shortened to a step."""
+"""JSON on disk that survives a crash: logs that can be shortened to a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.text import write_text_atomically
 
 
 class JsonLines:
@@ -58,29 +59,6 @@ class JsonLines:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return strict JSON: numbers that are not finite become null, tensor and array scalars plain numbers."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write aside, fsync, rename: the file is the old or the new one, whole. RunError if the disk refuses."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise RunError(f"cannot write: {error.strerror} ({path}); free some space and resume") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from flexlora_ds.errors import RunError, UserError
-from launch.run_folder import json_files
 from launch.run_folder.folder import RANK_CHANGE_KEYS, RunFolder, StepMetrics, Summary, trainable_params_mean
-from launch.run_folder.json_files import JsonLines, to_json, write_text_atomically
+from launch.run_folder.json_files import JsonLines, to_json
 
 
 def step_metrics(step: int, **changes: Any) -> StepMetrics:
@@ -195,20 +194,6 @@ def test_only_process_0_writes(tmp_path: Path) -> None:
     run.continue_after(0)
     run.start_anew()
     assert not run.path.exists()
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "summary.json"
-    write_text_atomically(path, "old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(json_files.os, "fsync", full)
-    with pytest.raises(RunError, match="No space left on device"):
-        write_text_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_a_full_disk_while_logging_is_one_line() -> None:
