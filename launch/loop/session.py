@@ -130,21 +130,18 @@ def begin(
     )
     method.attach(engine, steps, validator or None)
     guard = FiniteGuard(engine, process, log.warn)
+    controller = method.controller
+    fixed = {
+        "identity": identity.to_dict(),
+        "origin": start.origin,
+        "versions": library_versions(),
+        NOTES: controller and adapter_notes(controller.config, options.model, options.prompt),
+    }
 
     def notes() -> dict[str, Any]:
         """What a checkpoint says beside the engine's state."""
-        return {
-            "identity": identity.to_dict(),
-            "origin": start.origin,
-            "journal": log.state_dict(),
-            "guard": guard.state_dict(),
-            "versions": library_versions(),
-            NOTES: None
-            if controller is None
-            else adapter_notes(controller.config, options.model, options.prompt),
-        }
+        return {**fixed, "journal": log.state_dict(), "guard": guard.state_dict()}
 
-    controller = method.controller
     saver = Saver(
         folder,
         process,

@@ -299,7 +299,7 @@ def test_the_losses_are_the_models(place: Place, alone: Path, base: Any) -> None
 
 def test_the_first_steps_loss_is_the_bases_on_eight_records(place: Place, alone: Path, base: Any) -> None:
     """λ is 0, so dropout has nothing to drop yet."""
-    from launch.data.batches import DataOrder
+    from launch.data.order import DataOrder
 
     rows = examples(place, "train")
     batch = [rows[i] for i in DataOrder(len(rows), 8, 42).indices(1)]

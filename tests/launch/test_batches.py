@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from flexlora_ds.errors import UserError
 from launch.data.batches import (
     PAD_MULTIPLE,
-    DataOrder,
     ProcessShare,
     TrainingBatches,
     ValidationBatches,
@@ -18,6 +17,7 @@ from launch.data.batches import (
 )
 from launch.data.examples import IGNORED, Examples
 from launch.data.hashing import hash64, seeded_order
+from launch.data.order import DataOrder
 from tests.helpers.numbered_examples import PAD, make_examples, row_contents
 
 
