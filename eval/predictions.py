@@ -7,18 +7,18 @@ evaluation, merges the logs into the task files.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from eval.items import Question, TaskItems
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.lock import locked
 from flexlora_ds.files.text import write_json_atomically, write_text_atomically
 
 
@@ -94,27 +94,27 @@ class PredictionFolder:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / "predictions"
-        self._lock: IO[str] | None = None
+        self._lock = ExitStack()
 
     def lock(self, patience: float = 20.0) -> None:
         """Keep other evaluations out of the folder until this process ends. RunError if another holds it.
 
-        Waits a little first: the processes of a killed evaluation end when their launcher is gone.
+        Waits up to `patience` seconds: the processes of a killed evaluation end when their launcher is gone.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.out / ".lock").open("w")
-        end = time.monotonic() + patience
+        out = self.out
+
+        def refuse(holder: str) -> None:  # no method: the lock must not keep its folder alive
+            raise RunError(f"another evaluation is writing here: {holder}", f"--out {out}", "choose another")
+
+        out.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + patience
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock.enter_context(locked(out / ".lock", refuse))
                 return
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    return  # a file system without locks
-                if time.monotonic() > end:
-                    raise RunError(
-                        f"another evaluation is writing to {self.out} (--out); choose another"
-                    ) from None
+            except RunError:
+                if time.monotonic() > deadline:
+                    raise
             time.sleep(0.2)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
