@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from eval.options import parse_options
-from eval.run import evaluate
-from eval.workers import Team
-from flexlora_ds.command import exit_code_of
+from flexlora_ds.command import exit_code_of, is_rank_zero
+
+if TYPE_CHECKING:
+    from eval.workers import Team
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, as `exit_code_of`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    team = Team()
-    team.follow_launcher()
+    team: Team | None = None
+
+    def run() -> None:
+        nonlocal team
+        options = parse_options(arguments)
+        # Only now torch is imported: --help and wrong options answer at once.
+        from eval.run import evaluate
+        from eval.workers import Team
+
+        team = Team()
+        team.follow_launcher()
+        evaluate(options, team)
 
     def speaks(code: int) -> bool:
         """Before the work starts all processes find the same error of the user's: rank 0 reports it."""
-        return team.is_rank_zero or team.started or code == 1
+        return is_rank_zero() or code == 1 or (team is not None and team.started)
 
-    return exit_code_of(lambda: evaluate(parse_options(arguments), team), arguments, speaks=speaks)
+    return exit_code_of(run, arguments, speaks=speaks)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Raises UserError naming the option, its value and what is allowed."""
     parser = _build_parser()
     given = parser.parse_args(argv)
+    if given.model is None:  # after a misspelt --model, which has a better message
+        raise UserError("no model given", "--model", "give a hub id, a local folder or a .gguf file")
     return Options(
         model=given.model,
         adapter=given.adapter,
@@ -76,7 +78,7 @@ def default_out(model: str, adapter: str | None, mode: str) -> Path:
 def _build_parser() -> CommandParser:
     parser = CommandParser("python -m eval", __doc__)
     add = parser.add_argument
-    add("--model", required=True, help="hub id, local folder or .gguf file")
+    add("--model", help="hub id, local folder or .gguf file")
     add("--adapter", help="an adapter in PEFT's format (folder or hub id)")
     add("--data", default="data", help="the folder with <task>/test.json (default: data)")
     add("--tasks", default="all", help=f"all, or a comma-separated list of: {', '.join(TASKS)}")

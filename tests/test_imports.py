@@ -151,6 +151,7 @@ def test_only_the_partitions_touch_deepspeeds_internals() -> None:
         ),
         ("deepspeed", "import flexlora_ds.export, flexlora_ds.base_model.loading, eval.__main__"),
         ("torch", "import data_prep.build, data_prep.prompt, data_prep.records, data_prep.__main__"),
+        ("torch", "import eval.__main__, eval.options"),
         ("torch", "import flexlora_ds, launch.options.train_options, flexlora_ds.config"),
     ],
 )

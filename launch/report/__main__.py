@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 from flexlora_ds.command import CommandParser, run_parsed
-from launch.report.build import build_report
 
 
 def main(argv: list[str] | None = None) -> int:
     """Build the report of the run folder named on the command line; return the exit code."""
     parser = CommandParser("python -m launch.report", "Rebuild a run's report.")
     parser.add_argument("run", type=Path, help="the run folder")
-    return run_parsed(parser, lambda arguments: print(build_report(arguments.run)), argv)
+    return run_parsed(parser, _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from launch.report.build import build_report  # draws with matplotlib, which --help does not wait for
+
+    print(build_report(arguments.run))
 
 
 if __name__ == "__main__":

@@ -218,6 +218,17 @@ def test_bad_options_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--modl", "m"], "unknown option '--modl' (command line); did you mean --model?"), ([], "(--model)")],
+)
+def test_a_misspelt_or_missing_model(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_data_folder_without_one_of_the_tasks(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from launch.report.__main__ import build_report, main
+from launch.report.__main__ import main
+from launch.report.build import build_report
 from launch.report.page import page
 from launch.report.plots import smooth
 from launch.report.run_data import OTHERS, group_by_kind, layer_label, read_run
