@@ -120,13 +120,12 @@ def begin(
     """
     engine, method = build_engine(settled, batches.steps, process, start.ranks)
     options, steps = settled.options, batches.steps
-    log_every = options.log_every
-    progress = Progress(steps, log_every=log_every, start=start.step, shows=process.is_rank_zero)
-    log = RunLog(folder, engine, method, progress, process.device, every=log_every, last=steps)
+    progress = Progress(steps, log_every=options.log_every, start=start.step, shows=process.is_rank_zero)
+    log = RunLog(folder, engine, method, progress, process.device, every=options.log_every, last=steps)
     stop = StopAgreement(process, watcher, folder)
-    held_out = batches.validation if options.val_every != 0 else None
+    held_out, val_every = batches.validation, options.val_every
     validator = Validator(
-        engine, method, held_out, process, folder, stop.interrupted, every=options.val_every, last=steps
+        engine, method, held_out, process, folder, stop.interrupted, every=val_every, last=steps
     )
     method.attach(engine, steps, validator or None)
     guard = FiniteGuard(engine, process, log.warn)
@@ -142,16 +141,8 @@ def begin(
         """What a checkpoint says beside the engine's state."""
         return {**fixed, "journal": log.state_dict(), "guard": guard.state_dict()}
 
-    saver = Saver(
-        folder,
-        process,
-        engine,
-        controller,
-        notes,
-        every=options.save_every,
-        keep=options.keep_checkpoints,
-        last=steps,
-    )
+    every, keep = options.save_every, options.keep_checkpoints
+    saver = Saver(folder, process, engine, controller, notes, every=every, keep=keep, last=steps)
     session = Session(options, process, folder, engine, method, batches, log, validator, guard, stop, saver)
     session.resume(start)
     return session

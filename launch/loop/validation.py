@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Validator:
     """Computes Σ token losses / target tokens over the records held out, every `every` steps of `last`; collective.
 
-    `every` "auto": before the first step and after the last, and around every rank change.
+    `every` "auto": before the first step and after the last, and around every rank change; 0: never.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Validator:
     ) -> None:
         self._engine = engine
         self._method = method
-        self._batches = batches
+        self._batches = batches if every != 0 else None
         self._process = process
         self._device = process.device
         self._folder = folder

@@ -47,15 +47,15 @@ def _train(teams: Teams, arguments: list[str]) -> str:
     (result,) = teams.one.run(worker.train_deterministically, arguments)
     if result["code"] == 0:
         return ""
-    told = [line for line in str(result["stderr"]).splitlines() if "deterministic" in line]
-    if not told:
+    found = [line for line in str(result["stderr"]).splitlines() if "deterministic" in line]
+    if not found:
         raise RuntimeError(f"the command ended with {result['code']}: {result['stderr'][-600:]}")
     (out,) = (word.removeprefix("--out=") for word in arguments if word.startswith("--out="))
     shutil.rmtree(out, ignore_errors=True)
     (result,) = teams.one.run(worker.train_deterministically, arguments, True)
     if result["code"] != 0:
         raise RuntimeError(f"the command ended with {result['code']}: {result['stderr'][-600:]}")
-    return told[0].strip()[:120]
+    return found[0].strip()[:120]
 
 
 def _rows(out: Path, log: str) -> list[dict[str, Any]]:
