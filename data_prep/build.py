@@ -16,6 +16,7 @@ from data_prep.sources import Source
 from data_prep.staging import MANIFEST, commit, locked, read_manifest, staging
 from data_prep.tasks import TASKS, Task
 from flexlora_ds.errors import UserError
+from flexlora_ds.files.hashing import sha256_of
 
 FORMAT = 1
 _PARTS_SECONDS, _CORPUS_SECONDS = 60.0, 15.0
@@ -120,7 +121,7 @@ def _stale(
         path = out / name
         if not path.is_file():
             return f"{name} is gone"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
+        if sha256_of(path) != entry.get("sha256"):
             return f"{name} is not what was built"
     return ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from data_prep.records import iter_objects
 from data_prep.rows import Row
 from data_prep.tasks import HubPlace, Split, Task
 from flexlora_ds.errors import UserError
+from flexlora_ds.files.hashing import sha256_of
 
 Loader = Callable[..., Iterable[Row]]  # the signature of datasets.load_dataset
 
@@ -88,13 +88,7 @@ class LocalSource:
     def fingerprint(self, task: Task, split: Split) -> str | None:
         """The SHA-256 of the split's file."""
         path = self._path(task, split)
-        if path is None:
-            return None
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return None if path is None else sha256_of(path)
 
 
 def _local_rows(path: Path, place: str) -> Iterator[Row]:

@@ -7,7 +7,7 @@ the moves; one that finds `.building` throws it away. One process at a time: the
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.files.lock import take_lock
 
 MANIFEST = "manifest.json"
 _BUILDING, _READY = ".building", ".ready"
@@ -51,12 +52,12 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def _lock(handle: int, out: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError("another build is writing here", str(out), "wait for it to end") from None
-    except OSError:
-        return  # network file systems may refuse locks on folders: build without one rather than not at all
+    def refuse(holder: str) -> None:
+        raise UserError("another build is writing here", str(out), "wait for it to end")
+
+    # Network file systems may refuse locks on folders: build without one rather than not at all.
+    with contextlib.suppress(OSError):
+        take_lock(handle, refuse)
 
 
 def staging(out: Path) -> Path:

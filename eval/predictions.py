@@ -8,7 +8,6 @@ evaluation, merges the logs into the task files.
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -107,15 +106,7 @@ class PredictionFolder:
             raise RunError(f"another evaluation is writing here: {holder}", f"--out {out}", "choose another")
 
         out.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                self._lock.enter_context(locked(out / ".lock", refuse))
-                return
-            except RunError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.2)
+        self._lock.enter_context(locked(out / ".lock", refuse, patience=patience))
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Record the settings, or check them against those of existing predictions.

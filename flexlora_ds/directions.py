@@ -1,7 +1,7 @@
 """Drop and add directions of one matrix: P, λ, Q and their optimizer state alike.
 
-A direction is one triple (column of P, element of λ, row of Q). Pure: values in, values out; every process computes
-the same, because the random vectors come from a named generator and the rest from whole fp32 masters.
+A direction is one triple (column of P, element of λ, row of Q). Values in, values out; every process computes the
+same, because the random vectors come from a named generator and the rest from whole fp32 masters.
 """
 
 from __future__ import annotations

@@ -67,6 +67,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _AdaptedLinear(torch.autograd.Function):
+    """The node of `adapted_linear`. Shapes, with n the rows of x (all its leading dimensions as one):
+
+    | tensor | shape | |
+    |---|---|---|
+    | x, rows | [..., in], [n, in] | the input; the same as rows, after the dropout mask |
+    | weight, bias | [out, in], [out] | frozen |
+    | P, lam, Q | [out, r], [r], [r, in] | |
+    | z | [n, r] | Q x, kept for the backward pass |
+    | y, grad, g | [..., out], [n, out] | the output; its gradient; the same as rows |
+    | through_p, through_lam | [n, r] | g P; the same times λ and the scale |
+    | row_keys | [n] | int64, what seeds each row's mask |
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -105,7 +118,7 @@ def _drop(row_keys: Tensor | None, how: tuple[int, float, bool | None] | None) -
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, W, b, P, λ and Q, for grad [..., out]."""
+    """Of x, W, b, P, λ and Q, for grad [..., out]; shapes as in `_AdaptedLinear`."""
     x, weight, P, lam, Q, z, row_keys = ctx.saved_tensors
     for_x, _, _, for_p, for_lam, for_q, *_ = ctx.needs_input_grad
     dtype = x.dtype

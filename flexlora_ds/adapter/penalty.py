@@ -30,6 +30,8 @@ class PenaltyGradient:
 
 
 class _Attach(torch.autograd.Function):
+    """y [..., out], p [out, r], q [r, in]; gradients have the shapes of what they belong to."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, p: Tensor, q: Tensor, penalty: PenaltyGradient) -> Tensor:
         ctx.save_for_backward(p, q)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.folders import bring_to_disk
+from flexlora_ds.files.hashing import sha256_of
 
 FORMAT = 1
 """The version of the layout; a reader refuses any other."""
@@ -31,7 +32,6 @@ _FOLDER = re.compile(r"step_(\d{8,})")
 _PLAIN_NAME = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 )  # no separator, no leading dot: nothing outside the folder
-_BLOCK = 1 << 20
 
 
 class DamagedError(RunError):
@@ -80,7 +80,7 @@ def begin(root: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into; what an interrupted save left is removed."""
     if not root.is_dir():
         root.mkdir(parents=True)
-        _sync_folder(root.parent)
+        bring_to_disk(root.parent)
     for rest in root.glob(".step_*"):
         shutil.rmtree(rest)
     part = root / f".{folder_name(step)}.part"
@@ -90,8 +90,7 @@ def begin(root: Path, step: int) -> Path:
 
 def seal(path: Path) -> FileEntry:
     """Bring a written file to the disk; its entry for the manifest."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    bring_to_disk(path)
     return FileEntry(path.name, path.stat().st_size, sha256_of(path))
 
 
@@ -111,7 +110,7 @@ def commit(part: Path, entries: Iterable[FileEntry]) -> Path:
     body = {"format": FORMAT, "files": files}
     write_json(part / MANIFEST, {**body, "sha256": _digest(body)})
     seal(part / MANIFEST)
-    _sync_folder(part)
+    bring_to_disk(part)
     folder = part.with_name(part.name[1 : -len(".part")])
     if folder.exists():  # the same step again, after a damaged one
         old = part.with_name(f".{folder.name}.old")
@@ -120,7 +119,7 @@ def commit(part: Path, entries: Iterable[FileEntry]) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     else:
         part.rename(folder)
-    _sync_folder(folder.parent)
+    bring_to_disk(folder.parent)
     _point_at(folder)
     return folder
 
@@ -185,15 +184,6 @@ def _sized(folder: Path, entry: FileEntry) -> Path:
     return path
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _read_manifest(folder: Path) -> list[FileEntry]:
     path = folder / MANIFEST
     try:
@@ -234,7 +224,7 @@ def _point_at(folder: Path) -> None:
     aside.write_text(folder.name + "\n", encoding="utf-8")
     seal(aside)
     aside.replace(folder.with_name(LATEST))
-    _sync_folder(folder.parent)
+    bring_to_disk(folder.parent)
 
 
 def _free_name(path: Path) -> Path:
@@ -244,11 +234,3 @@ def _free_name(path: Path) -> Path:
         free = path.with_name(f"{path.name}_{number}")
         number += 1
     return free
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.folders import bring_to_disk
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -23,7 +24,7 @@ def write_text_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _sync_folder(path.parent)
+        bring_to_disk(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise RunError(f"cannot write: {error.strerror}", str(path), "free some space and resume") from error
@@ -32,11 +33,3 @@ def write_text_atomically(path: Path, text: str) -> None:
 def write_json_atomically(path: Path, value: Any) -> None:
     """`write_text_atomically` of indented JSON with a final newline."""
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexlora_ds.errors import RunError
+from flexlora_ds.files.folders import bring_to_disk
+from flexlora_ds.files.hashing import sha256_of
 from flexlora_ds.files.lock import locked
 from launch.data.examples import Examples
 
@@ -97,7 +99,7 @@ def _make(root: Path, key: str, make: Callable[[], Tokenised]) -> Tokenised:
         examples.save(part)
         (part / "dropped.json").write_text(json.dumps(dropped))
         for path in part.iterdir():
-            _flush(path)
+            bring_to_disk(path)
         with contextlib.suppress(OSError):  # another machine was quicker, in a folder that both see
             part.rename(root / key)
     finally:
@@ -119,11 +121,6 @@ def _say_waiting(holder: str) -> None:
         print(f"waiting for {holder}, which tokenises the same data", file=sys.stderr, flush=True)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """All that decides which ids a text gets: the fast tokenizer's own JSON, or else the files it would be saved in."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -134,4 +131,4 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return [*said, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)]
+        return [*said, *(sha256_of(path) for path in files)]

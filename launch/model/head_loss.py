@@ -46,6 +46,17 @@ def chunked_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
 
 
 class _ChunkedLosses(torch.autograd.Function):
+    """The node of `chunked_losses`. Shapes, with n tokens, c ≤ rows of them at a time, d features and V words:
+
+    | tensor | shape | |
+    |---|---|---|
+    | hidden, gradient | [n, d] | the head's input; its gradient for a loss of weight 1, made in the forward pass |
+    | weight, bias | [V, d], [V] | frozen |
+    | targets, losses, grad | [n] | int64; −ln p(target); the gradient of each loss |
+    | logits, probabilities | [c, V] | of one chunk, in one buffer |
+    | normaliser | [c] | the logarithm of the sum of exponentials |
+    """
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int

@@ -8,7 +8,6 @@ checkpoint's step on resume. Every number that is not finite is written as `null
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from flexlora_ds import __version__
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.folders import bring_to_disk
 from flexlora_ds.files.text import write_text_atomically
 from launch.run_folder.json_files import JsonLines, to_json
 from launch.run_folder.lock import LOCK_FILE
@@ -166,8 +166,7 @@ class RunFolder:
         self.raise_fault()
         for lines in (self.metrics, self.rank_changes, self.validation):
             if self.is_rank_zero and lines.path.exists():
-                with lines.path.open("rb") as file:
-                    os.fsync(file.fileno())
+                bring_to_disk(lines.path)
 
     def write_options(self, text: str) -> None:
         """Write options.yaml: every resolved option, as `TrainOptions.to_yaml` puts it."""

@@ -127,7 +127,7 @@ def _make_and_die(where: str, moment: int) -> None:
     elif where == "writing":
         np.save = killed(np.save)
     else:
-        token_cache._flush = killed(token_cache._flush)  # type: ignore[assignment]
+        token_cache.bring_to_disk = killed(token_cache.bring_to_disk)  # type: ignore[assignment]
     cached(KEY, make)
 
 
