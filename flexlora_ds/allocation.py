@@ -97,7 +97,7 @@ def _candidates(
 ) -> _Candidates:
     for name, score in scores.items():
         if math.isnan(score):
-            raise RunError(f"the importance is not a number ({name}); look for a loss that diverged")
+            raise RunError("the importance is not a number", name, "look for a loss that diverged")
     ascending = sorted(scores, key=lambda name: scores[name])  # stable: ties stay in module order
     prunable = [name for name in ascending if ranks[name] > config.min_rank and name not in not_prunable]
     expandable = [

@@ -149,7 +149,7 @@ class FlexLoRAConfig:
         except ValueError as error:
             shown = show(value) if text else repr(value)
             todo = remedy(value, spec.kind, text=text)
-            raise UserError(f"{spec.name} {shown} {error} ({self.place(spec.name)}); {todo}") from error
+            raise UserError(f"{spec.name} {shown} {error}", self.place(spec.name), todo) from error
 
     def _checked_targets(self) -> tuple[str, ...]:
         """`target_modules` without repetitions."""
@@ -159,24 +159,26 @@ class FlexLoRAConfig:
                 re.compile(entry)
             except re.error as error:
                 raise UserError(
-                    f"target_modules entry {entry!r} is neither a name nor a regular expression: {error} "
-                    f"({place}); correct it"
+                    f"target_modules entry {entry!r} is neither a name nor a regular expression: {error}",
+                    place,
+                    "correct it",
                 ) from error
         if ALL_LINEAR in entries and len(entries) > 1:
-            raise UserError(f"{ALL_LINEAR} stands beside other entries ({place}); give it alone")
+            raise UserError(f"{ALL_LINEAR} stands beside other entries", place, "give it alone")
         return tuple(dict.fromkeys(entries))
 
     def _check_together(self) -> None:
         if self.min_rank > self.rank:
             place = self.place("min_rank")
-            raise UserError(f"min_rank {self.min_rank} is above rank {self.rank} ({place}); lower it")
+            raise UserError(f"min_rank {self.min_rank} is above rank {self.rank}", place, "lower it")
         if self.max_rank is not None and self.max_rank < self.rank:
             place = self.place("max_rank")
-            raise UserError(f"max_rank {self.max_rank} is below rank {self.rank} ({place}); raise it")
+            raise UserError(f"max_rank {self.max_rank} is below rank {self.rank}", place, "raise it")
         if self.orth_form == "decoupled" and self.orth_strength > 0.5:
             raise UserError(
-                f"orth_weight {self.orth_weight} overshoots with orth_form decoupled ({self.place('orth_weight')}); "
-                "give at most 0.5"
+                f"orth_weight {self.orth_weight} overshoots with orth_form decoupled",
+                self.place("orth_weight"),
+                "give at most 0.5",
             )
 
     @property
@@ -213,7 +215,7 @@ class FlexLoRAConfig:
             if key not in known:
                 close = nearest(str(key), known)
                 todo = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
-                raise UserError(f"unknown option {key!r} (key {key}); {todo}")
+                raise UserError(f"unknown option {key!r}", f"key {key}", todo)
         return cls(**values)
 
     def to_json(self) -> str:
@@ -231,10 +233,10 @@ class FlexLoRAConfig:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}); correct it"
+                f"not valid JSON: {error.msg}", f"line {error.lineno}, column {error.colno}", "correct it"
             ) from error
         if not isinstance(values, dict):
-            raise UserError(f"options are a JSON {type(values).__name__} (top level); give an object")
+            raise UserError(f"options are a JSON {type(values).__name__}", "top level", "give an object")
         return cls.from_dict(values)
 
 

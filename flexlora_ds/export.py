@@ -68,7 +68,7 @@ class Check:
     def require(self, folder: Path) -> None:
         """Raise RunError if the export is not what it was made from."""
         if not self.figure <= self.limit:
-            raise RunError(f"{folder}: {self}; the disk or memory may be faulty, export again")
+            raise RunError(f"{folder}: {self}", mend="the disk or memory may be faulty, export again")
 
     def __str__(self) -> str:
         return f"{self.meaning}: {self.figure:.2g} (limit {self.limit:.2g})"
@@ -144,13 +144,13 @@ def _weight(model: PreTrainedModel, name: str, matrix: LoraMatrix) -> torch.Tens
         weight: torch.Tensor = model.get_parameter(f"{name}.weight")
     except AttributeError:
         raise UserError(
-            f"the base model has no {name}, which the adapter adapts; name its base with --base"
+            f"the base model has no {name}, which the adapter adapts", mend="name its base with --base"
         ) from None
     shape = (matrix.B.shape[0], matrix.A.shape[1])
     if tuple(weight.shape) != shape:
         found = tuple(weight.shape)
         raise UserError(
-            f"{name} is {shape} in the adapter, {found} in the base model; name its base with --base"
+            f"{name} is {shape} in the adapter, {found} in the base model", mend="name its base with --base"
         )
     return weight
 
@@ -211,12 +211,12 @@ def _export(options: argparse.Namespace) -> str:
     """Do what the options ask; returns what to tell the user."""
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not empty; give a new folder")
+        raise UserError(f"--out {out} exists and is not empty", mend="give a new folder")
     adapter = _read(options)
     if not finite(adapter):
         raise RunError(
-            f"the adapter of {options.run or options.checkpoint} holds numbers that are not finite; "
-            "its training diverged"
+            f"the adapter of {options.run or options.checkpoint} holds numbers that are not finite",
+            mend="its training diverged",
         )
     ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
     told = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
@@ -242,7 +242,9 @@ def _read(options: argparse.Namespace) -> LoraAdapter:
     if options.run is not None:
         return read_peft_adapter(_adapter_folder(options.run))
     if not options.checkpoint.is_dir():
-        raise UserError(f"--checkpoint {options.checkpoint} is no folder; give checkpoints/step_… of a run")
+        raise UserError(
+            f"--checkpoint {options.checkpoint} is no folder", mend="give checkpoints/step_… of a run"
+        )
     return read_checkpoint_adapter(options.checkpoint)
 
 
@@ -256,7 +258,9 @@ def _adapter_folder(run: Path) -> Path:
     for folder in (run / "adapter", run):
         if (folder / CONFIG_FILE).is_file():
             return folder
-    raise UserError(f"--run {run} holds no adapter/{CONFIG_FILE}; give the folder of a run that has trained")
+    raise UserError(
+        f"--run {run} holds no adapter/{CONFIG_FILE}", mend="give the folder of a run that has trained"
+    )
 
 
 if __name__ == "__main__":

@@ -237,5 +237,5 @@ def _gram_root(gram: Tensor) -> Tensor:
 def _as_float64(values: Tensor, name: str = "λ") -> Tensor:
     values = values.detach().cpu().double()
     if not torch.isfinite(values).all():
-        raise RunError(f"a spectrum is not finite ({name}); look for a diverged loss before this step")
+        raise RunError("a spectrum is not finite", name, "look for a diverged loss before this step")
     return values

@@ -181,7 +181,7 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); write it again") from error
+        raise UserError(f"{folder / WEIGHTS_FILE} cannot be read ({error})", mend="write it again") from error
     return LoraAdapter(
         _matrices(folder, config, tensors),
         base_model=config.get("base_model_name_or_path") or "",
@@ -199,7 +199,7 @@ def _read_beside(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); write it again, or remove it") from error
+        raise UserError(f"{path} cannot be read ({error})", mend="write it again, or remove it") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -208,7 +208,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a folder with an adapter in it") from error
+        raise UserError(
+            f"{path} cannot be read ({error})", mend="give a folder with an adapter in it"
+        ) from error
     refused = {
         "peft_type": config.get("peft_type") != "LORA",
         "use_dora": config.get("use_dora"),
@@ -220,7 +222,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key, is_refused in refused.items():
         if is_refused:
             value = config.get(key)
-            raise UserError(f"{path}: {key} {value!r} is more than plain LoRA; merge it with PEFT itself")
+            raise UserError(
+                f"{path}: {key} {value!r} is more than plain LoRA", mend="merge it with PEFT itself"
+            )
     return config
 
 
@@ -234,7 +238,9 @@ def _matrices(
         name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         B = tensors.get(f"{_PREFIX}{name}.lora_B.weight")
         if B is None or key != f"{_PREFIX}{name}.lora_A.weight" or B.shape[1] != A.shape[0]:
-            raise UserError(f"{folder / WEIGHTS_FILE}: {key} is not half of a LoRA pair; write it again")
+            raise UserError(
+                f"{folder / WEIGHTS_FILE}: {key} is not half of a LoRA pair", mend="write it again"
+            )
         matrices[name] = LoraMatrix(B, A, _scale(config, name, A.shape[0]))
     return matrices
 

@@ -57,7 +57,7 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
         UserError: the run has no step, or its freeze precedes its start (unless ranks never change).
     """
     if total_steps < 1:
-        raise UserError(f"a run of {total_steps} steps has no calendar (total steps); give at least 1")
+        raise UserError(f"a run of {total_steps} steps has no calendar", "total steps", "give at least 1")
     calendar = Calendar(
         start=_resolved("adjust_start", config.adjust_start, total_steps),
         freeze=_resolved("adjust_freeze", config.adjust_freeze, total_steps),
@@ -66,8 +66,9 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
     )
     if config.adjust_size > 0 and calendar.end < calendar.start:
         raise UserError(
-            f"the freeze begins at step {calendar.end}, before the start at step {calendar.start} "
-            f"(keys adjust_start, adjust_freeze; the run has {total_steps} steps); lower one of them"
+            f"the freeze begins at step {calendar.end}, before the start at step {calendar.start}",
+            f"keys adjust_start, adjust_freeze; the run has {total_steps} steps",
+            "lower one of them",
         )
     return calendar
 

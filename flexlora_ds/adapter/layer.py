@@ -221,7 +221,8 @@ def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
         if not hits:
             kinds = sorted({n.rsplit(".", 1)[-1] for n in names})
             raise UserError(
-                f"target_modules: {target!r} matches no linear layer; this model has {', '.join(kinds)}"
+                f"target_modules: {target!r} matches no linear layer",
+                mend=f"this model has {', '.join(kinds)}",
             )
         chosen.update(hits)
     return [n for n in names if n in chosen]
@@ -246,7 +247,7 @@ def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
     for name, shape in shapes.items():
         if rank > min(shape):
             raise UserError(
-                f"rank {rank} exceeds the limit {min(shape)} = min(in, out) of {name}; lower `rank`"
+                f"rank {rank} exceeds the limit {min(shape)} = min(in, out) of {name}", mend="lower `rank`"
             )
 
 
@@ -257,7 +258,7 @@ def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
         UserError: nothing matches, a layer is adapted already, or the rank exceeds a layer's min(in, out).
     """
     if adapters(model):
-        raise UserError("the model already carries adapters; start from the base model")
+        raise UserError("the model already carries adapters", mend="start from the base model")
     names = match_modules(linear_names(model), config.target_modules)
     check_rank(config.rank, linear_shapes(model, names))
     for p in model.parameters():
@@ -288,4 +289,4 @@ def forward_context(model: nn.Module) -> ForwardContext:
     """
     for layer in _layers(model):
         return layer.context
-    raise UserError("the model carries no adapters; call inject_adapters(model, config) first")
+    raise UserError("the model carries no adapters", mend="call inject_adapters(model, config) first")

@@ -126,7 +126,7 @@ def require_complete(source: ModelSource, missing: set[str] | list[str]) -> None
     """Raise UserError if weights are missing: transformers would draw them at random and only warn."""
     if missing:
         some = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
-        raise UserError(f"model {source.name} lacks {len(missing)} of its weights ({some}); fetch it again")
+        raise UserError(f"model {source.name} lacks {len(missing)} of its weights", some, "fetch it again")
 
 
 def _forget_quantization(model: Any) -> None:
@@ -152,5 +152,5 @@ def _resolve_pad_token(tokenizer: Any, name: str) -> None:
     choices = [token for token in _PAD_TOKENS if token in special and token != tokenizer.bos_token]
     pad = next(iter(choices), None) or tokenizer.eos_token or tokenizer.unk_token
     if pad is None:
-        raise UserError(f"the tokenizer of {name} has no pad, end or unknown token; add one to it")
+        raise UserError(f"the tokenizer of {name} has no pad, end or unknown token", mend="add one to it")
     tokenizer.pad_token = pad

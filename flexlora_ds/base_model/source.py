@@ -44,9 +44,13 @@ def locate(model: str | Path, revision: str | None = None) -> ModelSource:
         _require_config(name, path)
         return ModelSource(name, str(path), local=True)
     if path.exists():
-        raise UserError(f"model {name} is a file; give the folder that holds config.json, or a .gguf file")
+        raise UserError(
+            f"model {name} is a file", mend="give the folder that holds config.json, or a .gguf file"
+        )
     if _looks_like_path(name):
-        raise UserError(f"model folder {name} does not exist; give an existing one, a .gguf file or a hub id")
+        raise UserError(
+            f"model folder {name} does not exist", mend="give an existing one, a .gguf file or a hub id"
+        )
     return ModelSource(name, name, local=False, revision=revision)
 
 
@@ -54,23 +58,29 @@ def _locate_gguf(name: str, path: Path, revision: str | None) -> ModelSource:
     missing = [package for package in _GGUF_PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         needed = " ".join(missing)
-        raise UserError(f"model {name} is a GGUF file and reading it needs: {needed}; pip install {needed}")
+        raise UserError(
+            f"model {name} is a GGUF file and reading it needs: {needed}", mend=f"pip install {needed}"
+        )
     if path.is_file():
         return ModelSource(name, str(path.parent), local=True, gguf_file=path.name)
     parts = name.split("/")
     if len(parts) == 3 and not path.parent.exists() and not _looks_like_path("/".join(parts[:2])):
         return ModelSource(name, "/".join(parts[:2]), local=False, gguf_file=parts[2], revision=revision)
-    raise UserError(f"model file {name} does not exist; give an existing .gguf file, a folder or a hub id")
+    raise UserError(
+        f"model file {name} does not exist", mend="give an existing .gguf file, a folder or a hub id"
+    )
 
 
 def _require_config(name: str, folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"model folder {name} holds an adapter; give its base model, and this as the adapter")
+        raise UserError(
+            f"model folder {name} holds an adapter", mend="give its base model, and this as the adapter"
+        )
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     mend = f"give the file itself: {folder / ggufs[0]}" if ggufs else "give the folder a model was saved to"
-    raise UserError(f"model folder {name} holds no config.json; {mend}")
+    raise UserError(f"model folder {name} holds no config.json", mend=mend)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -31,7 +31,9 @@ def read_checkpoint_adapter(folder: Path) -> LoraAdapter:
     notes = checkpoint.run.get(NOTES)
     if not isinstance(notes, dict) or not checkpoint.ranks:
         raise RunError(
-            f"the checkpoint holds no FlexLoRA adapter ({folder}); finish its run and export that with --run"
+            "the checkpoint holds no FlexLoRA adapter",
+            str(folder),
+            "finish its run and export that with --run",
         )
     config = FlexLoRAConfig.from_dict(notes["config"])
     return lora_of(masters_of(checkpoint), config, notes["base_model"], prompt=notes["prompt"])

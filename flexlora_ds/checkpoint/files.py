@@ -60,7 +60,7 @@ def step_of(folder: Path) -> int:
     """
     match = _FOLDER.fullmatch(folder.name)
     if match is None:
-        raise RunError(f"not a checkpoint ({folder}); give a folder like checkpoints/{folder_name(1000)}")
+        raise RunError("not a checkpoint", str(folder), f"give a folder like checkpoints/{folder_name(1000)}")
     return int(match[1])
 
 
@@ -162,7 +162,7 @@ def verify(folder: Path) -> dict[str, Path]:
     entries = _read_manifest(folder)
     for entry in entries:
         if sha256_of(_sized(folder, entry)) != entry.sha256:
-            raise DamagedError(f"{entry.name} is not what was written: its SHA-256 differs ({folder})")
+            raise DamagedError(f"{entry.name} is not what was written: its SHA-256 differs", str(folder))
     return listed(folder)
 
 
@@ -170,17 +170,17 @@ def listed(folder: Path) -> dict[str, Path]:
     """The files of a checkpoint by name, after comparing the sizes only. Raises as `verify`."""
     files = {entry.name: _sized(folder, entry) for entry in _read_manifest(folder)}
     if STATE not in files:
-        raise DamagedError(f"the manifest names no {STATE} ({folder})")
+        raise DamagedError(f"the manifest names no {STATE}", str(folder))
     return files
 
 
 def _sized(folder: Path, entry: FileEntry) -> Path:
     path = folder / entry.name
     if path.is_symlink() or not path.is_file():
-        raise DamagedError(f"{entry.name} is missing ({folder})")
+        raise DamagedError(f"{entry.name} is missing", str(folder))
     size = path.stat().st_size
     if size != entry.size:
-        raise DamagedError(f"{entry.name} has {size} bytes instead of {entry.size} ({folder})")
+        raise DamagedError(f"{entry.name} has {size} bytes instead of {entry.size}", str(folder))
     return path
 
 
@@ -191,15 +191,16 @@ def _read_manifest(folder: Path) -> list[FileEntry]:
         value = json.loads(text)
         body = {"format": value["format"], "files": value["files"]}
     except FileNotFoundError:
-        raise DamagedError(f"{MANIFEST} is missing ({folder})") from None
+        raise DamagedError(f"{MANIFEST} is missing", str(folder)) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read: {type(error).__name__} ({folder})") from None
+        raise DamagedError(f"{MANIFEST} cannot be read: {type(error).__name__}", str(folder)) from None
     if text != canonical({**body, "sha256": _digest(body)}):
-        raise DamagedError(f"{MANIFEST} is not what was written ({folder})")
+        raise DamagedError(f"{MANIFEST} is not what was written", str(folder))
     if value["format"] != FORMAT:
         raise RunError(
-            f"the checkpoint has format version {value['format']}, this program reads {FORMAT} ({folder}); "
-            "use the program's version that wrote it"
+            f"the checkpoint has format version {value['format']}, this program reads {FORMAT}",
+            str(folder),
+            "use the program's version that wrote it",
         )
     return _entries(value["files"], folder)
 
@@ -208,10 +209,10 @@ def _entries(values: Any, folder: Path) -> list[FileEntry]:
     try:
         entries = [FileEntry(str(v["name"]), int(v["size"]), str(v["sha256"])) for v in values]
     except (KeyError, TypeError, ValueError):
-        raise DamagedError(f"{MANIFEST} lists no files ({folder})") from None
+        raise DamagedError(f"{MANIFEST} lists no files", str(folder)) from None
     for entry in entries:
         if not _PLAIN_NAME.fullmatch(entry.name):
-            raise DamagedError(f"{MANIFEST} names {entry.name!r}, which is no plain file name ({folder})")
+            raise DamagedError(f"{MANIFEST} names {entry.name!r}, which is no plain file name", str(folder))
     return entries
 
 

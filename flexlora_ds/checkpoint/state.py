@@ -130,15 +130,19 @@ class Checkpoint:
             here, there = mine.get(name), saved.get(name)
             if here != there:
                 raise RunError(
-                    f"the checkpoint is of another model or method: {name} is {there or 'absent'} in it and "
-                    f"{here or 'absent'} here ({self.folder}); use the options of its run"
+                    f"the checkpoint is of another model or method: {name} is {there or 'absent'} in it "
+                    f"and {here or 'absent'} here",
+                    str(self.folder),
+                    "use the options of its run",
                 )
         wanted = getattr(engine.basic_optimizer, "state_keys", None)
         saved_keys = set(self.state["keys"]) - {"master"}
         if wanted is not None and saved_keys and saved_keys != set(wanted()):
             raise RunError(
-                f"the checkpoint holds the optimizer states {sorted(saved_keys)}, this run keeps {sorted(wanted())} "
-                f"({self.folder}); use the options of its run (importance, new_moment)"
+                f"the checkpoint holds the optimizer states {sorted(saved_keys)}, this run keeps "
+                f"{sorted(wanted())}",
+                str(self.folder),
+                "use the options of its run (importance, new_moment)",
             )
 
     def restore(self, engine: Any, *, controller: Any = None) -> None:
@@ -189,7 +193,7 @@ def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     files = verify(folder) if check else listed(folder)
     state = _read_state(files[STATE], folder)
     if state["step"] != step:
-        raise DamagedError(f"{STATE} is of step {state['step']} ({folder})")
+        raise DamagedError(f"{STATE} is of step {state['step']}", str(folder))
     shards = [path for name, path in sorted(files.items()) if name.endswith(".safetensors")]
     _require_tensors(shards, state, folder)
     return Checkpoint(folder, state, shards)
@@ -205,8 +209,8 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
     if list(layers) != list(ranks) and set(layers) != set(ranks):
         odd = sorted(set(layers) ^ set(ranks))
         raise RunError(
-            f"the checkpoint adapts other matrices: {odd[0]} and {len(odd) - 1} more are on one side only; "
-            "use the model and target_modules of its run"
+            f"the checkpoint adapts other matrices: {odd[0]} and {len(odd) - 1} more are on one side only",
+            mend="use the model and target_modules of its run",
         )
     for name, layer in layers.items():
         _set_rank(layer, ranks[name])
@@ -230,9 +234,9 @@ def _read_state(path: Path, folder: Path) -> State:
         state = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in _REQUIRED if key not in state]
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{STATE} cannot be read: {type(error).__name__} ({folder})") from None
+        raise DamagedError(f"{STATE} cannot be read: {type(error).__name__}", str(folder)) from None
     if missing or not isinstance(state, dict):
-        raise DamagedError(f"{STATE} lacks {', '.join(missing)} ({folder})")
+        raise DamagedError(f"{STATE} lacks {', '.join(missing)}", str(folder))
     return state
 
 
@@ -245,11 +249,11 @@ def _require_tensors(shards: Sequence[Path], state: State, folder: Path) -> None
             with safe_open(path, framework="pt") as file:
                 found.update({t: list(file.get_slice(t).get_shape()) for t in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise DamagedError(f"{path.name} is no safetensors file: {error} ({folder})") from None
+            raise DamagedError(f"{path.name} is no safetensors file: {error}", str(folder)) from None
     found = {text: shape for text, shape in found.items() if not text.startswith("process ")}
     if found != expected:
         odd = sorted(set(found) ^ set(expected)) or [t for t in expected if found[t] != expected[t]]
-        raise DamagedError(f"its tensors are not those of its {STATE}: {odd[0]} ({folder})")
+        raise DamagedError(f"its tensors are not those of its {STATE}: {odd[0]}", str(folder))
 
 
 def _updates(engine: Any) -> int | None:
@@ -262,7 +266,9 @@ def _updates(engine: Any) -> int | None:
     if scheduler is None:
         return None
     if not hasattr(scheduler, "lr_lambdas"):
-        raise UserError(f"cannot carry the state of a {type(scheduler).__name__}; use torch's LambdaLR")
+        raise UserError(
+            f"cannot carry the state of a {type(scheduler).__name__}", mend="use torch's LambdaLR"
+        )
     return int(scheduler.last_epoch)
 
 

@@ -35,11 +35,12 @@ def stage_of(engine: Any) -> int:
         return 0
     if isinstance(wrapper, BF16_Optimizer):
         raise UserError(
-            "DeepSpeed chose its BF16_Optimizer (stage 1 with data_types.grad_accum_dtype fp32), whose state cannot be "
-            "carried through rank changes; use ZeRO stage 2, or leave grad_accum_dtype out"
+            "DeepSpeed chose its BF16_Optimizer (stage 1 with data_types.grad_accum_dtype fp32), "
+            "whose state cannot be carried through rank changes",
+            mend="use ZeRO stage 2, or leave grad_accum_dtype out",
         )
     raise UserError(
-        f"cannot carry the training state of {type(wrapper).__name__}; use AdamW at ZeRO stage 0 to 3"
+        f"cannot carry the training state of {type(wrapper).__name__}", mend="use AdamW at ZeRO stage 0 to 3"
     )
 
 

@@ -96,7 +96,7 @@ def require_same_dtype(dtype: torch.dtype, zero3: Mapping[str, Any]) -> None:
     if [blocks[block] for block in enabled] != ([] if dtype == torch.float32 else [dtype]):
         found = " and ".join(enabled) or "neither bf16 nor fp16"
         raise UserError(
-            f"`dtype` is {dtype}, but the DeepSpeed configuration enables {found}; let them agree"
+            f"`dtype` is {dtype}, but the DeepSpeed configuration enables {found}", mend="let them agree"
         )
 
 
@@ -138,7 +138,8 @@ def _check_shapes(slots: Mapping[str, Tensor], shards: Mapping[Path, Mapping[str
             expected = tuple(getattr(slots[name], "ds_shape", slots[name].shape))
             if shape != expected:
                 raise UserError(
-                    f"{shard}: {name} is {shape}, but config.json makes it {expected}; fetch the model again"
+                    f"{shard}: {name} is {shape}, but config.json makes it {expected}",
+                    mend="fetch the model again",
                 )
 
 

@@ -42,7 +42,9 @@ def resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
         RunError: called inside a gradient accumulation window.
     """
     if engine.micro_steps % engine.gradient_accumulation_steps() != 0:
-        raise RunError("ranks can change at a gradient accumulation boundary only; call after engine.step()")
+        raise RunError(
+            "ranks can change at a gradient accumulation boundary only", mend="call after engine.step()"
+        )
     with returning_large_blocks():
         _resize(engine, edits)
 
