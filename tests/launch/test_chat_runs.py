@@ -88,8 +88,11 @@ def test_without_a_template_both_commands_say_so(
         "--out",
         str(tmp_path / "eval"),
     ]
+    capsys.readouterr()  # what saving the model has written
     code = evaluate([*arguments, "--tasks", "boolq"])
-    for said, ended in ((done["stderr"], done["code"]), (capsys.readouterr().err, code)):
-        assert ended == 2 and said.count("\n") == 1
-        assert "the tokenizer has no chat template, which chats need" in said and "; use an instruct" in said
+    for error, ended in ((done["stderr"], done["code"]), (capsys.readouterr().err, code)):
+        assert ended == 2 and error.count("\n") == 1
+        assert (
+            "the tokenizer has no chat template, which chats need" in error and "; use an instruct" in error
+        )
     assert not (tmp_path / "run").exists()
