@@ -12,6 +12,7 @@ from launch.options.train_options import TrainOptions
 from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
 from launch.planning.settle import settle
+from launch.run_folder.resume import require_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ def dry_run(options: TrainOptions) -> None:
     plan = memory_of(settled)
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
+    require_start(options)
     dropped = data.dropped_line()
     page = DryRunPage(
         options=options,

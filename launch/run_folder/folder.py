@@ -126,11 +126,7 @@ class RunFolder:
         if not self.is_rank_zero:
             return
         try:
-            held = [p for p in self.path.iterdir() if p.name != LOCK_FILE] if self.path.is_dir() else []
-            if resume == "none" and held:
-                raise UserError(
-                    f"the run folder is not empty ({self.path}); choose another out or set resume auto"
-                )
+            self.require_unused(resume)
             self.path.mkdir(parents=True, exist_ok=True)
             for place in (self.path, self.checkpoints):
                 if place.exists():  # and not only at the first save, hours later
@@ -140,6 +136,14 @@ class RunFolder:
             raise UserError(
                 f"cannot write to the run folder: {error.strerror} ({self.path}); choose another out"
             ) from error
+
+    def require_unused(self, resume: str) -> None:
+        """Raise UserError where `resume` is "none" and the folder holds anything; write nothing."""
+        held = [p for p in self.path.iterdir() if p.name != LOCK_FILE] if self.path.is_dir() else []
+        if resume == "none" and held:
+            raise UserError(
+                f"the run folder is not empty ({self.path}); choose another out or set resume auto"
+            )
 
     def start_anew(self) -> None:
         """Remove the files of an earlier run that completed no checkpoint: nothing of it gets mixed in."""

@@ -102,6 +102,22 @@ def _require_notes(checkpoint: Checkpoint) -> None:
         )
 
 
+def require_start(options: TrainOptions) -> None:
+    """See that `resume` can be followed, as far as that is known without writing to the run folder: for a dry run.
+
+    Raises:
+        UserError: `resume` names no folder, or is none while the run folder is in use.
+    """
+    RunFolder(options.out).require_unused(options.resume)
+    if options.resume not in ("auto", "none"):
+        _require_folder(Path(options.resume), options)
+
+
+def _require_folder(path: Path, options: TrainOptions) -> None:
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path} ({options.place('resume')}); give auto, none or its folder")
+
+
 def _choose(options: TrainOptions, folder: RunFolder) -> tuple[Checkpoint | None, str | None, list[str]]:
     root = folder.checkpoints
     if options.resume in ("auto", "none"):
@@ -130,8 +146,7 @@ def _newest(root: Path) -> tuple[Checkpoint, list[str]]:
 
 def _named(path: Path, options: TrainOptions, root: Path) -> tuple[Checkpoint, str, list[str]]:
     """The checkpoint that `resume` names, or the newest one in `out` that came of it."""
-    if not path.is_dir():
-        raise UserError(f"no checkpoint at {path} ({options.place('resume')}); give auto, none or its folder")
+    _require_folder(path, options)
     origin = str(path.resolve())
     if files.checkpoints_in(root):
         newest, messages = _newest(root)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch.run_folder.lock import LOCK_FILE
 from tests.helpers import training
 from tests.helpers.processes import ROOT, Processes, run_script
 from tests.helpers.training import Place
@@ -48,7 +49,8 @@ def refused(process: Processes, place: Place, tmp_path: Path) -> Callable[..., s
             (result,) = process.run(training.command, [*arguments, *dry], environment)
             lines.append(the_line(result["stderr"], result["stdout"]))
             assert result["code"] == 2, lines
-            assert not list(tmp_path.glob("out/*")), "nothing half-written"
+            left = {path.name for path in tmp_path.glob("out/*")}
+            assert left <= {LOCK_FILE}, "nothing half-written"
         assert lines[0] == lines[1]
         return lines[0]
 
@@ -242,9 +244,17 @@ def test_a_batch_that_cannot_be_cut(refused: Callable[..., str], batch: dict[str
 
 def test_resume_none_keeps_a_used_folder(process: Processes, place: Place, tmp_path: Path) -> None:
     kept = write(tmp_path / "mine.txt", "mine")
-    (result,) = process.run(training.command, place.arguments(tmp_path, resume="none"))
-    assert result["code"] == 2 and str(tmp_path) in the_line(result["stderr"])
-    assert list(tmp_path.iterdir()) == [kept]
+    lines = []
+    for dry in (False, True):
+        (result,) = process.run(training.command, place.arguments(tmp_path, resume="none", dry_run=dry))
+        lines.append(the_line(result["stderr"]))
+        assert result["code"] == 2 and str(tmp_path) in lines[-1]
+        assert list(tmp_path.iterdir()) == [kept]
+    assert lines[0] == lines[1]
+
+
+def test_a_checkpoint_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert f"no checkpoint at {tmp_path}/nowhere (--resume on the" in refused(resume=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("form", [("--debug", "true"), ("--debug=true",)])
