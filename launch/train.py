@@ -95,19 +95,20 @@ def run_steps(run: Session, done: int) -> None:
     What the processes say to each other stands at each line.
     """
     run.validator.before_first_step(done)
-    for batch in run.batches(
-        after=done
-    ):  # the largest of three flags: ends early when one process asks for a stop
-        loss_sum = train_step(
-            run, batch
-        )  # the gradients' mean; at ZeRO-3 also the weights, which are sharded
-        skipped = run.guard.after_step(batch.step)  # after a skip: whose loss or gradient was not finite
-        change = run.method.after_step(batch.step)  # the masters of P, λ and Q, which ZeRO shards
-        run.log.step(
-            batch, loss_sum, skipped, change
-        )  # where due, the loss: each process has a part of the batch
-        run.validator.after_step(batch.step)  # where due, the validation loss: each has a part of the records
-        run.saver.after_step(batch.step)  # where due, the folder to write into: process 0 makes it
+    # The largest of three flags: the loop ends early when one process asks for it.
+    for batch in run.batches(after=done):
+        # The gradients' mean; at ZeRO-3 the weights too, which are sharded.
+        loss_sum = train_step(run, batch)
+        # After a skipped update: whose loss or gradient was not finite.
+        skipped = run.guard.after_step(batch.step)
+        # The masters of P, λ and Q, which ZeRO shards.
+        change = run.method.after_step(batch.step)
+        # Where due, the loss: each process has a part of the batch.
+        run.log.step(batch, loss_sum, skipped, change)
+        # Where due, the validation loss: each process has a part of the records.
+        run.validator.after_step(batch.step)
+        # Where due, the folder to write into, which process 0 makes.
+        run.saver.after_step(batch.step)
     if not run.stop.reached and done < run.data.steps:
         run.validator.log(run.data.steps)
 
