@@ -68,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
             "--debug=true"
             if positional and word == "--debug" and following not in ("true", "false")
             else word
-            for word, following in zip(words, [*words[1:], ""], strict=True)
+            for word, following in zip(words, [*words, ""][1:], strict=True)
         ]
 
     def error(self, message: str) -> NoReturn:

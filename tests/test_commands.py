@@ -144,6 +144,15 @@ def test_debug_may_stand_before_a_positional_argument(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "runs/x True\n"
 
 
+@pytest.mark.parametrize("words", [[], ["--debug"], ["--out", "there"], ["--out", "there", "--debug"]])
+def test_a_command_without_words_runs_with_its_defaults(words: list[str]) -> None:
+    parser = CommandParser("command", None)
+    parser.add_argument("--out", default="here")
+    seen = []
+    assert run_parsed(parser, lambda arguments: seen.append((arguments.out, arguments.debug)), words) == 0
+    assert seen == [("there" if "there" in words else "here", "--debug" in words)]
+
+
 def test_a_place_is_given_by_who_knows_it() -> None:
     error: CommandError = UserError("'answer' is missing", mend="add it").at("a.json, record 3")
     assert isinstance(error, UserError) and str(error) == "'answer' is missing (a.json, record 3); add it"
