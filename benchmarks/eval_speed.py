@@ -221,7 +221,7 @@ def compare() -> None:
     wrong = [d for d in summary["generate_against_greedy"]["differences"] if not d["allowed"]]
     if wrong:
         raise RunError(
-            f"{len(wrong)} predictions of generate are not the greedy loop's ({known.json} lists them)"
+            f"{len(wrong)} predictions of generate are not the greedy loop's", f"{known.json} lists them"
         )
 
 

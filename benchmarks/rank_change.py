@@ -71,10 +71,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.json and not args.json.parent.is_dir():
         raise UserError(
-            f"there is no folder {args.json.parent} (--json {args.json}); make it, or name another"
+            f"there is no folder {args.json.parent}", f"--json {args.json}", "make it, or name another"
         )
     if 0 < args.memory_changes < 10:
-        raise UserError(f"--memory_changes {args.memory_changes} is too few to see growth; give at least 10")
+        raise UserError(
+            f"--memory_changes {args.memory_changes} is too few to see growth", mend="give at least 10"
+        )
     return args
 
 
@@ -146,9 +148,11 @@ def gpu_count(args: argparse.Namespace) -> int:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and args.device != "cpu" else 0
     if args.device == "cuda" and not gpus:
-        raise UserError("this machine has no GPU that torch can use (--device cuda); leave it out")
+        raise UserError("this machine has no GPU that torch can use", "--device cuda", "leave it out")
     if gpus and max(args.processes) > gpus:
-        raise UserError(f"there are {gpus} GPUs (--processes {max(args.processes)}); give as many, or fewer")
+        raise UserError(
+            f"there are {gpus} GPUs", f"--processes {max(args.processes)}", "give as many, or fewer"
+        )
     return gpus
 
 

@@ -130,7 +130,7 @@ def _count(name: str, text: str | None) -> int | None:
     if text is None or text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{name} {text!r} is not a positive whole number (--{name}); give 1 or more")
+        raise UserError(f"{name} {text!r} is not a positive whole number", f"--{name}", "give 1 or more")
     return int(text)
 
 
@@ -142,7 +142,7 @@ def _tasks(text: str) -> tuple[str, ...]:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, 1, cutoff=0.4)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"unknown task {name!r} (--tasks); {hint}the tasks are {', '.join(TASKS)}")
+            raise UserError(f"unknown task {name!r}", "--tasks", f"{hint}the tasks are {', '.join(TASKS)}")
     if not chosen:
-        raise UserError(f"no task given (--tasks); choose all, or some of {', '.join(TASKS)}")
+        raise UserError("no task given", "--tasks", f"choose all, or some of {', '.join(TASKS)}")
     return tuple(name for name in TASKS if name in chosen)

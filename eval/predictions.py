@@ -118,14 +118,18 @@ class PredictionFolder:
             remedy = "choose another --out, or remove this one"
             if not path.is_file():
                 raise UserError(
-                    f"{self.folder} holds predictions of unknown settings (settings.json is missing); {remedy}"
+                    f"{self.folder} holds predictions of unknown settings",
+                    "settings.json is missing",
+                    remedy,
                 )
             before = _read_json(path)
             for key in {**before, **settings}:
                 if before.get(key) != settings.get(key):
                     raise UserError(
-                        f"results of other settings are in {self.out}: {key} was {before.get(key)!r} "
-                        f"and is {settings.get(key)!r} (--out); {remedy}"
+                        f"results of other settings are in {self.out}: {key} was {before.get(key)!r} and is "
+                        f"{settings.get(key)!r}",
+                        "--out",
+                        remedy,
                     )
         write_json_atomically(path, dict(settings))
 
@@ -175,7 +179,7 @@ class PredictionLog:
                 data = data[self._file.write(data) :]
         except OSError as error:
             raise RunError(
-                f"cannot write predictions ({error.strerror}); free some space and start again"
+                f"cannot write predictions ({error.strerror})", mend="free some space and start again"
             ) from None
 
     def close(self) -> None:
@@ -187,7 +191,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is no valid JSON; remove its folder or choose another --out") from None
+        raise UserError(
+            f"{path} is no valid JSON", mend="remove its folder or choose another --out"
+        ) from None
     return value if isinstance(value, dict) else {}
 
 
@@ -205,7 +211,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             if path.name.startswith("journal-"):
                 continue
             raise UserError(
-                f"{path}, line {number}, is no prediction; remove the line or the folder"
+                f"{path}, line {number}, is no prediction", mend="remove the line or the folder"
             ) from None
         lines.append(line)
     return lines

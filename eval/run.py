@@ -82,7 +82,8 @@ def _load_all_questions(options: Options, style: str) -> dict[str, list[Question
 def _require_one_process(options: Options, team: Team) -> None:
     if options.backend == "vllm" and team.size > 1:
         raise UserError(
-            "--backend vllm runs as one process, and takes the GPUs it needs itself; start it without a launcher"
+            "--backend vllm runs as one process, and takes the GPUs it needs itself",
+            mend="start it without a launcher",
         )
 
 

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(f"worse: {line}" for line in lost))
     if failed or broken or lost:
         raise RunError(
-            f"sections that failed: {', '.join(failed) or 'none'}; proofs that do not hold: {len(broken)}; "
+            f"sections that failed: {', '.join(failed) or 'none'}, proofs that do not hold: {len(broken)}, "
             f"figures that became worse: {len(lost)}"
         )
 

@@ -70,8 +70,9 @@ class Answerer:
                     raise
             if len(batch.items) == 1:
                 raise RunError(
-                    f"not enough memory for item {batch.items[0].question.index} of {batch.task} alone "
-                    f"({batch.width} tokens); use a smaller --dtype or a larger device"
+                    f"not enough memory for item {batch.items[0].question.index} of {batch.task} alone",
+                    f"{batch.width} tokens",
+                    "use a smaller --dtype or a larger device",
                 )
             self._most_tokens = batch.tokens // 2
             _free_memory()

@@ -95,8 +95,9 @@ def start_vllm(options: Options) -> VllmEngine:
         rank = server_rank(max(matrix.rank for matrix in adapter.matrices.values()))
         if rank is None:
             raise UserError(
-                f"the ranks of {options.adapter} are above what vLLM allows (--backend vllm); "
-                "merge it with python -m flexlora_ds.export --to merged"
+                f"the ranks of {options.adapter} are above what vLLM allows",
+                "--backend vllm",
+                "merge it with python -m flexlora_ds.export --to merged",
             )
         export_uniform(adapter, Path(folder.name) / "adapter")
         arguments |= {"enable_lora": True, "max_lora_rank": rank}
@@ -112,14 +113,18 @@ def start_vllm(options: Options) -> VllmEngine:
 def _require(options: Options) -> None:
     if options.mode != "generate":
         raise UserError(
-            f"--backend vllm serves --mode generate, not {options.mode}; leave --backend out for the others"
+            f"--backend vllm serves --mode generate, not {options.mode}",
+            mend="leave --backend out for the others",
         )
     if options.merge or options.model.endswith(".gguf"):
         what = "--merge" if options.merge else "a .gguf file"
         raise UserError(
-            f"--backend vllm does not take {what}; make a folder with python -m flexlora_ds.export --to merged"
+            f"--backend vllm does not take {what}",
+            mend="make a folder with python -m flexlora_ds.export --to merged",
         )
     if options.adapter is not None and not (Path(options.adapter) / "adapter_config.json").is_file():
-        raise UserError(f"no adapter folder {options.adapter} (--adapter); --backend vllm needs a local one")
+        raise UserError(
+            f"no adapter folder {options.adapter}", "--adapter", "--backend vllm needs a local one"
+        )
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("vLLM is not installed (--backend vllm); pip install vllm, or leave --backend out")
+        raise UserError("vLLM is not installed", "--backend vllm", "pip install vllm, or leave --backend out")

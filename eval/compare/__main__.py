@@ -39,7 +39,7 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
     names = [setting.name for setting in settings]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two settings are called {name!r}; name them: A=DIR B=DIR")
+            raise UserError(f"two settings are called {name!r}", mend="name them: A=DIR B=DIR")
     return settings
 
 

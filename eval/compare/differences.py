@@ -81,11 +81,11 @@ def read_run(folder: Path) -> Run:
         tasks = list(summary["tasks"])
     except FileNotFoundError:
         raise UserError(
-            f"no results.json in {folder}; finish it with python -m eval --out {folder}"
+            f"no results.json in {folder}", mend=f"finish it with python -m eval --out {folder}"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(
-            f"{folder}/results.json is not an evaluation's; remove it and evaluate again"
+            f"{folder}/results.json is not an evaluation's", mend="remove it and evaluate again"
         ) from None
     reader = PredictionFolder(folder)
     predictions = {task: tuple(p for _, p in sorted(reader.read(task).items())) for task in tasks}
@@ -93,7 +93,8 @@ def read_run(folder: Path) -> Run:
         if len(found) != summary["tasks"][task]["total"]:
             raise UserError(
                 f"{folder}/predictions/{task}.jsonl holds {len(found)} of "
-                f"{summary['tasks'][task]['total']} items; run the evaluation again to complete it"
+                f"{summary['tasks'][task]['total']} items",
+                mend="run the evaluation again to complete it",
             )
     return Run(folder, summary, predictions)
 
@@ -104,15 +105,15 @@ def common_tasks(settings: Sequence[Setting]) -> list[str]:
     tasks = [task for task in runs[0].predictions if all(task in run.predictions for run in runs)]
     if not tasks:
         raise UserError(
-            f"{runs[0].folder} and the others have no task in common; evaluate them on the same tasks"
+            f"{runs[0].folder} and the others have no task in common", mend="evaluate them on the same tasks"
         )
     for task in tasks:
         wanted = [(p.index, p.answer) for p in runs[0].predictions[task]]
         for run in runs[1:]:
             if [(p.index, p.answer) for p in run.predictions[task]] != wanted:
                 raise UserError(
-                    f"{run.folder} and {runs[0].folder} were asked different items of {task}; "
-                    f"evaluate both on the same data and --limit"
+                    f"{run.folder} and {runs[0].folder} were asked different items of {task}",
+                    mend="evaluate both on the same data and --limit",
                 )
     return tasks
 

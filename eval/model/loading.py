@@ -45,7 +45,9 @@ def load(options: Options, device: torch.device) -> LanguageModel:
         if options.merge:
             model = model.merge_and_unload(safe_merge=True)
     elif options.merge:
-        raise UserError("nothing to merge without an adapter (--merge); give --adapter or leave --merge out")
+        raise UserError(
+            "nothing to merge without an adapter", "--merge", "give --adapter or leave --merge out"
+        )
     return LanguageModel(model.to(device), tokenizer)
 
 
@@ -70,10 +72,12 @@ def _require_adapter(adapter: str) -> None:
     folder = Path(adapter)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"no adapter_config.json in {folder} (--adapter); give the folder that holds it, e.g. RUN/adapter"
+            f"no adapter_config.json in {folder}",
+            "--adapter",
+            "give the folder that holds it, e.g. RUN/adapter",
         )
     if not folder.is_dir() and (folder.is_absolute() or adapter.count("/") != 1 or adapter.startswith(".")):
-        raise UserError(f"no adapter folder {adapter} (--adapter); train one, or give a hub id")
+        raise UserError(f"no adapter folder {adapter}", "--adapter", "train one, or give a hub id")
 
 
 def _mismatch(adapter: str, model: Any, fault: str) -> str:
@@ -99,7 +103,7 @@ def recorded_prompt(adapter: str | None) -> str | None:
         style = None
     if style not in PROMPTS:
         raise UserError(
-            f'{path} names no known prompt style; write {{"prompt": "alpaca"}} or "llm_adapters" there'
+            f"{path} names no known prompt style", mend='write {"prompt": "alpaca"} or "llm_adapters" there'
         )
     return str(style)
 

@@ -60,8 +60,9 @@ def _share(options: TrainOptions, processes: int) -> int:
     share, rest = divmod(options.batch_size, processes)
     if rest or not share:
         raise UserError(
-            f"batch_size {options.batch_size} does not divide among {processes} processes "
-            f"({options.place('batch_size')}); give a multiple of {processes}"
+            f"batch_size {options.batch_size} does not divide among {processes} processes",
+            options.place("batch_size"),
+            f"give a multiple of {processes}",
         )
     return share
 
@@ -70,8 +71,10 @@ def _check_micro(micro: int, share: int, options: TrainOptions, processes: int) 
     if share % micro:
         allowed = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
         raise UserError(
-            f"micro_batch_size {micro} × accumulation × {processes} processes never makes batch_size "
-            f"{options.batch_size} ({options.place('micro_batch_size')}); give auto or one of {allowed}"
+            f"micro_batch_size {micro} × accumulation × {processes} processes never makes "
+            f"batch_size {options.batch_size}",
+            options.place("micro_batch_size"),
+            f"give auto or one of {allowed}",
         )
 
 

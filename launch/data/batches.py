@@ -99,8 +99,10 @@ class TrainingBatches:
         at_once = share.world_size * share.micro_batch_size
         if batch_size % at_once:
             raise UserError(
-                f"batch_size {batch_size} is not a multiple of micro_batch_size {share.micro_batch_size} × "
-                f"{share.world_size} processes (batch_size); choose a multiple of {at_once}"
+                f"batch_size {batch_size} is not a multiple of micro_batch_size "
+                f"{share.micro_batch_size} × {share.world_size} processes",
+                "batch_size",
+                f"choose a multiple of {at_once}",
             )
         self.accumulation = batch_size // at_once
         lengths = examples.lengths if group_by_length else None

@@ -55,9 +55,9 @@ def tokenise(
     no end token; UserError where it has no chat template that takes the chats.
     """
     if not entries:
-        raise UserError("no records to train on (data); give a file with at least one record")
+        raise UserError("no records to train on", "data", "give a file with at least one record")
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token (model); set its eos_token")
+        raise UserError("the tokenizer has no end-of-sequence token", "model", "set its eos_token")
     dropped: list[int] = []
 
     def kept() -> Iterator[tuple[int, Any, Any]]:

@@ -153,7 +153,9 @@ def arrange(
     """
     if not len(examples):
         raise UserError(
-            f"all {len(dropped):,} records are longer than {cutoff_len} tokens (cutoff_len); raise cutoff_len"
+            f"all {len(dropped):,} records are longer than {cutoff_len} tokens",
+            "cutoff_len",
+            "raise cutoff_len",
         )
     train, validation = split(examples, val_size, seed)
     return TokenisedData(train, validation, tuple(dropped), cutoff_len)
@@ -166,8 +168,9 @@ def split(examples: Examples, val_size: int, seed: int) -> tuple[Examples, Examp
     """
     if not 0 <= val_size < len(examples):
         raise UserError(
-            f"val_size {val_size:,} leaves nothing to train on: {len(examples):,} usable records (val_size); "
-            f"choose 0 to {len(examples) - 1:,}"
+            f"val_size {val_size:,} leaves nothing to train on: {len(examples):,} usable records",
+            "val_size",
+            f"choose 0 to {len(examples) - 1:,}",
         )
     order = seeded_order(len(examples), seed, "validation")
     return examples.subset(np.sort(order[val_size:])), examples.subset(np.sort(order[:val_size]))

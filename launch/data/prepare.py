@@ -79,8 +79,9 @@ def require_data(options: TrainOptions) -> Path:
     path = Path(options.data)
     if not path.exists():
         raise UserError(
-            f"no training data at {path} ({options.place('data')}); build it with `python -m data_prep --out data`, "
-            "or name another file with --data"
+            f"no training data at {path}",
+            options.place("data"),
+            "build it with `python -m data_prep --out data`, or name another file with --data",
         )
     return path
 

@@ -49,7 +49,7 @@ def cache_folder() -> Path:
         caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     except RuntimeError:  # a user without a home, as in some containers
         raise RunError(
-            f"no home folder for the cache of tokenised data ({FOLDER}); name a folder there"
+            "no home folder for the cache of tokenised data", FOLDER, "name a folder there"
         ) from None
     return Path(caches) / "flexlora_ds" / "tokens"
 
@@ -82,8 +82,9 @@ def cached(key: str, make: Callable[[], Tokenised]) -> Tokenised:
             return _open(root / key) or _make(root, key, make)
     except OSError as error:
         raise RunError(
-            f"cannot write the cache of tokenised data: {error.strerror or error} ({root}); free some space, "
-            f"or name another folder in the environment variable {FOLDER}"
+            f"cannot write the cache of tokenised data: {error.strerror or error}",
+            str(root),
+            f"free some space, or name another folder in the environment variable {FOLDER}",
         ) from error
 
 

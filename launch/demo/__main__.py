@@ -48,7 +48,7 @@ def remove_earlier(out: Path) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     if out != DEFAULT_OUT and not any((out / name).is_dir() for name in _OWN):
-        raise UserError(f"the folder holds something else than a demo (--out {out}); choose another")
+        raise UserError("the folder holds something else than a demo", f"--out {out}", "choose another")
     shutil.rmtree(out)
 
 

@@ -21,7 +21,7 @@ def run_command(title: str, command: Sequence[str]) -> None:
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code != 0:
         raise RunError(
-            f"the step '{title}' ended with exit code {code} (command above); its own error is above"
+            f"the step '{title}' ended with exit code {code}", "command above", "its own error is above"
         )
     print(f"   {time.monotonic() - started:.0f} s", flush=True)
 

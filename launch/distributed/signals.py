@@ -85,7 +85,8 @@ class SignalWatcher:
         os.close(self._write)
         if error is not None and _is_lost_connection(error):
             raise RunError(
-                f"the connection to another process broke ({_first_line(error)}); start the run again: it resumes"
+                f"the connection to another process broke ({_first_line(error)})",
+                mend="start the run again: it resumes",
             ) from error
 
     def follow(self, process: Process) -> None:

@@ -36,19 +36,20 @@ def adam_settings(source: DsJson, options: TrainOptions) -> AdamSettings:
     place = f"{origin}, key optimizer"
     if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
         raise UserError(
-            f"optimizer {kind} holds state that rank changes cannot carry over ({place}); "
-            "remove the block, or use AdamW"
+            f"optimizer {kind} holds state that rank changes cannot carry over",
+            place,
+            "remove the block, or use AdamW",
         )
     given = block.get("params") or {}
     if not isinstance(given, Mapping):
-        raise UserError(f"params is no JSON object ({place}.params); write one")
+        raise UserError("params is no JSON object", f"{place}.params", "write one")
     params = {name: value for name, value in given.items() if value != AUTO}
     unknown = sorted(set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"})
     if unknown:
-        raise UserError(f"our AdamW has no parameter {unknown[0]} ({place}.params); remove it")
+        raise UserError(f"our AdamW has no parameter {unknown[0]}", f"{place}.params", "remove it")
     if params.get("adam_w_mode", True) is not True:
         raise UserError(
-            f"weight decay is decoupled here ({place}.params.adam_w_mode); remove it or write true"
+            "weight decay is decoupled here", f"{place}.params.adam_w_mode", "remove it or write true"
         )
     for name, wanted in (("lr", options.lr), ("weight_decay", options.weight_decay)):
         if name in params and params[name] != wanted:
@@ -60,13 +61,15 @@ def adam_settings(source: DsJson, options: TrainOptions) -> AdamSettings:
 def _checked_betas(value: Any, place: str) -> tuple[float, float]:
     numbers = value if isinstance(value, (list, tuple)) else ()
     if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
-        raise UserError(f"betas are {json.dumps(value)} ({place}.params.betas); give two numbers in [0, 1)")
+        raise UserError(
+            f"betas are {json.dumps(value)}", f"{place}.params.betas", "give two numbers in [0, 1)"
+        )
     return float(numbers[0]), float(numbers[1])
 
 
 def _checked_eps(value: Any, place: str) -> float:
     if not _is_number(value) or value <= 0:
-        raise UserError(f"eps is {json.dumps(value)} ({place}.params.eps); give a number above 0")
+        raise UserError(f"eps is {json.dumps(value)}", f"{place}.params.eps", "give a number above 0")
     return float(value)
 
 

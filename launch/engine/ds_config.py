@@ -65,7 +65,7 @@ def resolve_ds_config(
     settings["zero_force_ds_cpu_optimizer"] = False
     for path in auto_paths(settings):
         raise UserError(
-            f"no value is known for this auto ({origin}, key {path}); write one, or remove the key"
+            "no value is known for this auto", f"{origin}, key {path}", "write one, or remove the key"
         )
     return settings
 
@@ -84,7 +84,7 @@ def read_ds_json(source: str | Path | Mapping[str, Any]) -> DsJson:
         settings["bf16"] = settings.pop("bfloat16")
     for block in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
         if not isinstance(settings.get(block, {}), dict):
-            raise UserError(f"{block} is no JSON object ({origin}, key {block}); write {{...}}")
+            raise UserError(f"{block} is no JSON object", f"{origin}, key {block}", "write {...}")
     return DsJson(settings, origin)
 
 
@@ -141,8 +141,9 @@ def contradiction(
     """The error for a JSON that says `given` at a path where the option `key` asks for another value."""
     set_at = options.places.get(key, "its default")
     return UserError(
-        f"{json.dumps(given)} contradicts the option {key} ({set_at}), which asks for "
-        f'{json.dumps(wanted)} ({origin}, key {dotted}); write "auto" there, or change {key}'
+        f"{json.dumps(given)} contradicts the option {key} ({set_at}), which asks for {json.dumps(wanted)}",
+        f"{origin}, key {dotted}",
+        f'write "auto" there, or change {key}',
     )
 
 
@@ -202,7 +203,7 @@ def _parsed(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read the DeepSpeed JSON: {error} (--ds); see ds_configs/ for some"
+            f"cannot read the DeepSpeed JSON: {error}", "--ds", "see ds_configs/ for some"
         ) from error
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
@@ -210,9 +211,11 @@ def _parsed(path: Path) -> dict[str, Any]:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         comment = line.startswith(("//", "#", "/*")) or "//" in line
         remedy = "JSON has no comments: remove this one" if comment else "correct it"
-        raise UserError(f"not valid JSON: {error.msg} ({path}, line {error.lineno}); {remedy}") from error
+        raise UserError(
+            f"not valid JSON: {error.msg}", f"{path}, line {error.lineno}", f"{remedy}"
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"the DeepSpeed JSON is no object ({path}); write {{...}}")
+        raise UserError("the DeepSpeed JSON is no object", str(path), "write {...}")
     return value
 
 
@@ -220,5 +223,5 @@ def _without_repeats(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise UserError(f"key {key} stands twice in one block ({path}); remove one of them")
+            raise UserError(f"key {key} stands twice in one block", str(path), "remove one of them")
     return dict(pairs)

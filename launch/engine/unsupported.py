@@ -32,10 +32,10 @@ def check_refusals(settings: Settings, origin: str) -> None:
     for refusal in REFUSALS:
         value = lookup(settings, refusal.key)
         if value is not None and refusal.when(value):
-            raise UserError(f"{refusal.because} ({origin}, key {refusal.key}); {refusal.instead}")
+            raise UserError(refusal.because, f"{origin}, key {refusal.key}", f"{refusal.instead}")
     for key in REMOVED_UPSTREAM:
         if lookup(settings, key) is not None:
-            raise UserError(f"DeepSpeed has removed this setting ({origin}, key {key}); remove it")
+            raise UserError("DeepSpeed has removed this setting", f"{origin}, key {key}", "remove it")
     _check_stage(settings, origin)
 
 
@@ -53,7 +53,7 @@ def require_dtype(dtype: Dtype, place: str) -> None:
     from deepspeed.accelerator import get_accelerator
 
     if not get_accelerator().is_fp16_supported():
-        raise UserError(f"DeepSpeed computes no fp16 on this device ({place}); choose dtype bf16 or fp32")
+        raise UserError("DeepSpeed computes no fp16 on this device", place, "choose dtype bf16 or fp32")
 
 
 def lookup(settings: Settings, dotted: str) -> Any:
@@ -199,18 +199,21 @@ def _check_stage(settings: Settings, origin: str) -> None:
     stage = 0 if stage is None else stage
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(
-            f"ZeRO stage {stage!r} does not exist ({origin}, key {_ZERO}.stage); give 0, 1, 2 or 3"
+            f"ZeRO stage {stage!r} does not exist", f"{origin}, key {_ZERO}.stage", "give 0, 1, 2 or 3"
         )
     for block, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = lookup(settings, f"{_ZERO}.{block}.device")
         if device not in (None, "none") and stage < least:
             raise UserError(
-                f"{block} does nothing at ZeRO stage {stage} ({origin}, key {_ZERO}.{block}); "
-                f"use stage {least} or above, or remove it"
+                f"{block} does nothing at ZeRO stage {stage}",
+                f"{origin}, key {_ZERO}.{block}",
+                f"use stage {least} or above, or remove it",
             )
     accumulate = lookup(settings, "data_types.grad_accum_dtype")
     if accumulate not in (None, "auto") and stage < 2:
         raise UserError(
-            f"at ZeRO stage {stage} a grad_accum_dtype leads to an optimizer wrapper whose state we do not "
-            f"carry ({origin}, key data_types.grad_accum_dtype); use stage 2 or 3, or remove it"
+            f"at ZeRO stage {stage} a grad_accum_dtype leads to an optimizer wrapper whose state "
+            "we do not carry",
+            f"{origin}, key data_types.grad_accum_dtype",
+            "use stage 2 or 3, or remove it",
         )

@@ -101,8 +101,9 @@ class FiniteGuard:
         self._say(f"{text}; update skipped on all processes ({self.in_a_row} in a row)")
         if self.in_a_row >= LIMIT:
             raise RunError(
-                f"{LIMIT} updates in a row were not finite ({text}); look at these records, lower lr, "
-                "or use bf16 or fp32"
+                f"{LIMIT} updates in a row were not finite",
+                text,
+                "look at these records, lower lr, or use bf16 or fp32",
             )
 
     def _by_loss_scale(self, answers: list[Any]) -> bool:

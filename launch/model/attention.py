@@ -71,13 +71,16 @@ def resolve_attention(
     can_varlen = machine.gpu and half and machine.varlen and machine.capability >= (8, 0)
     if asked == "flash" and not can_flash:
         raise UserError(
-            f"attention flash needs a GPU, bf16 or fp16, and the package flash-attn ({place}); "
-            "install flash-attn or choose auto"
+            "attention flash needs a GPU, bf16 or fp16, and the package flash-attn",
+            place,
+            "install flash-attn or choose auto",
         )
     if asked == "varlen" and not (can_varlen and works()):
         raise UserError(
-            "attention varlen needs torch 2.10 or later, bf16 or fp16, and a GPU of compute capability 8.0 or more on "
-            f"which it computes what sdpa does ({place}); choose auto"
+            "attention varlen needs torch 2.10 or later, bf16 or fp16, and a GPU of compute "
+            "capability 8.0 or more on which it computes what sdpa does",
+            place,
+            "choose auto",
         )
     if asked != "auto":
         return asked
@@ -140,7 +143,7 @@ def require_separable(skeleton: Skeleton, place: str) -> None:
     """
     if not skeleton.separable:
         raise UserError(
-            f"{skeleton.name} cannot keep packed examples apart ({place}); leave padding_free at auto"
+            f"{skeleton.name} cannot keep packed examples apart", place, "leave padding_free at auto"
         )
 
 

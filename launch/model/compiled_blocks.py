@@ -59,7 +59,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers of a transformers model, in order."""
     found = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
     if not found:
-        raise UserError("compile blocks finds no decoder layers in this model; leave compile false")
+        raise UserError("compile blocks finds no decoder layers in this model", mend="leave compile false")
     return found
 
 
@@ -73,7 +73,7 @@ class CompiledBlock:
         for place, matrix in enumerate(self.matrices):
             if matrix.weight is None:
                 raise UserError(
-                    f"compile blocks cannot look into {matrix.name}; choose compile pieces or false"
+                    f"compile blocks cannot look into {matrix.name}", mend="choose compile pieces or false"
                 )
             matrix.place = place
         for p in layer.parameters():

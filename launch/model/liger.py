@@ -35,7 +35,7 @@ def resolve_kernels(
     if asked != "liger":
         return "none" if asked == "none" or obstacle else "liger"
     if obstacle:
-        raise UserError(f"kernels liger {obstacle} ({place}); choose auto or none")
+        raise UserError(f"kernels liger {obstacle}", place, "choose auto or none")
     return "liger"
 
 

@@ -45,15 +45,16 @@ def require_compiler(asked: bool | Compile, *, method: Method, config: Any, plac
         return
     wanted = f"compile {show(asked)}"
     if asked == "blocks" and method != "flexlora":
-        raise UserError(f"{wanted} knows FlexLoRA's adapters only ({place}); choose pieces or leave it false")
+        raise UserError(f"{wanted} knows FlexLoRA's adapters only", place, "choose pieces or leave it false")
     foreign = foreign_base(config)
     if foreign:
-        raise UserError(f"{wanted} {foreign} ({place}); leave it false")
+        raise UserError(f"{wanted} {foreign}", place, "leave it false")
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"{wanted} needs a C++ compiler, and there is no {compiler} ({place}); "
-            "install one, name yours in the variable CXX, or leave it false"
+            f"{wanted} needs a C++ compiler, and there is no {compiler}",
+            place,
+            "install one, name yours in the variable CXX, or leave it false",
         )
 
 
@@ -65,7 +66,9 @@ def require_stage(asked: bool | Compile, *, stage: int, place: str) -> None:
     """
     if asked == "blocks" and stage == 3:
         raise UserError(
-            f"compile blocks needs ZeRO-0, 1 or 2: ZeRO-3 gathers weights inside a layer ({place}); choose pieces"
+            "compile blocks needs ZeRO-0, 1 or 2: ZeRO-3 gathers weights inside a layer",
+            place,
+            "choose pieces",
         )
 
 

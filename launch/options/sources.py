@@ -64,13 +64,13 @@ def read_arguments(argv: Sequence[str], known: Collection[str]) -> Given:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise UserError(f"{word!r} belongs to no key (command line); write --key value")
+            raise UserError(f"{word!r} belongs to no key", "command line", "write --key value")
         key, equals, value = word[2:].partition("=")
         if key not in known and key not in LAUNCHER_FLAGS:
-            raise UserError(f"unknown key --{key} (command line); {_meant(key, known)}")
+            raise UserError(f"unknown key --{key}", "command line", f"{_meant(key, known)}")
         if not equals:
             if not words or words[0].startswith("--"):
-                raise UserError(f"--{key} has no value (command line); write --{key} VALUE")
+                raise UserError(f"--{key} has no value", "command line", f"write --{key} VALUE")
             value = words.pop(0)
         values[key] = value
     for flag in LAUNCHER_FLAGS:
@@ -90,7 +90,7 @@ def find_recipe(name: str) -> Path:
         if path.is_file() and (path != shipped or is_shipped_name):
             return path
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise UserError(f"no recipe file {name} (--recipe); give a YAML file or one of {', '.join(stems)}")
+    raise UserError(f"no recipe file {name}", "--recipe", f"give a YAML file or one of {', '.join(stems)}")
 
 
 def read_recipe(path: Path, known: Collection[str]) -> Given:
@@ -102,7 +102,9 @@ def read_recipe(path: Path, known: Collection[str]) -> Given:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe: {error} ({path}); give a readable UTF-8 file") from error
+        raise UserError(
+            f"cannot read the recipe: {error}", str(path), "give a readable UTF-8 file"
+        ) from error
     return read_yaml(text, str(path), known)
 
 
@@ -116,14 +118,14 @@ def read_yaml(text: str, origin: str, known: Collection[str]) -> Given:
     if node is None:
         return Given({}, {})
     if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"a recipe holds 'key: value' lines ({origin}); this one has another form")
+        raise UserError("a recipe holds 'key: value' lines", origin, "this one has another form")
     places: dict[str, str] = {}
     for key_node, _ in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key not in known:
-            raise UserError(f"unknown key {key!r} ({origin}, line {line}); {_meant(key, known)}")
+            raise UserError(f"unknown key {key!r}", f"{origin}, line {line}", f"{_meant(key, known)}")
         if key in places:
-            raise UserError(f"key {key} stands twice ({origin}, line {line}); remove one of them")
+            raise UserError(f"key {key} stands twice", f"{origin}, line {line}", "remove one of them")
         places[key] = f"{origin}, line {line}"
     return Given(values, places)
 

@@ -198,7 +198,7 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
     given = Given({**written.values, **typed.values}, {**written.places, **typed.places})
     options = TrainOptions(**{**given.values, "recipe": _short(recipe)}, places=given.places)
     if not options.model:
-        raise UserError(f"no model is named ({options.recipe}); add a line model: ..., or give --model")
+        raise UserError("no model is named", str(options.recipe), "add a line model: ..., or give --model")
     return options
 
 

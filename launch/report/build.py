@@ -31,7 +31,7 @@ def build_report(path: str | Path) -> Path:
             plots["Singular values"] = folder / "singular_values.png"
             draw_singular_values(run, plots["Singular values"])
     except OSError as error:
-        raise RunError(f"cannot write: {error.strerror} ({folder}); free some space") from error
+        raise RunError(f"cannot write: {error.strerror}", str(folder), "free some space") from error
     index = folder / "index.html"
     write_text_atomically(index, page(run, {title: plot.read_bytes() for title, plot in plots.items()}))
     return index

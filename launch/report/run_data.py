@@ -64,7 +64,9 @@ def read_run(path: str | Path) -> RunData:
     folder = RunFolder(path, is_rank_zero=False)
     metrics = folder.metrics.read()
     if not metrics:
-        raise UserError(f"no run to report on: metrics.jsonl is missing or empty ({path}); give a run folder")
+        raise UserError(
+            "no run to report on: metrics.jsonl is missing or empty", str(path), "give a run folder"
+        )
     options = folder.path / "options.yaml"
     return RunData(
         name=folder.path.resolve().name,
@@ -115,5 +117,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"not valid JSON: {error} ({path}); remove the file") from None
+        raise RunError(f"not valid JSON: {error}", str(path), "remove the file") from None
     return dict(value)

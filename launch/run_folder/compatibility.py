@@ -92,8 +92,9 @@ def _base_of(saved: Mapping[str, Any]) -> Base:
 
 def _refuse(checkpoint: Checkpoint, what: str, there: object, here: object) -> None:
     raise RunError(
-        f"the checkpoint is of another run: {what} is {_show(there)} in it and {_show(here)} here "
-        f"({checkpoint.folder}); use its value, or choose another out"
+        f"the checkpoint is of another run: {what} is {_show(there)} in it and {_show(here)} here",
+        str(checkpoint.folder),
+        "use its value, or choose another out",
     )
 
 

@@ -134,7 +134,7 @@ class RunFolder:
                         pass
         except OSError as error:
             raise UserError(
-                f"cannot write to the run folder: {error.strerror} ({self.path}); choose another out"
+                f"cannot write to the run folder: {error.strerror}", str(self.path), "choose another out"
             ) from error
 
     def require_unused(self, resume: str) -> None:
@@ -142,7 +142,7 @@ class RunFolder:
         held = [p for p in self.path.iterdir() if p.name != LOCK_FILE] if self.path.is_dir() else []
         if resume == "none" and held:
             raise UserError(
-                f"the run folder is not empty ({self.path}); choose another out or set resume auto"
+                "the run folder is not empty", str(self.path), "choose another out or set resume auto"
             )
 
     def start_anew(self) -> None:

@@ -29,7 +29,7 @@ class JsonLines:
                 file.write(to_json(row) + "\n")
         except OSError as error:
             raise RunError(
-                f"cannot write: {error.strerror} ({self.path}); free some space and resume"
+                f"cannot write: {error.strerror}", str(self.path), "free some space and resume"
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
@@ -52,7 +52,9 @@ class JsonLines:
             except json.JSONDecodeError:
                 row = None
             if not isinstance(row, dict) or "step" not in row:
-                raise RunError(f"not a row of a run ({self.path}, line {number}); remove the line") from None
+                raise RunError(
+                    "not a row of a run", f"{self.path}, line {number}", "remove the line"
+                ) from None
             yield row
 
 

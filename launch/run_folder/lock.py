@@ -23,7 +23,9 @@ def one_run_in(folder: Path) -> Iterator[None]:
 
     def refuse(holder: str) -> NoReturn:
         raise RunError(
-            f"another run is writing to this folder: {holder} ({folder}); wait for it, or choose another out"
+            f"another run is writing to this folder: {holder}",
+            str(folder),
+            "wait for it, or choose another out",
         )
 
     with locked(folder / LOCK_FILE, refuse):

@@ -97,8 +97,9 @@ def _require_notes(checkpoint: Checkpoint) -> None:
     lacking = [name for name in NOTES if not isinstance(checkpoint.run.get(name), dict)]
     if lacking:
         raise RunError(
-            f"the checkpoint was not written by a training run: its {files.STATE} lacks {lacking[0]} "
-            f"({checkpoint.folder}); give one of a run"
+            f"the checkpoint was not written by a training run: its {files.STATE} lacks {lacking[0]}",
+            str(checkpoint.folder),
+            "give one of a run",
         )
 
 
@@ -115,7 +116,7 @@ def require_start(options: TrainOptions) -> None:
 
 def _require_folder(path: Path, options: TrainOptions) -> None:
     if not path.is_dir():
-        raise UserError(f"no checkpoint at {path} ({options.place('resume')}); give auto, none or its folder")
+        raise UserError(f"no checkpoint at {path}", options.place("resume"), "give auto, none or its folder")
 
 
 def _choose(options: TrainOptions, folder: RunFolder) -> tuple[Checkpoint | None, str | None, list[str]]:
@@ -132,15 +133,17 @@ def _choose(options: TrainOptions, folder: RunFolder) -> tuple[Checkpoint | None
 
 def _newest(root: Path) -> tuple[Checkpoint, list[str]]:
     """The newest valid checkpoint, and what was found damaged on the way to it."""
-    damage: list[str] = []
+    damage: list[files.DamagedError] = []
     for folder in files.checkpoints_in(root):
         try:
-            return open_checkpoint(folder), damage
+            said = [f"warning: damaged checkpoint, trying the one before: {error}" for error in damage]
+            return open_checkpoint(folder), said
         except files.DamagedError as error:
-            damage.append(f"warning: damaged checkpoint, trying the one before: {error}")
-    found = damage[0].partition(": ")[2].partition(": ")[2] if damage else f"all were removed ({root})"
+            damage.append(error)
+    found = damage[0] if damage else f"all were removed ({root})"
     raise RunError(
-        f"no valid checkpoint is left of those completed here: {found}; restore one, or choose another out"
+        f"no valid checkpoint is left of those completed here: {found}",
+        mend="restore one, or choose another out",
     )
 
 
@@ -154,8 +157,9 @@ def _named(path: Path, options: TrainOptions, root: Path) -> tuple[Checkpoint, s
             return newest, origin, [*messages, f"already continued from {path}"]
         if path.resolve().parent != root.resolve():
             raise UserError(
-                f"{options.out} holds checkpoints of its own, which did not start from {path} "
-                f"({options.place('resume')}); choose another out"
+                f"{options.out} holds checkpoints of its own, which did not start from {path}",
+                options.place("resume"),
+                "choose another out",
             )
     inner = path if (path / files.MANIFEST).exists() else path / "checkpoints"
     if files.checkpoints_in(inner):
