@@ -58,10 +58,10 @@ KINDS = (
     Kind("plain SVD form", PlainSVD),
     Kind("FlexLoRA fixed ranks", FlexLoRA),
     Kind("FlexLoRA rank changes", FlexLoRA, changes=True),
-    Kind("FlexLoRA padding-free", FlexLoRA, packed=True),
+    Kind("FlexLoRA packed", FlexLoRA, packed=True),
     Kind("reference recipe", PeftLoRA, full_logits=True),
 )
-"""The last is PEFT LoRA under full logits: with `FlexLoRA padding-free` it makes the comparison of the two recipes."""
+"""The last is PEFT LoRA under full logits: with `FlexLoRA packed` it makes the comparison of the two recipes."""
 
 
 @dataclass
@@ -128,8 +128,8 @@ class Contender:
     def step(self, number: int, rows: list[Example], *, counted: bool) -> None:
         """One update on these records, from the records to the end of what follows the update."""
         started, cpu = self._now(), time.process_time()
-        batch = self.lay(rows, number)
-        laid = time.perf_counter()
+        batch = self.batch_of(rows, number)
+        batched = time.perf_counter()
         loss = self.update(batch)
         updated = self._now()
         change = self.method.after_step(number)
@@ -139,7 +139,7 @@ class Contender:
         took = self.took
         took.seconds.append(ended - started)
         took.cpu_seconds.append(cpu_ended - cpu)
-        took.input.append(laid - started)
+        took.input.append(batched - started)
         took.after_update.append(ended - updated)
         took.tokens.append(batch.tokens)
         took.losses.append(float(loss.detach()))
@@ -154,7 +154,7 @@ class Contender:
         self.engine.step()
         return loss.detach()
 
-    def lay(self, rows: list[Example], number: int) -> MicroBatch:
+    def batch_of(self, rows: list[Example], number: int) -> MicroBatch:
         """The records as this contender takes them."""
         if self.kind.packed:
             return pack(rows, seed=0, step=number)

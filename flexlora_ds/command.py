@@ -143,12 +143,12 @@ def exit_code_of(
         with _raised_sigterm() if stoppable else contextlib.nullcontext():
             run()
     except Exception as error:
-        told = told_error(error)
+        reported = reported_error(error)
         if debug_asked(sys.argv[1:] if arguments is None else arguments) if debug is None else debug():
             traceback.print_exception(error)
-        if speaks(told.exit_code) or not _is_foreseen(error):
-            print("error:", *str(told).splitlines(), file=sys.stderr, flush=True)
-        return told.exit_code
+        if speaks(reported.exit_code) or not _is_foreseen(error):
+            print("error:", *str(reported).splitlines(), file=sys.stderr, flush=True)
+        return reported.exit_code
     except (KeyboardInterrupt, _Terminated) as stop:
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
         if speaks(_SIGNALLED + number):
@@ -157,7 +157,7 @@ def exit_code_of(
     return 0
 
 
-def told_error(error: Exception) -> CommandError:
+def reported_error(error: Exception) -> CommandError:
     """An error as one of ours, in one line."""
     if isinstance(error, CommandError):
         return error

@@ -8,7 +8,7 @@ E = TypeVar("E", bound="CommandError")
 
 
 class CommandError(Exception):
-    """A failure that is told in one line: ``fault (place); remedy``.
+    """A failure that is reported in one line: ``fault (place); remedy``.
 
     Args:
         fault: what is wrong; the whole line, where nothing else is given.

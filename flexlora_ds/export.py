@@ -105,7 +105,7 @@ def _check_update(adapter: LoraAdapter, out: Path) -> Check:
 
 
 def server_rank(rank: int) -> int | None:
-    """The smallest rank a server can be told to allow that holds `rank`; None above the largest."""
+    """The smallest rank a server can be set to allow that holds `rank`; None above the largest."""
     return next((allowed for allowed in SERVER_RANKS if allowed >= rank), None)
 
 
@@ -219,14 +219,14 @@ def _export(options: argparse.Namespace) -> str:
             mend="its training diverged",
         )
     ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
-    told = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
+    lines = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
     if options.to == "peft":
         check = export_peft(adapter, out)
     elif options.to == "peft-uniform":
         check = export_uniform(adapter, out)
-        told[0] = f"wrote {out}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
+        lines[0] = f"wrote {out}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
         allowed = server_rank(ranks[-1])
-        told.append(
+        lines.append(
             f"rank to allow in the server: --max-lora-rank {allowed}"
             if allowed
             else f"rank {ranks[-1]} is above the {SERVER_RANKS[-1]} that vLLM allows: use --to merged"
@@ -234,8 +234,8 @@ def _export(options: argparse.Namespace) -> str:
     else:
         _hide_progress_bars()
         check = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
-        told[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
-    return "\n".join([*told, f"checked: {check}"])
+        lines[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
+    return "\n".join([*lines, f"checked: {check}"])
 
 
 def _read(options: argparse.Namespace) -> LoraAdapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,19 @@ def test_nothing_unpickles(folder: str) -> None:
         assert not found, f"{path} uses {found}"
         allowed = [k for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "trust_remote_code"]
         assert all(ast.unparse(k.value) == "False" for k in allowed), path
+
+
+def test_every_third_party_package_is_declared() -> None:
+    """What the packages and the benchmarks import stands in pyproject.toml, as a dependency or as an extra."""
+    project = (ROOT / "pyproject.toml").read_text().split("[tool.setuptools", 1)[0]
+    declared = {
+        name.replace("-", "_").lower()
+        for name in re.findall(r'^ *(?:[\w-]+ = \[)?"([\w-]+)[><=]', project, re.M)
+    }
+    names = {"yaml": "pyyaml", "lm_eval": "lm_eval"}
+    given = {"triton"}  # torch brings it where it can run
+    served = {"vllm"}  # a server, beside which the evaluation runs
+    files = [*FILES.values(), *(ROOT / "benchmarks").rglob("*.py")]
+    tops = {name.partition(".")[0] for path in files for name in imports(path, types=True)}
+    foreign = tops - set(sys.stdlib_module_names) - {*OURS, "benchmarks", "tests"}
+    assert {names.get(name, name).lower() for name in foreign} - given - served <= declared

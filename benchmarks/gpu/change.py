@@ -59,7 +59,7 @@ class Trainer:
         """One step on the same records; `change` is what came after it, if there was one."""
         self.steps += 1
         rows = records(self.count, self.vocabulary, train_on_inputs=False, seed=1)
-        self.contender.update(self.contender.lay(rows, self.steps))
+        self.contender.update(self.contender.batch_of(rows, self.steps))
         self.change = self.contender.method.after_step(self.steps)
 
     def seconds(self, work: Callable[[], object] | None = None) -> float:

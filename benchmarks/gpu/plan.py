@@ -58,7 +58,7 @@ def peak(
         torch.cuda.reset_peak_memory_stats(device)
     highest = 0
     for number in range(1, 4):
-        contender.update(contender.lay(rows(length, count, shape), number))
+        contender.update(contender.batch_of(rows(length, count, shape), number))
         contender.method.after_step(number)
         highest = max(highest, psutil.Process().memory_info().rss - started)
     return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else float(highest)

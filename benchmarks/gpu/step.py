@@ -175,7 +175,9 @@ def batches(row: Measured, conditions: Conditions, count: int, steps: int) -> li
     """The next batches of a contender, made beforehand: a training run makes them beside the steps."""
     vocabulary = SHAPES[conditions.shape]["vocab_size"]
     numbers = range(row.steps + 1, row.steps + steps + 1)
-    made = [row.contender.lay(records(count, vocabulary, train_on_inputs=False, seed=n), n) for n in numbers]
+    made = [
+        row.contender.batch_of(records(count, vocabulary, train_on_inputs=False, seed=n), n) for n in numbers
+    ]
     return [batch.pinned() for batch in made] if row.contender.device.type == "cuda" else made
 
 

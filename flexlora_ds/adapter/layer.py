@@ -134,7 +134,7 @@ class AdaptedLinear(nn.Module):
         rows, scale = x.reshape(-1, x.shape[-1]), self.scaling
         y = F.linear(rows, self.weight, self.bias)
         if handed.row_keys is not None:
-            # Computed again in the backward pass, as told by `checkpoint`: a compiler's own choice is to keep masks.
+            # Computed again in the backward pass, as `checkpoint` says: a compiler's own choice is to keep masks.
             keys = handed.row_keys.reshape(-1)
             rows = checkpoint(
                 dropped_in_graph,

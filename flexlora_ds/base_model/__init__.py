@@ -1,1 +1,1 @@
-"""The base model: found, loaded, told apart from another."""
+"""The base model: found, loaded, recognised."""

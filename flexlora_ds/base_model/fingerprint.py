@@ -1,4 +1,4 @@
-"""Which base model a checkpoint belongs to, told from its files without reading them whole."""
+"""Which base model a checkpoint belongs to, recognised by its files without reading them whole."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A parameter's piece is the run of its elements that this process holds, inside one flat tensor per state key. At stage
 0 the piece is the whole parameter; at stages 1 and 2 it is the overlap of the parameter with this process's slice of
 the flat group; at stage 3 it is this process's slice of the parameter itself (the last one may be padded). At every
-stage the processes hold a parameter in the order of their ranks, so that a whole is their pieces laid end to end.
+stage the processes hold a parameter in the order of their ranks, so that a whole is their pieces in a row.
 """
 
 from __future__ import annotations

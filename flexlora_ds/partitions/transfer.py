@@ -53,7 +53,7 @@ def _stays(old: Shards, new: Shards, p: nn.Parameter) -> bool:
 
 @dataclass
 class _Run:
-    """Elements that lie end to end in both layouts."""
+    """Elements that are contiguous in both layouts."""
 
     source: Piece
     target: Piece
