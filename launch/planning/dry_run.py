@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from launch.data.examples import IGNORED, TokenisedData
@@ -50,7 +51,17 @@ def dry_run(options: TrainOptions) -> None:
 
 def _example(data: TokenisedData, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     first = data.train[0]
-    return [
-        (tokenizer.decode([token]), label != IGNORED)
-        for token, label in zip(first.input_ids, first.labels, strict=True)
-    ]
+    pieces = decoded_pieces(first.input_ids, tokenizer)
+    return [(piece, label != IGNORED) for piece, label in zip(pieces, first.labels, strict=True)]
+
+
+def decoded_pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What each token adds to the decoded text. Decoded alone, tokens of sentencepiece lose the space before them."""
+    shown = ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end])
+        if text.endswith("\ufffd") and end < len(tokens):  # the rest of this character is in the next token
+            yield ""
+            continue
+        yield text[len(shown) :]
+        shown = text

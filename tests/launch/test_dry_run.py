@@ -15,6 +15,7 @@ from data_prep.records import load_records
 from launch import train
 from launch.data.encoding import Encoding, tokenise
 from launch.data.examples import split
+from launch.planning.dry_run import decoded_pieces
 from tests.helpers import training
 from tests.helpers.processes import ROOT, run_script
 from tests.helpers.training import Place
@@ -155,3 +156,20 @@ def test_of_several_processes_one_prints(place: Place, tmp_path: Path, world_siz
     first, *others = run_script(["launch/train.py", *arguments], world_size, timeout=300)
     assert first.returncode == 0 and "processes 2" in first.stdout and first.stderr == ""
     assert [(other.returncode, other.stdout, other.stderr) for other in others] == [(0, "", "")]
+
+
+class WordTokenizer:
+    """Decodes as sentencepiece does: a word begins with a space, which the first word of a text loses."""
+
+    pieces = (b" is", b" ice", b" cold", b"\xce", b"\xbb")
+
+    def decode(self, tokens: list[int]) -> str:
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace").removeprefix(" ")
+
+
+def test_spaces_and_split_characters_survive_the_decoding() -> None:
+    tokenizer: Any = WordTokenizer()
+    assert list(decoded_pieces([0, 1, 2, 3, 4], tokenizer)) == ["is", " ice", " cold", "", "λ"]
+    assert list(decoded_pieces([0, 3], tokenizer)) == ["is", "\ufffd"], (
+        "what is not a character is shown as such"
+    )
