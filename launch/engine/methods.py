@@ -1,4 +1,4 @@
-"""What is trained: FlexLoRA, or PEFT's LoRA in the same loop. One small class each, with the same face."""
+"""What is trained: FlexLoRA, or PEFT's LoRA in the same loop. One small class each, with the same interface."""
 
 from __future__ import annotations
 
@@ -208,6 +208,10 @@ class PeftLoRA:
         return {}
 
 
+METHODS: dict[str, Callable[[TrainOptions], Method]] = {"flexlora": FlexLoRA, "lora": PeftLoRA}
+"""Every method by its name in the option `method`."""
+
+
 def build_method(options: TrainOptions) -> Method:
     """The method that the options name."""
-    return FlexLoRA(options) if options.method == "flexlora" else PeftLoRA(options)
+    return METHODS[options.method](options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from flexlora_ds.fields import OnResume, option_specs
 from flexlora_ds.schedule import resolve_calendar
 from launch.data.batch_layout import batch_layout
 from launch.options.help import field_lines, help_text, options_markdown
-from launch.options.train_options import GROUPS, SPECS, TrainOptions, by_group, parse_options
+from launch.options.train_options import GROUPS, SPECS, Method, TrainOptions, by_group, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -290,3 +291,9 @@ def test_every_layout_multiplies_to_the_batch(batch_size: int, processes: int, l
 def test_a_micro_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="give auto or one of 1, 2, 4, 8"):
         batch_layout(TrainOptions(micro_batch_size=3), 2)
+
+
+def test_every_method_of_the_option_can_be_built() -> None:
+    from launch.engine.methods import METHODS
+
+    assert set(METHODS) == set(get_args(Method))
