@@ -17,6 +17,18 @@ from flexlora_ds.errors import UserError
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 BACKENDS = ("transformers", "vllm")
+_DESCRIPTION = """Ask a model, with or without an adapter, the commonsense test sets, and measure accuracy per task.
+
+  python -m eval --model meta-llama/Meta-Llama-3-8B --adapter runs/llama3_8b_r8/adapter
+  python -m eval --model MODEL --mode score --limit 100     a quick look, also at an untuned model
+  torchrun --nproc_per_node 8 -m eval --model MODEL         on eight GPUs
+"""
+_EPILOG = """\
+modes:    generate        greedy, read as published; generate-beam4 the same with four beams
+          score           the likeliest of an item's own answers
+writes:   OUT/results.json, OUT/table.md, OUT/predictions/<task>.jsonl and OUT/settings.json
+Test sets come from python -m data_prep. Protocols and their traps: docs/evaluation.md
+"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ def default_out(model: str, adapter: str | None, mode: str) -> Path:
 
 
 def _build_parser() -> CommandParser:
-    parser = CommandParser("python -m eval", __doc__)
+    parser = CommandParser("python -m eval", _DESCRIPTION, _EPILOG)
     add = parser.add_argument
     add("--model", help="hub id, local folder or .gguf file")
     add("--adapter", help="an adapter in PEFT's format (folder or hub id)")

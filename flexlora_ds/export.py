@@ -198,7 +198,12 @@ def _parser() -> CommandParser:
     source.add_argument(
         "--checkpoint", type=Path, help="checkpoints/step_… of a run, checked and exported as of that step"
     )
-    parser.add_argument("--to", choices=("peft", "peft-uniform", "merged"), required=True)
+    parser.add_argument(
+        "--to",
+        choices=("peft", "peft-uniform", "merged"),
+        required=True,
+        help="an adapter with each matrix at its own rank, one at a single rank for servers, or a whole model",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new or empty")
     parser.add_argument("--base", help="the base model, if it is not where the run found it (merged only)")
     parser.add_argument(

@@ -11,7 +11,7 @@ from flexlora_ds.command import CommandParser, run_parsed
 
 def main(argv: list[str] | None = None) -> int:
     """Build the report of the run folder named on the command line; return the exit code."""
-    parser = CommandParser("python -m launch.report", "Rebuild a run's report.")
+    parser = CommandParser("python -m launch.report", "Write a run's report again, also while it runs.")
     parser.add_argument("run", type=Path, help="the run folder")
     return run_parsed(parser, _run, argv)
 
