@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate(options, team)
 
     def speaks(code: int) -> bool:
-        """Before the work starts all processes find the same error of the user's: rank 0 reports it."""
-        return is_rank_zero() or code == 1 or (team is not None and team.started)
+        """Before the work starts all find the same error of the user's, and Ctrl-C ends all: rank 0 reports these."""
+        return is_rank_zero() or code == 1 or (code == 2 and team is not None and team.started)
 
     return exit_code_of(run, arguments, speaks=speaks)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
+from flexlora_ds.command import is_rank_zero
 from flexlora_ds.errors import RunError
+
+NOT_BEGUN = "training had not begun, start again"
+"""What is said after Ctrl-C before the run listens to signals."""
 
 _SMALLEST_SCALE = (
     "loss scale already at minimum"  # DeepSpeed raises a bare Exception (loss_scaler.py, 0.19.8)
@@ -36,3 +43,15 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end the process with one line while it imports what a run needs, which takes seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    if is_rank_zero():
+        print(f"error: interrupted; {NOT_BEGUN}", file=sys.stderr, flush=True)
+    os._exit(128 + number)

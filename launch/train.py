@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # a launcher puts this folder on the path; the packages are beside it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from launch.command import end_at_interrupt
+
+    end_at_interrupt()
     from launch.options.command_line import leave_early
 
     leave_early(sys.argv[1:])  # answers `--help` and misspelt keys before torch is imported
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from flexlora_ds.command import exit_code_of
 from flexlora_ds.schedule import describe, due_steps
-from launch.command import known_failures
+from launch.command import NOT_BEGUN, known_failures
 from launch.data.batches import GlobalBatch
 from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
 from launch.distributed.agreement import on_all_ranks
@@ -32,7 +35,7 @@ from launch.engine.settled import Settled
 from launch.loop.finish import finish, stop
 from launch.loop.session import Session, begin, identify, run_folder
 from launch.model.token_loss import head_of, token_loss
-from launch.options.command_line import NOT_BEGUN, answer
+from launch.options.command_line import answer
 from launch.options.debug import debug_wanted
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
 from launch.planning.dry_run import dry_run

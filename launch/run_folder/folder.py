@@ -7,7 +7,9 @@ checkpoint's step on resume. Every number that is not finite is written as `null
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -133,9 +135,18 @@ class RunFolder:
                     with tempfile.TemporaryFile(dir=place):
                         pass
         except OSError as error:
-            raise UserError(
-                f"cannot write to the run folder: {error.strerror}", str(self.path), "choose another out"
-            ) from error
+            raise self._cannot_write(error.strerror) from error
+
+    def require_writable(self) -> None:
+        """Raise UserError, in the words of `prepare`, where the folder cannot be made or written to; write nothing."""
+        nearest = next(place for place in (self.path, *self.path.parents) if os.access(place, os.F_OK))
+        if not nearest.is_dir():
+            raise self._cannot_write(os.strerror(errno.EEXIST if nearest == self.path else errno.ENOTDIR))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise self._cannot_write(os.strerror(errno.EACCES))
+
+    def _cannot_write(self, why: str | None) -> UserError:
+        return UserError(f"cannot write to the run folder: {why}", str(self.path), "choose another out")
 
     def require_unused(self, resume: str) -> None:
         """Raise UserError where `resume` is "none" and the folder holds anything; write nothing."""

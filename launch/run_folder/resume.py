@@ -104,12 +104,14 @@ def _require_notes(checkpoint: Checkpoint) -> None:
 
 
 def require_start(options: TrainOptions) -> None:
-    """See that `resume` can be followed, as far as that is known without writing to the run folder: for a dry run.
+    """See that a run could begin in its folder, as far as that is known without writing to it: for a dry run.
 
     Raises:
-        UserError: `resume` names no folder, or is none while the run folder is in use.
+        UserError: the folder cannot be made, `resume` names no folder, or is none while the run folder is in use.
     """
-    RunFolder(options.out).require_unused(options.resume)
+    folder = RunFolder(options.out)
+    folder.require_unused(options.resume)
+    folder.require_writable()
     if options.resume not in ("auto", "none"):
         _require_folder(Path(options.resume), options)
 

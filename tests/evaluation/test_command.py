@@ -121,6 +121,20 @@ def test_limit_and_batch_size(place: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_is_said_by_one_process(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(options: Any, team: Any) -> None:
+        team.started = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.run.evaluate", interrupted)
+    monkeypatch.setenv("RANK", str(rank))
+    assert main(["--model", "m", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == ("" if rank else "error: interrupted; start again\n")
+
+
 def test_an_interrupted_run_continues(place: Path, tmp_path: Path) -> None:
     """Finished items are kept as they are; truncated lines and missing items are computed again."""
     out, options = tmp_path / "out", ["--tasks", "boolq,piqa"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,41 @@ def test_resume_none_keeps_a_used_folder(process: Processes, place: Place, tmp_p
 
 def test_a_checkpoint_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
     assert f"no checkpoint at {tmp_path}/nowhere (--resume on the" in refused(resume=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("below", ["", "runs/one"])
+def test_a_run_folder_that_cannot_be_made(refused: Callable[..., str], tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    line = refused(out=tmp_path / "file" / below)
+    assert line.startswith("error: cannot write to the run folder: ") and line.endswith("choose another out")
+
+
+STOPPED_AT_AN_IMPORT = """
+import os, runpy, signal, sys
+
+module = sys.argv.pop(1)
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
+sys.meta_path.insert(0, Stop())
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["launch.options.command_line", "yaml", "torch", "launch.loop.session"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_while_the_run_is_being_imported_is_one_line(module: str, rank: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank)}
+    command = [sys.executable, "-c", STOPPED_AT_AN_IMPORT, module]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 130
+    said = "error: interrupted; training had not begun, start again\n"
+    assert ended.stderr == ("" if rank else said)
 
 
 @pytest.mark.parametrize("form", [("--debug", "true"), ("--debug=true",)])
