@@ -13,7 +13,8 @@ from launch.options.train_options import TrainOptions
 from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
 from launch.planning.settle import settle
-from launch.run_folder.resume import require_start
+from launch.run_folder.compatibility import Identity
+from launch.run_folder.resume import expect_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,26 +24,27 @@ def dry_run(options: TrainOptions) -> None:
     """Print the page.
 
     Raises:
-        UserError: what would also stop the run itself.
+        UserError, RunError: what would also stop the run itself.
     """
     settled = settle(options, world_size_of_environment())
     options, layout, skeleton = settled.repeatable, settled.layout, settled.skeleton
     plan = memory_of(settled)
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
-    require_start(options)
+    steps = steps_of(options, data)
+    begins = expect_start(settled.options, Identity.of(settled.options, None, data.train.digest(), steps))
     dropped = data.dropped_line()
     page = DryRunPage(
         options=options,
         shapes=skeleton.shapes,
         base_parameters=skeleton.parameters,
         records=len(data.train),
-        total_steps=steps_of(options, data),
+        total_steps=steps,
         layout=layout,
         memory=plan.at(layout.micro_batch_size),
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
-        notes=[dropped, settled.line()] if dropped else [settled.line()],
+        notes=[*([dropped] if dropped else []), settled.line(), *begins],
     )
     text = render_plan(page)
     if os.environ.get("RANK", "0") == "0":

@@ -32,14 +32,15 @@ class Base:
 class Identity:
     """What a run is a run of."""
 
-    base: Base
+    base: Base | None
+    """None: not looked at, as a dry run would have to fetch its files."""
     data: str
     """Of the tokenised training examples."""
     total_steps: int
     options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, options: TrainOptions, base: Base, data: str, total_steps: int) -> Identity:
+    def of(cls, options: TrainOptions, base: Base | None, data: str, total_steps: int) -> Identity:
         """The identity of a run about to begin."""
         values = {spec.name: getattr(options, spec.name) for spec in SPECS}
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
@@ -64,7 +65,7 @@ class Identity:
             if on_resume[name] is OnResume.MUST_MATCH:
                 _refuse(checkpoint, name, options.get(name), self.options[name])
         base = _base_of(saved)
-        if base.fingerprint != self.base.fingerprint:
+        if self.base is not None and base.fingerprint != self.base.fingerprint:
             _refuse(checkpoint, "base model", base, f"{self.base} (its files differ)")
         if saved.get("data") != self.data:
             _refuse(

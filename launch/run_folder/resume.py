@@ -51,14 +51,7 @@ def find_start(options: TrainOptions, folder: RunFolder, process: Process, ident
     """
 
     def look() -> dict[str, Any]:
-        chosen, origin, messages = _choose(options, folder)
-        if chosen is not None:
-            _require_notes(chosen)
-            differences = identity.compare(chosen)
-            messages += [f"continuing after step {chosen.step} ({chosen.folder})"]
-            messages += (
-                [f"warning: other options than before: {', '.join(differences)}"] if differences else []
-            )
+        chosen, origin, messages = _look(options, folder, identity)
         return {"folder": chosen and str(chosen.folder), "origin": origin, "messages": messages}
 
     answer = on_rank_zero(process, look)
@@ -103,17 +96,30 @@ def _require_notes(checkpoint: Checkpoint) -> None:
         )
 
 
-def require_start(options: TrainOptions) -> None:
-    """See that a run could begin in its folder, as far as that is known without writing to it: for a dry run.
+def expect_start(options: TrainOptions, identity: Identity) -> list[str]:
+    """What a run would say of where it begins, without writing to its folder: for a dry run.
 
     Raises:
-        UserError: the folder cannot be made, `resume` names no folder, or is none while the run folder is in use.
+        UserError, RunError: as `find_start`, and UserError where the folder cannot be made or written to.
     """
     folder = RunFolder(options.out)
     folder.require_unused(options.resume)
     folder.require_writable()
-    if options.resume not in ("auto", "none"):
-        _require_folder(Path(options.resume), options)
+    _, _, messages = _look(options, folder, identity)
+    return messages
+
+
+def _look(
+    options: TrainOptions, folder: RunFolder, identity: Identity
+) -> tuple[Checkpoint | None, str | None, list[str]]:
+    """The checkpoint to continue, compared with this run; the one that `resume` named; what is to be said."""
+    chosen, origin, messages = _choose(options, folder)
+    if chosen is not None:
+        _require_notes(chosen)
+        differences = identity.compare(chosen)
+        messages = [*messages, f"continuing after step {chosen.step} ({chosen.folder})"]
+        messages += [f"warning: other options than before: {', '.join(differences)}"] if differences else []
+    return chosen, origin, messages
 
 
 def _require_folder(path: Path, options: TrainOptions) -> None:
