@@ -146,7 +146,7 @@ RUN = (
 )
 """The blocks' commands that run in seconds, in an order in which each finds what it needs."""
 RUN_LONG = (
-    "deepspeed launch/train.py --ds ds_configs/zero2.json --dry_run true",
+    "deepspeed --num_gpus 8 launch/train.py --ds ds_configs/zero2.json --recipe llama3_8b_r8_8gpu --dry_run true",
     "deepspeed --num_gpus 8 launch/train.py --ds ds_configs/zero2.json --recipe llama3_8b_r8_8gpu",
     "python -m eval --model meta-llama/Meta-Llama-3-8B --adapter runs/llama3_8b_r8_8gpu/adapter",
     "sbatch --nodes 2 --gpus-per-node 8 launch/slurm/train.sbatch --ds ds_configs/zero3.json --out runs/mine",
@@ -208,7 +208,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run_here(text: str, folder: Path) -> None:
     """Run a command of a block in `folder`, with what is there for what is not."""
-    command = next(command for command in commands() if command.text.startswith(text))
+    found = [command for command in commands() if command.text.startswith(text)]
+    command = min(found, key=lambda command: len(command.text))  # itself, rather than it with more options
     if command.words[0] == "cp":
         shutil.copy(*(folder / word for word in command.words[1:]))
         return
