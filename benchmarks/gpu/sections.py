@@ -6,8 +6,6 @@ import argparse
 import importlib
 from dataclasses import dataclass
 
-from benchmarks.gpu.section import Conditions, Report
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -30,6 +28,8 @@ SECTIONS = {
 
 def run_section(name: str, args: argparse.Namespace) -> None:
     """Measure one section here."""
+    from benchmarks.gpu.section import Conditions, Report  # torch, which --help does not wait for
+
     module, _, function = SECTIONS[name].place.partition(":")
     section = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
     conditions = Conditions(args.shape, args.seconds, args.tiny, args.model, tuple(args.proofs))

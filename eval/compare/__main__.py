@@ -169,7 +169,7 @@ def draw(settings: Sequence[Setting], path: Path) -> bool:
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names, rotation=20)
     axes.set_ylabel("accuracy %")
     axes.set_ylim(0, 100)
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(settings), 4), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
