@@ -17,6 +17,7 @@ DROPOUT_TEST = (
     "tests/library/test_dropout_apply.py::test_a_gpu_computes_it_in_one_kernel_with_the_bits_of_a_cpu"
 )
 HEAD_TEST = "tests/launch/test_head_loss.py::test_losses_and_gradients_are_those_of_cross_entropy"
+CHECKS_TEST = "tests/distributed/test_gradient_checks.py::test_the_norm_is_deepspeeds_own"
 PACKED_TEST = "tests/launch/test_packed.py::test_losses_and_gradients_are_the_padded_ones"
 BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 0.1)}
 """Of losses and gradients of one model under two attentions; a wrong boundary is apart by half."""
@@ -33,7 +34,34 @@ def run(conditions: Conditions, report: Report) -> None:
         name = f"losses in chunks are those of full logits, {short(dtype)}"
         with report.attempt(name, proof=True):
             report.proof(name, *chunked_head(conditions, dtype), test=HEAD_TEST)
+    name = "gradients looked at together are judged as one by one"
+    with report.attempt(name, proof=True):
+        report.proof(name, *gradient_checks(conditions), test=CHECKS_TEST)
     packed(conditions, report)
+
+
+def gradient_checks(conditions: Conditions) -> tuple[bool, str]:
+    """Norm, and verdict on one element that is not finite, in every precision; an empty gradient among them."""
+    from flexlora_ds.partitions.finite import fused_norm, overflow_of
+
+    def one_by_one(gradients: Any, params: Any, norm_type: float) -> Tensor:
+        norms = [torch.linalg.vector_norm(g.double(), ord=norm_type) for g in gradients]
+        return torch.stack(norms).pow(norm_type).sum().pow(1 / norm_type)
+
+    rng, apart, judged = torch.Generator().manual_seed(0), 0.0, []
+    for dtype in BOUNDS | {torch.float16: ()}:
+        made = [torch.randn(n, generator=rng) for n in (5, 0, 70_001, 4096)]
+        held = [g.to(conditions.device, dtype) for g in made]
+        expected = one_by_one(held, held, 2)
+        apart = max(apart, float((fused_norm(one_by_one)(held, held) / expected - 1).abs()))
+        judged.append(not overflow_of([held, None]))
+        for value in (float("inf"), float("-inf"), float("nan")):
+            held[2][70_000] = value
+            judged.append(bool(overflow_of([held[:1], held[1:]])))
+            held[2][70_000] = 0
+    return apart < 1e-6 and all(
+        judged
+    ), f"norms {apart:.1e} apart, {sum(judged)} of {len(judged)} verdicts right"
 
 
 def short(dtype: torch.dtype) -> str:
