@@ -90,9 +90,8 @@ class _Rows:
         drafted = output.logits.shape[1] - 1
         rejected = drafted - torch.tensor(accepted, device=output.mask.device)
         from_end = torch.arange(output.mask.shape[1], 0, -1, device=output.mask.device)
-        self._mask = output.mask * (
-            from_end > rejected[:, None]
-        )  # rejected draft tokens stay in the cache, masked
+        # Rejected draft tokens stay in the cache, masked.
+        self._mask = output.mask * (from_end > rejected[:, None])
         self._next = output.last - rejected[:, None] + 1
         self._cache = output.cache
 

@@ -148,9 +148,8 @@ class AdaptedLinear(nn.Module):
             )
             scale /= 1 - self.dropout
         update = F.linear(F.linear(rows, Q) * (lam * scale), P)
-        return (y + update).view(
-            *x.shape[:-1], y.shape[-1]
-        )  # a sum, which whatever reads y computes as it reads
+        # A sum, and no addmm: whatever reads the result computes it while reading, without another pass over y.
+        return (y + update).view(*x.shape[:-1], y.shape[-1])
 
     def _in_one_node(self, x: Tensor) -> bool:
         if self.context.plain or self.weight is None or self.weight.requires_grad:

@@ -113,9 +113,8 @@ class Examples(Sequence[Example]):
 
         Raises OSError or ValueError where a file is missing or damaged.
         """
-        tokens = np.asarray(
-            np.load(folder / "tokens.npy", mmap_mode="r")
-        )  # still mapped; a plain array is quicker
+        # Still mapped; a plain array is quicker.
+        tokens = np.asarray(np.load(folder / "tokens.npy", mmap_mode="r"))
         learnt = np.asarray(np.load(folder / "learnt.npy", mmap_mode="r"))
         record_ids, lengths, counts = np.load(folder / "examples.npy")
         if not lengths.sum() == len(tokens) == len(learnt):

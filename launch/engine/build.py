@@ -57,9 +57,8 @@ def build_engine(
         config=ds_config,
     )
     fuse_gradient_checks(engine)
-    torch.manual_seed(
-        options.seed * 1009 + process.rank
-    )  # PEFT's own dropout; FlexLoRA's masks have named seeds
+    # PEFT's own dropout; FlexLoRA's masks have named seeds.
+    torch.manual_seed(options.seed * 1009 + process.rank)
     return engine, method
 
 

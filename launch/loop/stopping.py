@@ -28,9 +28,8 @@ class StopAgreement:
         # A signal, a slow disk or a full one meets one process, and concerns all: one small message a step.
         stop, busy, fault = largest(self._process, [self._watcher.stop, saver.busy, faulty])
         if fault:
-            on_rank_zero(
-                self._process, self._folder.raise_fault
-            )  # process 0 writes the logs, so it knows why
+            # Process 0 writes the logs, so it knows why.
+            on_rank_zero(self._process, self._folder.raise_fault)
         self.reached = self.reached or bool(stop)
         if not busy:
             saver.complete()

@@ -37,9 +37,8 @@ def _run(case: dict[str, Any], backend: str | None) -> tuple[list[float], list[i
     config = worker.configuration(dropout=0.2, **CALENDAR)
     model: Any = tiny.adapted_llama(config)
     if backend is not None:
-        assert (
-            compile_pieces(model, backend) == 2 * 3 + 1
-        )  # two norms and an MLP per layer, and the last norm
+        # Two norms and an MLP per layer, and the last norm.
+        assert compile_pieces(model, backend) == 2 * 3 + 1
     if case["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

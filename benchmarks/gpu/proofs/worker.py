@@ -113,9 +113,8 @@ def _with_changes(case: dict[str, Any], *, wait: bool) -> dict[str, Any]:
                 edits.update(matrix_edits(layer, keep, int(not shrinks), config, step))
         ids, mask, _ = (t.to(engine.device) for t in tiny.collate(rows))
         _wait()
-        engine(
-            input_ids=ids, attention_mask=mask
-        )  # without gradients DeepSpeed would fetch nothing ahead of its end
+        # Without gradients DeepSpeed would fetch nothing ahead of its end.
+        engine(input_ids=ids, attention_mask=mask)
         at_work.append(_at_work(engine))
         in_flight.append(
             sum(getattr(p, "ds_status", None) is not None and p.ds_status.name == "INFLIGHT"
