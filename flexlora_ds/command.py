@@ -147,7 +147,7 @@ def exit_code_of(
         if debug_asked(sys.argv[1:] if arguments is None else arguments) if debug is None else debug():
             traceback.print_exception(error)
         if speaks(reported.exit_code) or not _is_foreseen(error):
-            print("error:", *str(reported).splitlines(), file=sys.stderr, flush=True)
+            print("error:", one_line(str(reported)), file=sys.stderr, flush=True)
         return reported.exit_code
     except (KeyboardInterrupt, _Terminated) as stop:
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
@@ -168,12 +168,23 @@ def reported_error(error: Exception) -> CommandError:
     return RunError(f"{type(error).__name__}: {_one_line(error)}", place, "--debug true shows where")
 
 
+def one_line(text: str, longest: int = 2_000) -> str:
+    """Text as one line for a terminal: line feeds become spaces, control characters and surrogates escapes.
+
+    Of what is longer than `longest` characters the middle is left out, so that fault and remedy both stay.
+    """
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
+
+
 def _is_foreseen(error: Exception) -> bool:
     return isinstance(error, (CommandError, OSError))
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:_LONGEST_TEXT] or "no text"
+    return one_line(str(error), _LONGEST_TEXT) or "no text"
 
 
 class _Terminated(BaseException):

@@ -156,3 +156,24 @@ def test_a_command_without_words_runs_with_its_defaults(words: list[str]) -> Non
 def test_a_place_is_given_by_who_knows_it() -> None:
     error: CommandError = UserError("'answer' is missing", mend="add it").at("a.json, record 3")
     assert isinstance(error, UserError) and str(error) == "'answer' is missing (a.json, record 3); add it"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\nerror: forged", "a error: forged"),
+        ("a\r\x1b[31mred\x0b\x85b", "a \\x1b[31mred b"),
+        ("lone \udc80 surrogate", "lone \\udc80 surrogate"),
+        ("λ = 0.5; ΔW, 中文", "λ = 0.5; ΔW, 中文"),
+        ("x" * 3_000 + "; do this", "x" * 1_000 + " … " + "x" * 991 + "; do this"),
+    ],
+    ids=["line feed", "terminal codes", "surrogate", "letters", "long"],
+)
+def test_whatever_a_value_holds_an_error_is_one_plain_line(
+    text: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        raise UserError(text)
+
+    assert exit_code_of(run, []) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
