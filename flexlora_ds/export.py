@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import replacing_folder
+from flexlora_ds.merging import merge
+from flexlora_ds.orientation import is_transposed
 from flexlora_ds.peft_format import (
     CONFIG_FILE,
     AdapterFactors,
@@ -35,6 +38,7 @@ from flexlora_ds.peft_format import (
     write_adapter,
     write_peft_adapter,
 )
+from flexlora_ds.probe import adapted_logits, logits_apart, most_apart, probe_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,11 +68,12 @@ class Check:
     meaning: str
     figure: float
     limit: float
+    mend: str = "the disk or memory may be faulty, export again"
 
     def require(self, folder: Path) -> None:
         """Raise RunError if the export is not what it was made from."""
         if not self.figure <= self.limit:
-            raise RunError(f"{folder}: {self}", mend="the disk or memory may be faulty, export again")
+            raise RunError(f"{folder}: {self}", mend=self.mend)
 
     def __str__(self) -> str:
         return f"{self.meaning}: {self.figure:.2g} (limit {self.limit:.2g})"
@@ -111,48 +116,32 @@ def server_rank(rank: int) -> int | None:
 
 def export_merged(
     adapter: LoraAdapter, out: Path, base: str | None = None, dtype: torch.dtype | None = None
-) -> Check:
-    """Write base + ΔW as a plain model with its tokenizer, and check every tensor against the base.
+) -> tuple[Check, Check]:
+    """Write base + ΔW as a plain model with its tokenizer; check every tensor, and the logits against PEFT's.
 
     ΔW is added in fp32 and rounded once to `dtype` (default: the base's own; fp32 for a GGUF). `base`
     replaces the name recorded in the adapter, for a model that has moved. Holds two models in memory while
     it checks.
+
+    Raises:
+        UserError: the adapter does not fit the base, or changes a weight that other layers share.
+        RunError: a check found a difference; `out` is left as it was.
     """
     name = base or adapter.base_model
     dtype = dtype or native_dtype(name, adapter.revision)
     with replacing_folder(out) as fresh:
         model = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
-        _merge(model, adapter)
+        merge(model, adapter)
         model.save_pretrained(fresh)
         del model
         load_tokenizer(name, adapter.revision).save_pretrained(fresh)
         before = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
-        check = _check_merged(before, load_causal_lm(fresh, dtype=dtype), adapter, dtype)
-        check.require(out)
-    return check
-
-
-@torch.no_grad()
-def _merge(model: PreTrainedModel, adapter: LoraAdapter) -> None:
-    for name, matrix in adapter.matrices.items():
-        weight = _weight(model, name, matrix)
-        weight.copy_(weight.float() + matrix.delta())
-
-
-def _weight(model: PreTrainedModel, name: str, matrix: LoraMatrix) -> torch.Tensor:
-    try:
-        weight: torch.Tensor = model.get_parameter(f"{name}.weight")
-    except AttributeError:
-        raise UserError(
-            f"the base model has no {name}, which the adapter adapts", mend="name its base with --base"
-        ) from None
-    shape = (matrix.B.shape[0], matrix.A.shape[1])
-    if tuple(weight.shape) != shape:
-        found = tuple(weight.shape)
-        raise UserError(
-            f"{name} is {shape} in the adapter, {found} in the base model", mend="name its base with --base"
-        )
-    return weight
+        after = load_causal_lm(fresh, dtype=dtype)
+        tensors = _check_merged(before, after, adapter, dtype)
+        tensors.require(out)
+        logits = _check_logits(before, after, adapter, dtype)
+        logits.require(out)
+    return tensors, logits
 
 
 @torch.no_grad()
@@ -170,13 +159,31 @@ def _check_merged(
         elif matrix is None:
             worst = worst if torch.equal(new, old) else math.inf
         else:
-            expected = old.double() + matrix.delta().double()
+            turned = is_transposed(before.get_submodule(key.removesuffix(".weight")))
+            expected = old.double() + (matrix.delta().t() if turned else matrix.delta()).double()
             worst = max(
                 worst, float(((new.double() - expected).abs() / _rounding(expected, old, dtype)).max())
             )
     if merged:
         worst = math.inf
     return Check(f"the largest error of a merged weight, in units of the rounding of {dtype}", worst, 1.0)
+
+
+def _check_logits(
+    before: PreTrainedModel, after: PreTrainedModel, adapter: LoraAdapter, dtype: torch.dtype
+) -> Check:
+    """The logits of the merged model beside those of the base with the adapter, which PEFT attaches to it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = adapter.folder or Path(scratch) / "adapter"
+        if adapter.folder is None:
+            write_adapter(folder, adapter)
+        expected = adapted_logits(before, folder)
+    return Check(
+        "the largest difference of logits from those of the unmerged adapter, as a share of their norm",
+        logits_apart(probe_logits(after), expected, dtype),
+        most_apart(dtype),
+        "it is more than LoRA as read here: merge it with PEFT itself",
+    )
 
 
 def _rounding(expected: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -224,11 +231,12 @@ def _export(options: argparse.Namespace) -> str:
             mend="its training diverged",
         )
     ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
+    checks: tuple[Check, ...]
     lines = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
     if options.to == "peft":
-        check = export_peft(adapter, out)
+        checks = (export_peft(adapter, out),)
     elif options.to == "peft-uniform":
-        check = export_uniform(adapter, out)
+        checks = (export_uniform(adapter, out),)
         lines[0] = f"wrote {out}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
         allowed = server_rank(ranks[-1])
         lines.append(
@@ -238,9 +246,9 @@ def _export(options: argparse.Namespace) -> str:
         )
     else:
         _hide_progress_bars()
-        check = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
+        checks = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
         lines[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
-    return "\n".join([*lines, f"checked: {check}"])
+    return "\n".join([*lines, *(f"checked: {check}" for check in checks)])
 
 
 def _read(options: argparse.Namespace) -> LoraAdapter:

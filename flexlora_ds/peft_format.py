@@ -74,6 +74,8 @@ class LoraAdapter:
     """Written beside the adapter as `flexlora.json`, where PEFT does not look."""
     prompt: str | None = None
     """The prompt style it was trained with, where that is known: `prompt.json` beside the adapter."""
+    folder: Path | None = None
+    """Where it was read from."""
 
 
 def write_peft_adapter(
@@ -191,6 +193,7 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
         dropout=config.get("lora_dropout", 0.0),
         notes=_read_beside(folder / METHOD_FILE),
         prompt=_read_beside(folder / PROMPT_FILE).get("prompt"),
+        folder=folder,
     )
 
 
@@ -233,7 +236,8 @@ def _matrices(
 ) -> dict[str, LoraMatrix]:
     matrices = {}
     for key, A in tensors.items():
-        if key.endswith(".lora_B.weight"):
+        # PEFT stores the weight of a head that it adapts once more, as the base has it.
+        if key.endswith((".lora_B.weight", ".base_layer.weight")):
             continue
         name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         B = tensors.get(f"{_PREFIX}{name}.lora_B.weight")

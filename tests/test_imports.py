@@ -38,13 +38,13 @@ FLOORS = {
     ),
     "flexlora_ds": (
         ("controller", "export"),
-        ("orthogonalise",),
+        ("orthogonalise", "merging"),
         ("checkpoint", "base_model", "spectra", "directions", "rank_warnings", "saving"),
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
-        ("config", "seeds", "files", "command"),
+        ("config", "seeds", "files", "command", "probe"),
         ("fields",),
-        ("errors", "rounding", "progress_bar"),
+        ("errors", "rounding", "progress_bar", "orientation"),
     ),
 }
 """From the top: a room imports from the floors below its own, and from itself."""

@@ -12,6 +12,7 @@ import torch
 
 from data_prep.prompt import PROMPTS
 from eval.model.language_model import LanguageModel
+from eval.model.merging import merge_adapter
 from eval.options import Options
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.base_model.precision import TORCH_DTYPES, resolve_dtype
@@ -43,7 +44,7 @@ def load(options: Options, device: torch.device) -> LanguageModel:
     if options.adapter is not None:
         model = attach_adapter(model, options.adapter)
         if options.merge:
-            model = model.merge_and_unload(safe_merge=True)
+            model = merge_adapter(model)
     elif options.merge:
         raise UserError(
             "nothing to merge without an adapter", "--merge", "give --adapter or leave --merge out"

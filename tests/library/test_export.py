@@ -179,8 +179,8 @@ def test_uniform_ranks_need_no_pattern(
 def test_merged_model_has_the_logits_and_needs_neither_adapter_nor_base(
     run: Path, tmp_path: Path, trained: tuple[dict[str, AdapterFactors], Tensor]
 ) -> None:
-    check = export_merged(read_peft_adapter(run / "adapter"), tmp_path / "merged")
-    assert check.figure <= 1
+    tensors, logits_apart = export_merged(read_peft_adapter(run / "adapter"), tmp_path / "merged")
+    assert tensors.figure <= 1 and logits_apart.figure <= 1e-5
     assert error_of(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained[1]) <= 1e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "</s>"
 
@@ -225,13 +225,13 @@ def test_merge_that_changes_another_tensor_is_noticed(
 ) -> None:
     from flexlora_ds import export
 
-    merge = export._merge
+    merge = export.merge
 
     def merge_and_spoil(model: Any, adapter: Any) -> None:
         merge(model, adapter)
         model.model.norm.weight.data[0] += 1e-3
 
-    monkeypatch.setattr(export, "_merge", merge_and_spoil)
+    monkeypatch.setattr(export, "merge", merge_and_spoil)
     with pytest.raises(RunError):
         export_merged(read_peft_adapter(run / "adapter"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
