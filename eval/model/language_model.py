@@ -42,8 +42,12 @@ class LanguageModel:
 
     def _try_last_layer(self) -> LastLayer | None:
         last_layer = LastLayer(self.model)
-        probe = torch.arange(8, device=self.device).view(2, 4) % int(self.config.vocab_size)
-        return last_layer if last_layer.modules and agrees(self.model, last_layer, probe) else None
+        rng = torch.Generator().manual_seed(0)
+        probe = torch.randint(0, int(self.config.vocab_size), (3, 5), generator=rng).to(self.device)
+        if last_layer.modules and agrees(self.compute, last_layer, probe):
+            return last_layer
+        last_layer.remove()
+        return None
 
     def forward(
         self,
@@ -59,6 +63,23 @@ class LanguageModel:
 
         `ids` and `positions` [rows, new tokens]; `mask` [rows, cached + new tokens], 0 at padding.
         """
+        logits, cache = self.compute(
+            ids, mask, positions, cache=cache, use_cache=use_cache, keep=keep, narrowing=self._last_layer
+        )
+        return logits.float(), cache
+
+    def compute(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        cache: Any = None,
+        use_cache: bool = False,
+        keep: int = 1,
+        narrowing: LastLayer | None = None,
+    ) -> tuple[Tensor, Any]:
+        """`forward` in the model's dtype, with its last layer narrowed or whole."""
         arguments: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -70,10 +91,10 @@ class LanguageModel:
             arguments["past_key_values"] = cache
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = keep
-        narrow = self._last_layer is not None and keep < ids.shape[1]
-        with self._last_layer.only(keep) if narrow else nullcontext():  # type: ignore[union-attr]
+        narrow = narrowing is not None and keep < ids.shape[1]
+        with narrowing.only(keep) if narrow else nullcontext():  # type: ignore[union-attr]
             out = self.model(**arguments)
-        return out.logits[:, -keep:].float(), out.past_key_values if use_cache else None
+        return out.logits[:, -keep:], out.past_key_values if use_cache else None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens, without special ones."""

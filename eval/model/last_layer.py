@@ -6,12 +6,15 @@ positions are requested, its queries, output projection and MLP are needed at th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Compute = Callable[..., tuple[Tensor, Any]]
+"""`LanguageModel.compute`."""
 
 _PER_POSITION = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 
@@ -20,16 +23,26 @@ class LastLayer:
     """Narrows the modules of a model's last layer to the last positions while `only` is open.
 
     A narrowed module gives zeros at the other positions. `modules` is empty where the model has none of the
-    known names. `agrees` checks that narrowing them changes no logit.
+    known names. `agrees` checks that narrowing them changes no logit. `remove` leaves the model as it was.
     """
 
     def __init__(self, model: Any) -> None:
         self._keep: int | None = None
         self._width = 0
         self.modules = _per_position(model)
-        for module in self.modules:
-            module.register_forward_pre_hook(self._narrow)
-            module.register_forward_hook(self._widen)
+        self._hooks = [
+            hook
+            for module in self.modules
+            for hook in (
+                module.register_forward_pre_hook(self._narrow),
+                module.register_forward_hook(self._widen),
+            )
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def only(self, keep: int) -> Iterator[None]:
@@ -44,7 +57,8 @@ class LastLayer:
         if self._keep is None:
             return None
         self._width = args[0].shape[1]
-        return (args[0][:, -self._keep :], *args[1:])
+        # Contiguous, as the whole tensor is: experts take a flat view of their input.
+        return (args[0][:, -self._keep :].contiguous(), *args[1:])
 
     def _widen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         if self._keep is None:
@@ -55,21 +69,45 @@ class LastLayer:
 
 
 @torch.inference_mode()
-def agrees(model: Any, last_layer: LastLayer, probe: Tensor) -> bool:
-    """Whether a model gives the same last logits with its last layer narrowed, for token ids [rows, tokens]."""
-    plain = _last_logits(model, probe)
+def agrees(compute: Compute, last_layer: LastLayer, ids: Tensor) -> bool:
+    """Whether narrowing changes no logit in any of the ways in which an evaluation asks, for ids [rows, tokens]."""
+    plain = list(_every_use(compute, None, ids))
     try:
-        with last_layer.only(1):
-            narrowed = _last_logits(model, probe)
-    except (TypeError, RuntimeError, IndexError, AttributeError):
+        narrowed = list(_every_use(compute, last_layer, ids))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
-    rounding = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
-    return bool((plain - narrowed).abs().max() <= rounding * plain.abs().max())
+    rounding = 1e-4 if plain[0].dtype == torch.float32 else 3e-2
+    return all(
+        bool((p.float() - n.float()).abs().max() <= rounding * p.float().abs().max())
+        for p, n in zip(plain, narrowed, strict=True)
+    )
 
 
-def _last_logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, -1].float()
+def _every_use(compute: Compute, narrowing: LastLayer | None, ids: Tensor) -> Iterator[Tensor]:
+    """The logits of a prefix alone, of padded rows with one and with more columns wanted, of rows behind the prefix,
+    and of a step after these, which reads what they left in the cache.
+    """
+    rows, tokens = ids.shape
+    most = tokens - 1
+    ones = torch.ones_like(ids)
+    padded = ones.clone()
+    for row in range(rows):
+        padded[row, : row % most] = 0
+    positions = (padded.cumsum(1) - 1).clamp(min=0)
+    alone, cache = compute(ids[:1], ones[:1], positions[:1], use_cache=True, keep=1, narrowing=narrowing)
+    yield alone
+    for keep in (1, most):
+        logits, _ = compute(ids, padded, positions, keep=keep, narrowing=narrowing)
+        yield logits[:, -1:]
+    cache.batch_repeat_interleave(rows)
+    mask = torch.cat([ones, padded], dim=1)
+    behind, cache = compute(
+        ids, mask, tokens + positions, cache=cache, use_cache=True, keep=most, narrowing=narrowing
+    )
+    yield behind[:, -1:]
+    following = torch.cat([mask, ones[:, :1]], dim=1)
+    last = tokens + positions[:, -1:] + 1
+    yield compute(ids[:, :1], following, last, cache=cache, use_cache=True, keep=1, narrowing=narrowing)[0]
 
 
 def _per_position(model: Any) -> list[nn.Module]:
