@@ -74,6 +74,8 @@ class LoraAdapter:
     """Written beside the adapter as `flexlora.json`, where PEFT does not look."""
     prompt: str | None = None
     """The prompt style it was trained with, where that is known: `prompt.json` beside the adapter."""
+    fan_in_fan_out: bool = False
+    """PEFT's name for layers that store their weight as [in, out] (Conv1D). A and B are the same for both."""
     folder: Path | None = None
     """Where it was read from."""
 
@@ -86,13 +88,19 @@ def write_peft_adapter(
     revision: str | None = None,
     extra: Mapping[str, Any] | None = None,
     prompt: str | None = None,
+    *,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write a FlexLoRA adapter to `folder` in PEFT's format; what was there is replaced once it is complete.
 
     `matrices` holds whole tensors (at ZeRO-3: gathered; one process writes). `base_model_name` is what the
     user called the base model. `extra` goes into `flexlora.json` beside the method's configuration.
+    `fan_in_fan_out`: the layers store their weights as [in, out] (`flexlora_ds.orientation`).
     """
-    write_adapter(folder, lora_of(matrices, config, base_model_name, revision, extra, prompt))
+    adapter = lora_of(
+        matrices, config, base_model_name, revision, extra, prompt, fan_in_fan_out=fan_in_fan_out
+    )
+    write_adapter(folder, adapter)
 
 
 def lora_of(
@@ -102,6 +110,8 @@ def lora_of(
     revision: str | None = None,
     extra: Mapping[str, Any] | None = None,
     prompt: str | None = None,
+    *,
+    fan_in_fan_out: bool = False,
 ) -> LoraAdapter:
     """A FlexLoRA adapter as a LoRA: B = P diag(λ), A = Q, one scale; arguments as of `write_peft_adapter`."""
     scale = config.alpha / config.rank
@@ -114,6 +124,7 @@ def lora_of(
         dropout=config.dropout,
         notes={"config": config.to_dict(), **(extra or {})},
         prompt=prompt,
+        fan_in_fan_out=fan_in_fan_out,
     )
 
 
@@ -154,7 +165,7 @@ def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
         "alpha_pattern": alphas,
         "target_modules": list(adapter.matrices),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
@@ -193,6 +204,7 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
         dropout=config.get("lora_dropout", 0.0),
         notes=_read_beside(folder / METHOD_FILE),
         prompt=_read_beside(folder / PROMPT_FILE).get("prompt"),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         folder=folder,
     )
 
@@ -218,7 +230,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         "peft_type": config.get("peft_type") != "LORA",
         "use_dora": config.get("use_dora"),
         "modules_to_save": config.get("modules_to_save"),
-        "fan_in_fan_out": config.get("fan_in_fan_out"),
         "bias": config.get("bias", "none") != "none",
         "lora_bias": config.get("lora_bias"),
     }

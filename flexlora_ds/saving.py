@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexlora_ds.adapter.layer import adapters
+from flexlora_ds.adapter.layer import adapters, any_transposed
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import MASTER, live_shards
@@ -49,5 +49,7 @@ def save_adapter(
     if not writes:
         return {}
     factors = {n: AdapterFactors(masters[a.P], masters[a.lam], masters[a.Q]) for n, a in layers.items()}
-    write_peft_adapter(Path(folder), factors, config, base_model, prompt=prompt)
+    write_peft_adapter(
+        Path(folder), factors, config, base_model, prompt=prompt, fan_in_fan_out=any_transposed(layers)
+    )
     return {name: matrix.lam.tolist() for name, matrix in factors.items()}

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.dropout.apply import SeededDropout, dropped_in_graph
 from flexlora_ds.dropout.mask import name_key
 from flexlora_ds.errors import UserError
+from flexlora_ds.orientation import LayerShape, is_linear, is_transposed, layer_shape
 from flexlora_ds.seeds import generator
 
 
@@ -56,21 +57,22 @@ class ForwardContext:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen `nn.Linear` (out × in) plus s · P diag(λ) Q, P [out, r], λ [r], Q [r, in].
+    """A frozen linear layer (out × in) plus s · P diag(λ) Q, P [out, r], λ [r], Q [r, in].
 
     `key` names it to the dropout, `place` is its number in a compiled layer.
 
     The three parameters keep their identity for the whole run: a rank change gives them new data.
 
     An ordinary linear layer's W and b become parameters of this module, `weight` and `bias`, so that ZeRO-3 gathers
-    them with P, λ and Q; any other `base` (quantised, hooked, a subclass) stays a submodule and is called as it is.
+    them with P, λ and Q; any other `base` (quantised, hooked, a subclass, a Conv1D) stays a submodule and is called as
+    it is.
     """
 
-    base: nn.Linear
+    base: nn.Module
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, base: nn.Linear, name: str, config: FlexLoRAConfig, context: ForwardContext) -> None:
+    def __init__(self, base: nn.Module, name: str, config: FlexLoRAConfig, context: ForwardContext) -> None:
         super().__init__()
         self._take_over(base)
         self.name = name
@@ -80,29 +82,22 @@ class AdaptedLinear(nn.Module):
         self.key = name_key(name)
         self.place = 0
         rng = generator(config.seed, "init", name)
-        out, features = base.out_features, base.in_features
-        device, dtype = base.weight.device, adapter_dtype(base.weight)
+        self.out_features, self.in_features = out, features = layer_shape(base)
+        weight = cast("Tensor", base.weight)
+        device, dtype = weight.device, adapter_dtype(weight)
         self.P = nn.Parameter(gaussian(out, config.rank, init_std(config, out), rng).to(device, dtype))
         self.lam = nn.Parameter(torch.zeros(config.rank, device=device, dtype=dtype))
         self.Q = nn.Parameter(
             gaussian(config.rank, features, init_std(config, features), rng).to(device, dtype)
         )
 
-    def _take_over(self, base: nn.Linear) -> None:
+    def _take_over(self, base: nn.Module) -> None:
         if is_ordinary(base):
             object.__setattr__(self, "base", base)  # no submodule: its parameters are this module's
             self.weight = cast("nn.Parameter", base.weight)
             self.bias = cast("nn.Parameter | None", base.bias)
         else:
             self.base, self.weight, self.bias = base, None, None
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
 
     @property
     def rank(self) -> int:
@@ -173,7 +168,7 @@ class AdaptedLinear(nn.Module):
         )
 
 
-def is_ordinary(base: nn.Linear) -> bool:
+def is_ordinary(base: nn.Module) -> bool:
     """Whether a layer is torch's own linear layer and nothing observes or replaces its forward pass."""
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
     return type(base) is nn.Linear and "forward" not in vars(base) and not any(hooks)
@@ -200,10 +195,10 @@ def gaussian(rows: int, columns: int, std: float, rng: torch.Generator) -> Tenso
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers that can be adapted: all but the output head, in module order."""
+    """Names of the linear layers that can be adapted, Conv1D among them: all but the output head, in module order."""
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n]
+    return [n for n, m in model.named_modules() if is_linear(m) and m is not head and n]
 
 
 def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
@@ -212,6 +207,11 @@ def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
     Raises:
         UserError: a target matches nothing; the message lists what there is.
     """
+    if not names:
+        raise UserError(
+            f"target_modules: {', '.join(targets)} matches nothing, for the model has no linear layer but its head",
+            mend="choose a model whose layers are nn.Linear or Conv1D",
+        )
     if "all-linear" in targets:
         return names
     chosen: set[str] = set()
@@ -235,10 +235,9 @@ def _regex_hits(names: list[str], target: str) -> list[str]:
     return [n for n in names if pattern.fullmatch(n)]
 
 
-def linear_shapes(model: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: nn.Module, names: list[str]) -> dict[str, LayerShape]:
     """(out, in) of these linear layers."""
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    return {name: layer_shape(model.get_submodule(name)) for name in names}
 
 
 def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -265,7 +264,7 @@ def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
     context = ForwardContext()
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        layer = AdaptedLinear(model.get_submodule(name), name, config, context)  # type: ignore[arg-type]
+        layer = AdaptedLinear(model.get_submodule(name), name, config, context)
         layer.train(model.training)
         setattr(model.get_submodule(parent), leaf, layer)
     return names
@@ -278,6 +277,11 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def _layers(model: nn.Module) -> Iterator[AdaptedLinear]:
     return (m for m in model.modules() if isinstance(m, AdaptedLinear))
+
+
+def any_transposed(layers: Mapping[str, AdaptedLinear]) -> bool:
+    """Whether some of the adapted layers store their weight as [in, out]."""
+    return any(is_transposed(layer.base) for layer in layers.values())
 
 
 def forward_context(model: nn.Module) -> ForwardContext:

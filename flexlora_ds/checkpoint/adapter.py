@@ -16,9 +16,16 @@ NOTES = "adapter"
 """Under this name a run says in its checkpoints what `adapter_notes` gives."""
 
 
-def adapter_notes(config: FlexLoRAConfig, base_model: str, prompt: str) -> dict[str, Any]:
-    """What an adapter needs beside its tensors; JSON."""
-    return {"config": config.to_dict(), "base_model": base_model, "prompt": prompt}
+def adapter_notes(
+    config: FlexLoRAConfig, base_model: str, prompt: str, *, fan_in_fan_out: bool
+) -> dict[str, Any]:
+    """What an adapter needs beside its tensors; JSON. The last is as in `write_peft_adapter`."""
+    return {
+        "config": config.to_dict(),
+        "base_model": base_model,
+        "prompt": prompt,
+        "fan_in_fan_out": fan_in_fan_out,
+    }
 
 
 def read_checkpoint_adapter(folder: Path) -> LoraAdapter:
@@ -36,7 +43,13 @@ def read_checkpoint_adapter(folder: Path) -> LoraAdapter:
             "finish its run and export that with --run",
         )
     config = FlexLoRAConfig.from_dict(notes["config"])
-    return lora_of(masters_of(checkpoint), config, notes["base_model"], prompt=notes["prompt"])
+    return lora_of(
+        masters_of(checkpoint),
+        config,
+        notes["base_model"],
+        prompt=notes["prompt"],
+        fan_in_fan_out=bool(notes.get("fan_in_fan_out")),
+    )
 
 
 def masters_of(checkpoint: Checkpoint) -> dict[str, AdapterFactors]:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexlora_ds.adapter.layer import any_transposed
 from flexlora_ds.base_model.fingerprint import base_fingerprint, base_revision
 from flexlora_ds.checkpoint.adapter import NOTES, adapter_notes
 from launch.data.batches import GlobalBatch
@@ -134,7 +135,13 @@ def begin(
         "identity": identity.to_dict(),
         "origin": start.origin,
         "versions": library_versions(),
-        NOTES: controller and adapter_notes(controller.config, options.model, options.prompt),
+        NOTES: controller
+        and adapter_notes(
+            controller.config,
+            options.model,
+            options.prompt,
+            fan_in_fan_out=any_transposed(controller.layers),
+        ),
     }
 
     def notes() -> dict[str, Any]:
