@@ -1,6 +1,7 @@
 """FlexLoRA: low-rank adapters ΔW = s · P diag(λ) Q whose rank changes while they train.
 
-Importing this package imports no DeepSpeed: only `RankController` and `save_adapter` need an engine.
+Importing this package imports no DeepSpeed: only `RankController`, `save_adapter` and `start_from_gradient` need
+an engine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ __all__ = [
     "build_optimizer",
     "inject_adapters",
     "save_adapter",
+    "start_from_gradient",
 ]
 
 _HOMES = {
@@ -24,6 +26,7 @@ _HOMES = {
     "build_optimizer": "flexlora_ds.adapter.parameter_groups",
     "inject_adapters": "flexlora_ds.adapter.layer",
     "save_adapter": "flexlora_ds.saving",
+    "start_from_gradient": "flexlora_ds.gradient.start",
 }
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from flexlora_ds.adapter.parameter_groups import build_optimizer
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController
+    from flexlora_ds.gradient.start import start_from_gradient
     from flexlora_ds.saving import save_adapter
 
 

@@ -37,6 +37,7 @@ NewDirection = Literal["zero_impact", "small", "zero", "orthogonal"]
 NewMoment = Literal["own_age", "zero", "survivor_mean"]
 Schedule = Literal["cubic", "cubic_fast", "linear", "exponential", "constant"]
 Budget = Literal["ranks", "params"]
+Init = Literal["gaussian", "gradient"]
 RankOne = Literal["neutral", "lowest", "expand"]
 Spectrum = Literal["lambda", "exact"]
 OrthForm = Literal["decoupled", "norm", "squared"]
@@ -123,8 +124,12 @@ class FlexLoRAConfig:
     orth_weight: Annotated[NotNegative | None, RANK_CHANGES] = None
     """Strength of that; none is 0.05 for decoupled and 0.1 for the other two."""
 
+    init: Annotated[Init, ADAPTER, MUST_MATCH] = "gaussian"
+    """How P and Q begin: drawn at random, or as the leading singular pairs of the first batches' gradient."""
+    init_batches: Annotated[Positive, ADAPTER, MUST_MATCH] = 8
+    """Batches whose gradient `init gradient` looks at, twice; the model's output stays as it is."""
     init_std: Annotated[Literal["unit"] | AboveZero, ADAPTER] = "unit"
-    """Standard deviation of P and Q at the start; unit gives every direction an expected norm of 1."""
+    """Standard deviation of a Gaussian P and Q; unit gives every direction an expected norm of 1."""
     lambda_lr: Annotated[Auto | AboveZero, ADAPTER] = "auto"
     """Learning rate of λ as a multiple of lr: auto is √min(in, out) of the layer, 1 is the paper's."""
     weight_decay: Annotated[NotNegative, ADAPTER] = 0.0

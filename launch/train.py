@@ -33,6 +33,7 @@ from launch.distributed.process import join_processes, leave_processes, world_si
 from launch.distributed.signals import SignalWatcher
 from launch.engine.settled import Settled
 from launch.loop.finish import finish, stop
+from launch.loop.gradient_start import begin_directions
 from launch.loop.session import Session, begin, identify, run_folder
 from launch.model.token_loss import head_of, token_loss
 from launch.options.command_line import answer
@@ -66,6 +67,9 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
         continue_files(start, folder, process)
         folder.write_options(settled.repeatable.to_yaml())
         introduce(run, settled, start)
+        if start.checkpoint is None:
+            # The products with the gradient, to which each process adds its part of the first batches.
+            begin_directions(run)
         run_steps(run, start.step)
         if run.stop.reached:
             stop(run, watcher.reason)

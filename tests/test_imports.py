@@ -39,7 +39,7 @@ FLOORS = {
     "flexlora_ds": (
         ("controller", "export"),
         ("orthogonalise", "merging"),
-        ("checkpoint", "base_model", "spectra", "directions", "rank_warnings", "saving"),
+        ("checkpoint", "base_model", "spectra", "directions", "gradient", "rank_warnings", "saving"),
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files", "command", "probe"),

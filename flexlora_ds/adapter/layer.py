@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,13 @@ from flexlora_ds.dropout.mask import name_key
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape, is_linear, is_transposed, layer_shape
 from flexlora_ds.seeds import generator
+
+
+class RowObserver(Protocol):
+    """Looks at a matrix's input and output on their way (`flexlora_ds.gradient.collect`)."""
+
+    def attach(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """y [..., out] unchanged, with a node that sees its gradient; x: [..., in]."""
 
 
 @dataclass
@@ -44,6 +51,7 @@ class ForwardContext:
     `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout.mask`), or None for keys drawn from
     torch's own generator at every layer.
     `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
+    `observer`: what looks at the rows that pass by, and at their gradients, or None.
     `fused_masks`: compute dropout inside one kernel; None does so where there is one (`flexlora_ds.dropout.apply`).
     `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
     `handed`: set inside a compiled layer only (`launch.model.compiled_blocks`).
@@ -51,6 +59,7 @@ class ForwardContext:
 
     row_keys: Tensor | None = None
     penalty: PenaltyGradient | None = None
+    observer: RowObserver | None = None
     fused_masks: bool | None = None
     plain: bool = False
     handed: Handed | None = None
@@ -117,6 +126,8 @@ class AdaptedLinear(nn.Module):
             y = plain_adapted_linear(x, self.base(x), self.P, self.lam, self.Q, scale, drop)
         if self.context.penalty is not None and torch.is_grad_enabled():
             y = self.context.penalty.attach(y, self.P, self.Q)
+        if self.context.observer is not None and torch.is_grad_enabled():
+            y = self.context.observer.attach(self.name, y, x)
         return y
 
     def _traced(self, x: Tensor, handed: Handed) -> Tensor:

@@ -142,6 +142,8 @@ class Shards:
     @torch.no_grad()
     def write_all(self, key: str, wholes: Mapping[nn.Parameter, Tensor]) -> None:
         """`write` of many, which a GPU copies in a few kernels."""
+        if not wholes:
+            return
         copies = [copy for p, whole in wholes.items() for copy in self._copies(p, key, whole)]
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
 

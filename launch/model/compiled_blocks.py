@@ -97,7 +97,7 @@ class CompiledBlock:
         here = hidden_states.device.type
         if not self.layer.training or not torch.is_grad_enabled() or torch.is_autocast_enabled(here):
             return None
-        if others.get("past_key_values") is not None:
+        if others.get("past_key_values") is not None or self.context.observer is not None:
             return None
         inputs = {name: _no_view(value) for name, value in others.items() if value is not None}
         if inputs.pop("segment_lengths", None) is not None:

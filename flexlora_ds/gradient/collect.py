@@ -1,0 +1,93 @@
+"""Thin products with ∂L/∂W of every adapted matrix, gathered in the backward pass beside the layers' own nodes.
+
+A layer y = W x has ∂L/∂W = Σ g xᵀ over its rows, g = ∂L/∂y. So G Ωᵀ = Σ g (Ω x)ᵀ and Uᵀ G = Σ (Uᵀ g) xᵀ: both need
+the rows that pass by and no weight, whatever the ZeRO stage. With activation checkpointing the node is built again in
+the backward pass and runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexlora_ds.adapter.layer import adapters, forward_context
+
+
+class GradientProducts:
+    """Sums over rows and backward passes, by matrix: G Ωᵀ [out, k] of right factors, or Uᵀ G [k, in] of left ones.
+
+    Args:
+        factors: Ω [k, in] of each matrix, or U [out, k]; fp32.
+        from_right: whether they are right factors.
+        shapes: (out, in) of each matrix.
+    """
+
+    def __init__(
+        self, factors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], *, from_right: bool
+    ) -> None:
+        self._factors, self._from_right = factors, from_right
+        self.sums = {
+            name: factor.new_zeros(shapes[name][0], len(factor))
+            if from_right
+            else factor.new_zeros(factor.shape[1], shapes[name][1])
+            for name, factor in factors.items()
+        }
+        """fp32, zeros for a matrix that no row has passed."""
+
+    def attach(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """y [..., out] unchanged; its backward adds this call's part for the matrix `name`. x: [..., in]."""
+        if name not in self._factors:
+            return y
+        out: Tensor = _Collect.apply(y, x, name, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def add(self, name: str, grad: Tensor, x: Tensor) -> None:
+        """Add the rows of one backward: grad [n, out], x [n, in]."""
+        grad, x = grad.float(), x.float()
+        factor = self._factors[name]
+        self.sums[name] += grad.T @ (x @ factor.T) if self._from_right else (grad @ factor).T @ x
+
+
+class _Collect(torch.autograd.Function):
+    """y [..., out], x [..., in]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, name: str, products: GradientProducts) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.name, ctx.products = name, products
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.products.add(ctx.name, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return grad, None, None, None
+
+
+@contextmanager
+def collecting(model: nn.Module, products: GradientProducts) -> Iterator[None]:
+    """Let every backward of `model` add to `products`, and to no parameter's gradient.
+
+    The adapters' parameters ask for no gradient meanwhile, so that an engine's own hooks, which would reduce it, do not
+    run. The embedding's output asks for one instead: every layer then takes part, also in ZeRO-3's release of weights.
+    """
+    context = forward_context(model)
+    trained = [
+        p for layer in adapters(model).values() for p in (layer.P, layer.lam, layer.Q) if p.requires_grad
+    ]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    for p in trained:
+        p.requires_grad_(False)
+    context.observer = products
+    try:
+        yield
+    finally:
+        context.observer = None
+        for p in trained:
+            p.requires_grad_(True)
+        hook.remove()

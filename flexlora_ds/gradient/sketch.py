@@ -1,0 +1,54 @@
+"""The top singular triples of a matrix G from two thin products with it. Pure.
+
+G itself is never needed: Y = G Ωᵀ [out, k] spans its leading left singular vectors, and the singular value
+decomposition of B = Uᵀ G [k, in], with U an orthonormal basis of Y, gives the triples (Halko, Martinsson and Tropp,
+"Finding structure with randomness", 2011, algorithms 4.1 and 5.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 16
+"""Columns of a sketch beyond the triples wanted: they make the subspace of the wanted ones exact enough."""
+
+
+@dataclass(frozen=True)
+class Triples:
+    """Leading singular triples of a matrix, σ descending."""
+
+    left: Tensor
+    """[out, k], orthonormal columns, fp32."""
+    sigma: Tensor
+    """[k], fp32."""
+    right: Tensor
+    """[k, in], orthonormal rows, fp32."""
+
+
+def sketch_width(rank: int, out_features: int, in_features: int) -> int:
+    """Columns of the sketch for `rank` triples of an [out, in] matrix."""
+    return min(rank + OVERSAMPLING, out_features, in_features)
+
+
+def range_basis(sketch: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of Y = G Ωᵀ, [out, k] -> [out, k], fp32.
+
+    Computed in float64: the columns of a sketch are nearly parallel where one singular value leads.
+    """
+    basis: Tensor = torch.linalg.qr(sketch.double())[0]
+    return basis.float()
+
+
+def leading_triples(basis: Tensor, projected: Tensor, rank: int) -> Triples:
+    """The `rank` leading triples of G.
+
+    Args:
+        basis: U, [out, k], orthonormal columns.
+        projected: B = Uᵀ G, [k, in].
+        rank: at most k.
+    """
+    left, sigma, right = torch.linalg.svd(projected.double(), full_matrices=False)
+    return Triples((basis.double() @ left[:, :rank]).float(), sigma[:rank].float(), right[:rank].float())

@@ -1,0 +1,111 @@
+"""Begin with the directions along which the loss falls fastest, without changing the model's output.
+
+With λ = 0 a direction (p, q) learns through ∂L/∂λ = s · pᵀ G q alone, G = ∂L/∂W. Among unit vectors that is largest
+for the top singular pair of G, where it is s · σ₁ (LoRA-GA, Wang et al. 2024, starts plain LoRA from the same pairs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, gaussian, linear_shapes
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.gradient.collect import GradientProducts, collecting
+from flexlora_ds.gradient.sketch import Triples, leading_triples, range_basis, sketch_width
+from flexlora_ds.partitions import MASTER, live_shards
+from flexlora_ds.seeds import generator
+
+Losses = Callable[[], Iterable[Tensor]]
+"""Called once per pass: yields this process's losses, which sum over processes to the loss of the gradient wanted."""
+
+HALF_SCALE = 1024.0
+"""What fp16 losses are multiplied by, so that small gradients do not vanish; the products are divided by it."""
+
+
+@dataclass(frozen=True)
+class GradientStart:
+    """What a start from the gradient found."""
+
+    sigma: Mapping[str, list[float]]
+    """By matrix, the singular values of ∂L/∂W along its directions, descending."""
+    gaussian: tuple[str, ...]
+    """The matrices that keep their Gaussian directions: their gradient was zero or not finite."""
+
+
+def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> GradientStart:
+    """Give every matrix the leading singular pairs of its gradient as P and Q; λ stays 0. Collective.
+
+    Two passes over the same batches: G Ωᵀ, then Uᵀ G. Right after `deepspeed.initialize`, at any ZeRO stage. No
+    parameter gets a gradient and no step is taken. A matrix whose gradient is zero or not finite keeps what it has.
+
+    Args:
+        engine: the DeepSpeed engine; the losses are computed by `engine.module`.
+        losses: the same losses at every call.
+    """
+    layers = adapters(engine.module)
+    shapes = linear_shapes(engine.module, list(layers))
+    right = {name: _gaussian_factor(layer, config, engine.device) for name, layer in layers.items()}
+    sketches = _summed(engine, GradientProducts(right, shapes, from_right=True), losses)
+    bases = _of_first_process(engine, {n: range_basis(s) for n, s in sketches.items() if _is_usable(s)})
+    projected = _summed(engine, GradientProducts(bases, shapes, from_right=False), losses) if bases else {}
+    found = {
+        name: leading_triples(bases[name], value, layers[name].rank)
+        for name, value in projected.items()
+        if _is_usable(value)
+    }
+    _write(engine, layers, found)
+    sigma = {name: triples.sigma.tolist() for name, triples in found.items()}
+    return GradientStart(sigma, tuple(name for name in layers if name not in found))
+
+
+def _gaussian_factor(layer: AdaptedLinear, config: FlexLoRAConfig, device: torch.device) -> Tensor:
+    """Ω, [k, in]."""
+    width = sketch_width(layer.rank, layer.out_features, layer.in_features)
+    return gaussian(width, layer.in_features, 1.0, generator(config.seed, "sketch", layer.name)).to(device)
+
+
+def _summed(engine: Any, products: GradientProducts, losses: Losses) -> dict[str, Tensor]:
+    """The products over this process's losses, then over all processes: one backward a loss, one collective."""
+    from deepspeed import comm
+
+    half = any(layer.P.dtype == torch.float16 for layer in adapters(engine.module).values())
+    scale = HALF_SCALE if half else 1.0
+    with collecting(engine.module, products):
+        for loss in losses():
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+    flat = torch.cat([total.reshape(-1) for total in products.sums.values()])
+    comm.all_reduce(flat)
+    return _split(flat / scale, products.sums)
+
+
+def _of_first_process(engine: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of process 0 on all: another processor's linear algebra may flip a sign."""
+    from deepspeed import comm
+
+    if not values:
+        return {}
+    flat = torch.cat([value.reshape(-1) for value in values.values()])
+    comm.broadcast(flat, 0)
+    return _split(flat, values)
+
+
+def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = torch.split(flat, [value.numel() for value in like.values()])
+    return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
+def _is_usable(product: Tensor) -> bool:
+    return bool(torch.isfinite(product).all()) and bool(product.any())
+
+
+def _write(engine: Any, layers: Mapping[str, AdaptedLinear], found: Mapping[str, Triples]) -> None:
+    """Process 0's pairs into the masters of all."""
+    left = _of_first_process(engine, {name: triples.left for name, triples in found.items()})
+    right = _of_first_process(engine, {name: triples.right for name, triples in found.items()})
+    pairs = {layers[name].P: left[name] for name in found} | {layers[name].Q: right[name] for name in found}
+    live_shards(engine).write_all(MASTER, pairs)

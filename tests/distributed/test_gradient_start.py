@@ -1,0 +1,133 @@
+"""A start from the gradient gives the singular pairs of the whole gradient, at every stage and count of processes."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import gradient_worker as worker
+from tests.helpers import training
+from tests.helpers.processes import Processes
+from tests.helpers.training import Place, make_place
+
+CASES: list[Any] = [
+    pytest.param({"stage": 0}, marks=pytest.mark.full),
+    pytest.param({"stage": 1}, marks=pytest.mark.full),
+    {"stage": 2, "gas": 2},
+    pytest.param({"stage": 3}, marks=pytest.mark.full),
+    {"stage": 3, "checkpointing": True},
+    pytest.param({"stage": 2, "dtype": "bf16"}, marks=pytest.mark.full),
+    {"stage": 3, "dtype": "bf16", "zero": {"offload_optimizer": {"device": "cpu"}}},
+]
+
+
+@cache
+def exact() -> dict[str, Any]:
+    return {
+        name: torch.linalg.svd(G.double(), full_matrices=False)
+        for name, G in worker.whole_gradients().items()
+    }
+
+
+def check_pairs(result: dict[str, Any], *, loose: bool = False) -> None:
+    assert not result["gaussian"]
+    led = 0
+    for name, (left, sigma, right) in exact().items():
+        P, Q = torch.tensor(result["P"][name]).double(), torch.tensor(result["Q"][name]).double()
+        assert torch.tensor(result["lam"][name]).count_nonzero() == 0
+        assert (P.T @ P - torch.eye(4)).abs().max() < 1e-5
+        assert (Q @ Q.T - torch.eye(4)).abs().max() < 1e-5
+        leads = sigma[0] >= 1.5 * sigma[1]
+        assert result["sigma"][name][0] == pytest.approx(float(sigma[0]), rel=0.02 if leads else 0.05)
+        if leads:
+            led += 1
+            least = 0.95 if loose else 0.98
+            assert abs(float(P[:, 0] @ left[:, 0])) > least
+            assert abs(float(Q[0] @ right[0])) > least
+    assert led >= 3, "the sample has leading pairs to compare"
+
+
+def check(results: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    for result in results:
+        check_pairs(result, loose=case.get("dtype") == "bf16")
+        assert result["before"] == result["after"], "the output is unchanged to the bit"
+        assert result["gradients"] == 0, "no parameter got a gradient"
+        assert result["P"] == results[0]["P"] and result["Q"] == results[0]["Q"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_process(one_process: Processes, case: dict[str, Any]) -> None:
+    check(one_process.run(worker.started, case), case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes(two_processes: Processes, case: dict[str, Any]) -> None:
+    check(two_processes.run(worker.started, case), case)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_training_goes_on_as_if_the_pairs_had_been_there(two_processes: Processes, stage: int) -> None:
+    """The same losses at every stage, and lower ones than at the start."""
+    (result, _) = two_processes.run(worker.started, {"stage": stage, "steps": 8})
+    (alone, _) = two_processes.run(worker.started, {"stage": 0, "steps": 8})
+    assert result["steps"] == pytest.approx(alone["steps"], rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_gaussian_directions(one_process: Processes) -> None:
+    (broken,) = one_process.run(worker.started, {"stage": 2, "broken": 2})
+    assert set(broken["gaussian"]) == set(exact())
+    assert broken["before"] == broken["after"]
+    assert broken["sigma"] == {}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("gradient"))
+
+
+def run(processes: Processes, place: Place, out: Path, stage: int = 2, **options: Any) -> list[float]:
+    results = processes.run(training.command, place.arguments(out, stage, init="gradient", **options))
+    assert {result["code"] for result in results} == {0}, results[0]["stderr"]
+    assert (
+        "directions from the gradient" in results[0]["stdout"] + results[0]["stderr"] or "resume" in options
+    )
+    return training.losses(out)
+
+
+def test_the_command_starts_from_the_gradient_alike_at_every_stage(
+    place: Place, one_process: Processes, two_processes: Processes, tmp_path: Path
+) -> None:
+    """Ranks change behind the start; the first loss is the base model's, as with a Gaussian start."""
+    alone = run(one_process, place, tmp_path / "alone", stage=0)
+    sharded = run(two_processes, place, tmp_path / "sharded", stage=3)
+    assert sharded == pytest.approx(alone, rel=1e-4)
+    arguments = place.arguments(tmp_path / "gaussian", 0)
+    (gaussian,) = one_process.run(training.command, arguments)
+    assert gaussian["code"] == 0
+    assert training.losses(tmp_path / "gaussian")[0] == alone[0], (
+        "the output at the start is the same to the bit"
+    )
+    assert sum(alone[2:8]) < sum(training.losses(tmp_path / "gaussian")[2:8]), "and then it falls sooner"
+    assert training.ranks(tmp_path / "sharded") == training.ranks(tmp_path / "alone")
+
+
+def test_a_resumed_run_does_not_start_again(place: Place, one_process: Processes, tmp_path: Path) -> None:
+    whole = run(one_process, place, tmp_path / "whole", save_every=6, keep_checkpoints=9)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000006"
+    rest = run(one_process, place, tmp_path / "rest", save_every=6, resume=str(checkpoint))
+    assert rest[-10:] == whole[-10:]
+
+
+def test_fewer_records_than_batches_asked_for_are_said(
+    place: Place, one_process: Processes, tmp_path: Path
+) -> None:
+    arguments = place.arguments(
+        tmp_path / "few", init="gradient", init_batches=50, max_steps=2, adjust_size=0
+    )
+    (done,) = one_process.run(training.command, arguments)
+    assert done["code"] == 0
+    assert "the records fill 4 batches, fewer than init_batches 50" in done["stderr"] + done["stdout"]

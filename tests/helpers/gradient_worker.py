@@ -1,0 +1,87 @@
+"""What runs inside the test processes of `distributed/test_gradient_start.py`; every function returns JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexlora_ds import FlexLoRAConfig, RankController, adapters, inject_adapters
+from flexlora_ds.adapter.layer import linear_names
+from flexlora_ds.gradient.start import start_from_gradient
+from flexlora_ds.partitions import MASTER, live_shards
+from tests.helpers import tiny
+
+BATCHES = 3
+
+
+def configuration() -> FlexLoRAConfig:
+    return FlexLoRAConfig(rank=4, dropout=0.0, target_modules="all-linear", adjust_size=0)
+
+
+def rows_of(batch: int) -> list[list[int]]:
+    """Records that are mostly two tokens in turn: a gradient with leading pairs."""
+    rows = tiny.global_batch(batch, 8, tiny.records(40))
+    return [[(5, 9)[i % 2] if i % 5 else token for i, token in enumerate(row)] for row in rows]
+
+
+def started(case: dict[str, Any]) -> dict[str, Any]:
+    """σ, P, Q and λ of every matrix after the start, and the losses before it, after it and of the steps behind it."""
+    from deepspeed import comm
+
+    rank, world = tiny.start()
+    config, dtype = configuration(), case.get("dtype", "fp32")
+    model: Any = tiny.tiny_llama(dtype)
+    inject_adapters(model, config)
+    if case.get("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ds = tiny.ds_config(case["stage"], dtype, world, case.get("gas", 1), **case.get("zero", {}))
+    engine = tiny.make_engine(model, config, ds)
+    controller = RankController(engine, config, 20)
+
+    def losses() -> Iterator[Tensor]:
+        for batch in range(1, BATCHES + 1):
+            rows = rows_of(batch)
+            if case.get("broken") == batch:
+                yield tiny.token_loss(engine.module, rows[rank::world]) * float("inf")
+            yield tiny.token_loss(engine.module, rows[rank::world]) / tiny.targets(rows) / BATCHES
+
+    def loss() -> float:
+        with torch.no_grad():
+            total = tiny.token_loss(engine, rows_of(1)[rank::world]).double().reshape(1)
+        comm.all_reduce(total)
+        return float(total)
+
+    before = loss()
+    found = start_from_gradient(engine, config, losses)
+    after = loss()
+    layers = adapters(engine.module)
+    wanted = [p for layer in layers.values() for p in (layer.P, layer.lam, layer.Q)]
+    masters = {p: value.cpu().clone() for p, value in live_shards(engine).read(wanted, MASTER)}
+    steps = []
+    for step in range(1, 1 + case.get("steps", 0)):
+        steps.append(tiny.train_step(engine, rows_of(step)))
+        controller.after_step(step)
+    return {
+        "sigma": dict(found.sigma),
+        "gaussian": list(found.gaussian),
+        "before": before,
+        "after": after,
+        "P": {name: masters[layer.P].tolist() for name, layer in layers.items()},
+        "Q": {name: masters[layer.Q].tolist() for name, layer in layers.items()},
+        "lam": {name: masters[layer.lam].tolist() for name, layer in layers.items()},
+        "steps": steps,
+        "gradients": sum(p.grad is not None for p in engine.module.parameters()) if not steps else None,
+    }
+
+
+def whole_gradients() -> dict[str, Tensor]:
+    """∂L/∂W of every matrix by plain torch, float64: the mean of the losses per target token over the batches."""
+    model: Any = tiny.tiny_llama().double()
+    names = linear_names(model)
+    for batch in range(1, BATCHES + 1):
+        rows = rows_of(batch)
+        (tiny.token_loss(model, rows) / tiny.targets(rows) / BATCHES).backward()
+    return {name: model.get_submodule(name).weight.grad for name in names}
