@@ -33,7 +33,7 @@ Importance = Literal[
     "reversed",
 ]
 Direction = Literal["both", "prune", "expand"]
-NewDirection = Literal["zero_impact", "small", "zero", "orthogonal"]
+NewDirection = Literal["zero_impact", "small", "zero", "orthogonal", "gradient"]
 NewMoment = Literal["own_age", "zero", "survivor_mean"]
 Schedule = Literal["cubic", "cubic_fast", "linear", "exponential", "constant"]
 Budget = Literal["ranks", "params"]
@@ -114,7 +114,7 @@ class FlexLoRAConfig:
     expand_min_energy: Annotated[Fraction, RANK_CHANGES] = 0.0
     """A quantile: matrices whose Σλ² is below it are not expanded."""
     new_direction: Annotated[NewDirection, RANK_CHANGES] = "zero_impact"
-    """How a new direction begins; all but small leave the model's output unchanged, zero never learns."""
+    """How a new direction begins: at random, or along the step's gradient; all but small change no output."""
     new_direction_std: Annotated[AboveZero | None, RANK_CHANGES] = None
     """Standard deviation of a new direction's P and Q; none follows init_std."""
     new_moment: Annotated[NewMoment, RANK_CHANGES] = "own_age"

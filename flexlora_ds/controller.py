@@ -14,6 +14,7 @@ from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.allocation import RankPlan, plan_ranks
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.directions import TensorEdit, matrix_edits, smallest_directions
+from flexlora_ds.gradient.growth import NewPair, StepSketch
 from flexlora_ds.importance import not_expandable, score_matrices, spectrum_error
 from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
@@ -58,6 +59,9 @@ class RankController:
         self.initial_total_rank = self.total_rank
         self._pending = 0
         self._skipped = int(engine.skipped_steps)
+        self._step = 0
+        self._sketch = StepSketch(engine, config) if config.new_direction == "gradient" else None
+        self._prepare(1)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -87,6 +91,21 @@ class RankController:
         A change due on a step that was skipped (numbers not finite) happens after the next applied one. Returns the
         change that was applied, or None.
         """
+        if self._sketch is not None:
+            self._sketch.end()
+        change = self._after_step(step)
+        self._prepare(step + 1)
+        return change
+
+    def _prepare(self, step: int) -> None:
+        """Look at the gradients of `step`, where ranks may change after it."""
+        self._step = step - 1
+        if self._sketch is not None and max(
+            self._pending, adjustment_size(step, self.total_steps, self.config)
+        ):
+            self._sketch.begin(step)
+
+    def _after_step(self, step: int) -> RankChange | None:
         due = adjustment_size(step, self.total_steps, self.config)
         self._pending = max(self._pending, due)
         skipped = int(self.engine.skipped_steps)
@@ -122,7 +141,8 @@ class RankController:
         scores = self._scores(step, matrices)
         plan = self._plan(size, scores, matrices)
         loss_before, seconds_before = self._timed_validation(plan)
-        ages = self._apply(step, plan, matrices)
+        born = {} if self._sketch is None else self._sketch.pairs(plan.expanded)
+        ages = self._apply(step, plan, matrices, born)
         loss_after, seconds_after = self._timed_validation(plan)
         self.changes += 1
         change = RankChange(
@@ -139,6 +159,7 @@ class RankController:
             loss_before=loss_before,
             loss_after=loss_after,
             spectrum_error=error,
+            sigma={name: pair.sigma for name, pair in born.items()},
             seconds=time.perf_counter() - started - seconds_before - seconds_after,
         )
         limits = Limits(self.initial_total_rank, self.parameter_limit, self.interval)
@@ -178,8 +199,17 @@ class RankController:
         """Which directions are at least `grace` changes old; those there from the start always are."""
         return [born == 0 or self.changes - change >= self.config.grace for born, change in self.births[name]]
 
-    def _apply(self, step: int, plan: RankPlan, matrices: Mapping[str, MatrixView]) -> list[int]:
-        """Resize what the plan names; returns the ages in steps of the pruned directions."""
+    def _apply(
+        self,
+        step: int,
+        plan: RankPlan,
+        matrices: Mapping[str, MatrixView],
+        born: Mapping[str, NewPair],
+    ) -> list[int]:
+        """Resize what the plan names; returns the ages in steps of the pruned directions.
+
+        `born`: directions along the gradient, for those matrices that have one.
+        """
         if plan.empty:
             return []
         edits: dict[nn.Parameter, TensorEdit] = {}
@@ -192,7 +222,8 @@ class RankController:
             added = int(name in plan.expanded)
             ages += [step - births[name][i][0] for i in gone]
             births[name] = [births[name][i] for i in keep] + [(step, self.changes + 1)] * added
-            edits.update(matrix_edits(self.layers[name], keep, added, self.config, step))
+            pair = (born[name].p, born[name].q) if name in born else None
+            edits.update(matrix_edits(self.layers[name], keep, added, self.config, step, pair))
         resize(self.engine, edits)
         self.births = births
         return ages
@@ -221,6 +252,7 @@ class RankController:
             "parameter_limit": self.parameter_limit,
             "initial_total_rank": self.initial_total_rank,
             "pending": self._pending,
+            "step": self._step,
             "watch": asdict(self.watch),
         }
 
@@ -233,3 +265,4 @@ class RankController:
         self.initial_total_rank = int(state["initial_total_rank"])
         self._pending = int(state["pending"])
         self.watch = PruneWatch(**state["watch"])
+        self._prepare(int(state.get("step", 0)) + 1)

@@ -65,14 +65,26 @@ class TensorEdit:
 
 
 def matrix_edits(
-    layer: AdaptedLinear, keep: Sequence[int], added: int, config: FlexLoRAConfig, step: int
+    layer: AdaptedLinear,
+    keep: Sequence[int],
+    added: int,
+    config: FlexLoRAConfig,
+    step: int,
+    pair: tuple[Tensor, Tensor] | None = None,
 ) -> dict[nn.Parameter, TensorEdit]:
-    """The edits of a matrix's three parameters that keep `keep` and add `added` directions at `step`."""
+    """The edits of a matrix's three parameters that keep `keep` and add `added` directions at `step`.
+
+    Args:
+        pair: p [out, added] and q [added, in] of the new directions; None draws them as `new_direction` says
+            (`gradient` draws as `zero_impact` does).
+    """
     mean = config.new_moment == "survivor_mean"
     kept = tuple(keep)
 
     def vectors(axis: int, role: str, width: int) -> Fresh:
         def fresh(survivors: Tensor) -> Tensor:
+            if pair is not None:
+                return pair[0 if role == "P" else 1]
             rng = generator(config.seed, "direction", step, layer.name, role)
             columns = survivors if axis == 1 else survivors.T
             new = _new_vectors(columns, width, added, config, rng)
@@ -99,7 +111,7 @@ def _new_vectors(
         return torch.zeros(width, count)
     std = init_std(config, width) if config.new_direction_std is None else config.new_direction_std
     drawn = gaussian(count, width, std, rng).T
-    if config.new_direction == "zero_impact":
+    if config.new_direction in ("zero_impact", "gradient"):
         return drawn
     return _orthonormal_to(survivors, drawn)
 

@@ -25,6 +25,8 @@ class RankChange:
     loss_after: float | None
     spectrum_error: float
     seconds: float
+    sigma: dict[str, float] = field(default_factory=dict)
+    """By expanded matrix, the singular value of ∂L/∂W along the new direction, where it is the gradient's."""
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

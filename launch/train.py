@@ -92,6 +92,8 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
         lines.append(describe(data.steps, config, method.total_rank))
         if config.adjust_size and not due_steps(data.steps, config):
             run.log.warn("no rank change falls into this calendar; ranks stay as they are")
+        if config.new_direction == "gradient" and not config.adjust_size:
+            run.log.warn("new_direction gradient has no effect: adjust_size is 0")
     for line in ([dropped] if dropped else []) + lines + start.messages:
         run.log.progress.message(line)
 

@@ -18,29 +18,30 @@ from flexlora_ds.adapter.layer import adapters, forward_context
 
 
 class GradientProducts:
-    """Sums over rows and backward passes, by matrix: G Ωᵀ [out, k] of right factors, or Uᵀ G [k, in] of left ones.
+    """Sums over rows and backward passes, by matrix: G Ωᵀ [out, k] of right factors, Uᵀ G [l, in] of left ones.
 
     Args:
-        factors: Ω [k, in] of each matrix, or U [out, k]; fp32.
-        from_right: whether they are right factors.
         shapes: (out, in) of each matrix.
+        right: Ω [k, in] of each matrix; fp32. None: no such product is taken.
+        left: U [out, l] of each matrix; fp32.
     """
 
     def __init__(
-        self, factors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], *, from_right: bool
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        right: Mapping[str, Tensor] | None = None,
+        left: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._factors, self._from_right = factors, from_right
-        self.sums = {
-            name: factor.new_zeros(shapes[name][0], len(factor))
-            if from_right
-            else factor.new_zeros(factor.shape[1], shapes[name][1])
-            for name, factor in factors.items()
-        }
-        """fp32, zeros for a matrix that no row has passed."""
+        self.right, self.left = right or {}, left or {}
+        self.of_right = {n: f.new_zeros(shapes[n][0], len(f)) for n, f in self.right.items()}
+        """G Ωᵀ; zeros for a matrix that no row has passed."""
+        self.of_left = {n: f.new_zeros(f.shape[1], shapes[n][1]) for n, f in self.left.items()}
+        """Uᵀ G."""
 
     def attach(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         """y [..., out] unchanged; its backward adds this call's part for the matrix `name`. x: [..., in]."""
-        if name not in self._factors:
+        if name not in self.right and name not in self.left:
             return y
         out: Tensor = _Collect.apply(y, x, name, self)  # type: ignore[no-untyped-call]
         return out
@@ -48,8 +49,10 @@ class GradientProducts:
     def add(self, name: str, grad: Tensor, x: Tensor) -> None:
         """Add the rows of one backward: grad [n, out], x [n, in]."""
         grad, x = grad.float(), x.float()
-        factor = self._factors[name]
-        self.sums[name] += grad.T @ (x @ factor.T) if self._from_right else (grad @ factor).T @ x
+        if name in self.right:
+            self.of_right[name] += grad.T @ (x @ self.right[name].T)
+        if name in self.left:
+            self.of_left[name] += (grad @ self.left[name]).T @ x
 
 
 class _Collect(torch.autograd.Function):

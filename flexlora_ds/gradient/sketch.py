@@ -42,6 +42,44 @@ def range_basis(sketch: Tensor) -> Tensor:
     return basis.float()
 
 
+def one_pass_factors(sketch: Tensor, co_sketch: Tensor, left_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """G ≈ U B from two products taken at the same time.
+
+    U is an orthonormal basis of Y = G Ωᵀ; B solves Ψ U B = Z in least squares (Tropp, Yurtsever, Udell and Cevher,
+    "Practical sketching algorithms for low-rank matrix approximation", 2017, algorithm 4).
+
+    Args:
+        sketch: Y, [out, k].
+        co_sketch: Z = Ψ G, [l, in], l > k.
+        left_factor: Ψᵀ, [out, l].
+
+    Returns:
+        U [out, k] with orthonormal columns and B [k, in], fp32.
+    """
+    basis = range_basis(sketch)
+    seen = left_factor.double().T @ basis.double()
+    return basis, torch.linalg.lstsq(seen, co_sketch.double()).solution.float()
+
+
+def outside_of(basis: Tensor, projected: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(I − P P⁺) U B (I − Q⁺ Q) as another U B: the part of G that the directions P, Q do not span.
+
+    Args:
+        basis: U, [out, k], orthonormal columns.
+        projected: B, [k, in].
+        p: P, [out, r]; its columns need not be orthonormal.
+        q: Q, [r, in].
+    """
+    columns = torch.linalg.qr(p.double())[0]
+    rows = torch.linalg.qr(q.double().T)[0]
+    U, B = basis.double(), projected.double()
+    for _ in range(2):  # once more, as what is left over of a column inside the span is rounding
+        U = U - columns @ (columns.T @ U)
+    left, triangle = torch.linalg.qr(U)
+    B = triangle @ B
+    return left.float(), (B - (B @ rows) @ rows.T).float()
+
+
 def leading_triples(basis: Tensor, projected: Tensor, rank: int) -> Triples:
     """The `rank` leading triples of G.
 

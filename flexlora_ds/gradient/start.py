@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters, gaussian, linear_shapes
 from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.gradient.agreement import is_usable, of_first_process, summed
 from flexlora_ds.gradient.collect import GradientProducts, collecting
 from flexlora_ds.gradient.sketch import Triples, leading_triples, range_basis, sketch_width
 from flexlora_ds.partitions import MASTER, live_shards
@@ -49,14 +50,19 @@ def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> 
     """
     layers = adapters(engine.module)
     shapes = linear_shapes(engine.module, list(layers))
-    right = {name: _gaussian_factor(layer, config, engine.device) for name, layer in layers.items()}
-    sketches = _summed(engine, GradientProducts(right, shapes, from_right=True), losses)
-    bases = _of_first_process(engine, {n: range_basis(s) for n, s in sketches.items() if _is_usable(s)})
-    projected = _summed(engine, GradientProducts(bases, shapes, from_right=False), losses) if bases else {}
+    factors = {name: _gaussian_factor(layer, config, engine.device) for name, layer in layers.items()}
+    first = GradientProducts(shapes, right=factors)
+    _pass(engine, first, losses)
+    sketches = summed(first.of_right)
+    bases = of_first_process({name: range_basis(s) for name, s in sketches.items() if is_usable(s)})
+    second = GradientProducts(shapes, left=bases)
+    if bases:
+        _pass(engine, second, losses)
+    scale = _scale(engine)
     found = {
-        name: leading_triples(bases[name], value, layers[name].rank)
-        for name, value in projected.items()
-        if _is_usable(value)
+        name: leading_triples(bases[name], product / scale, layers[name].rank)
+        for name, product in summed(second.of_left).items()
+        if is_usable(product)
     }
     _write(engine, layers, found)
     sigma = {name: triples.sigma.tolist() for name, triples in found.items()}
@@ -69,43 +75,21 @@ def _gaussian_factor(layer: AdaptedLinear, config: FlexLoRAConfig, device: torch
     return gaussian(width, layer.in_features, 1.0, generator(config.seed, "sketch", layer.name)).to(device)
 
 
-def _summed(engine: Any, products: GradientProducts, losses: Losses) -> dict[str, Tensor]:
-    """The products over this process's losses, then over all processes: one backward a loss, one collective."""
-    from deepspeed import comm
-
-    half = any(layer.P.dtype == torch.float16 for layer in adapters(engine.module).values())
-    scale = HALF_SCALE if half else 1.0
+def _pass(engine: Any, products: GradientProducts, losses: Losses) -> None:
+    """One backward for each of this process's losses."""
     with collecting(engine.module, products):
         for loss in losses():
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
-    flat = torch.cat([total.reshape(-1) for total in products.sums.values()])
-    comm.all_reduce(flat)
-    return _split(flat / scale, products.sums)
+            (loss * _scale(engine)).backward()  # type: ignore[no-untyped-call]
 
 
-def _of_first_process(engine: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of process 0 on all: another processor's linear algebra may flip a sign."""
-    from deepspeed import comm
-
-    if not values:
-        return {}
-    flat = torch.cat([value.reshape(-1) for value in values.values()])
-    comm.broadcast(flat, 0)
-    return _split(flat, values)
-
-
-def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = torch.split(flat, [value.numel() for value in like.values()])
-    return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
-
-
-def _is_usable(product: Tensor) -> bool:
-    return bool(torch.isfinite(product).all()) and bool(product.any())
+def _scale(engine: Any) -> float:
+    half = any(layer.P.dtype == torch.float16 for layer in adapters(engine.module).values())
+    return HALF_SCALE if half else 1.0
 
 
 def _write(engine: Any, layers: Mapping[str, AdaptedLinear], found: Mapping[str, Triples]) -> None:
     """Process 0's pairs into the masters of all."""
-    left = _of_first_process(engine, {name: triples.left for name, triples in found.items()})
-    right = _of_first_process(engine, {name: triples.right for name, triples in found.items()})
+    left = of_first_process({name: triples.left for name, triples in found.items()})
+    right = of_first_process({name: triples.right for name, triples in found.items()})
     pairs = {layers[name].P: left[name] for name in found} | {layers[name].Q: right[name] for name in found}
     live_shards(engine).write_all(MASTER, pairs)

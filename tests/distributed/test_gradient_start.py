@@ -115,11 +115,29 @@ def test_the_command_starts_from_the_gradient_alike_at_every_stage(
     assert training.ranks(tmp_path / "sharded") == training.ranks(tmp_path / "alone")
 
 
-def test_a_resumed_run_does_not_start_again(place: Place, one_process: Processes, tmp_path: Path) -> None:
-    whole = run(one_process, place, tmp_path / "whole", save_every=6, keep_checkpoints=9)
-    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000006"
-    rest = run(one_process, place, tmp_path / "rest", save_every=6, resume=str(checkpoint))
-    assert rest[-10:] == whole[-10:]
+def test_a_resumed_run_is_the_uninterrupted_one(
+    place: Place, two_processes: Processes, tmp_path: Path
+) -> None:
+    """It does not start again, and looks at the gradients of the step before the next change (after step 8)."""
+    options = {"new_direction": "gradient", "save_every": 7, "keep_checkpoints": 9}
+    whole = run(two_processes, place, tmp_path / "whole", **options)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000007"
+    rest = run(two_processes, place, tmp_path / "rest", **options, resume=str(checkpoint))
+    assert rest[-9:] == whole[-9:]
+    changes = [training.read_lines(tmp_path / name / "ranks.jsonl")[-2:] for name in ("whole", "rest")]
+    assert [change["sigma"] for change in changes[0]] == [change["sigma"] for change in changes[1]]
+    assert all(set(change["sigma"]) == set(change["expanded"]) != set() for change in changes[0])
+
+
+def test_directions_of_the_gradient_without_changes_are_doubted(
+    place: Place, one_process: Processes, tmp_path: Path
+) -> None:
+    arguments = place.arguments(tmp_path / "still", new_direction="gradient", max_steps=2, adjust_size=0)
+    (done,) = one_process.run(training.command, arguments)
+    assert done["code"] == 0
+    assert (
+        "warning: new_direction gradient has no effect: adjust_size is 0" in done["stderr"] + done["stdout"]
+    )
 
 
 def test_fewer_records_than_batches_asked_for_are_said(

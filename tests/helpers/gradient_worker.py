@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexlora_ds import FlexLoRAConfig, RankController, adapters, inject_adapters
-from flexlora_ds.adapter.layer import linear_names
+from flexlora_ds.adapter.layer import forward_context, linear_names
 from flexlora_ds.gradient.start import start_from_gradient
 from flexlora_ds.partitions import MASTER, live_shards
 from tests.helpers import tiny
@@ -85,3 +85,87 @@ def whole_gradients() -> dict[str, Tensor]:
         rows = rows_of(batch)
         (tiny.token_loss(model, rows) / tiny.targets(rows) / BATCHES).backward()
     return {name: model.get_submodule(name).weight.grad for name in names}
+
+
+GROWING = {
+    "rank": 2,
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "new_direction": "gradient",
+    "direction": "expand",
+    "adjust_size": 5,
+    "adjust_start": 2,
+    "adjust_freeze": 2,
+    "adjust_interval": 3,
+    "schedule": "constant",
+}
+"""In ten steps one change, after the fifth, with five new directions."""
+
+
+def grown(case: dict[str, Any]) -> dict[str, Any]:
+    """Losses, what each change gave birth to, and at one process the pairs of the whole gradient beside it."""
+    rank, world = tiny.start()
+    config = FlexLoRAConfig(**{**GROWING, **case.get("options", {})})
+    dtype = case.get("dtype", "fp32")
+    model: Any = tiny.tiny_llama(dtype)
+    inject_adapters(model, config)
+    ds = tiny.ds_config(case["stage"], dtype, world, case.get("gas", 1), **case.get("zero", {}))
+    engine = tiny.make_engine(model, config, ds)
+
+    def validate() -> float:
+        with torch.no_grad():
+            total = tiny.token_loss(engine, rows_of(99)[rank::world]).double().reshape(1)
+        _all_reduce(total)
+        return float(total)
+
+    controller = RankController(engine, config, 10, validate)
+    losses, changes = [], []
+    for step in range(1, 11):
+        rows = rows_of(step)
+        due = case.get("compare") and step in (5,)
+        exact = _present_gradients(engine, rows) if due else {}
+        losses.append(tiny.train_step(engine, rows))
+        change = controller.after_step(step)
+        if change is not None:
+            found = {"sigma": change.sigma, "expanded": change.expanded, "before": change.loss_before}
+            changes.append({**found, "after": change.loss_after, **_newest(engine, change.expanded, exact)})
+    return {"losses": losses, "changes": changes}
+
+
+def _all_reduce(value: Tensor) -> None:
+    from deepspeed import comm
+
+    comm.all_reduce(value)
+
+
+def _present_gradients(engine: Any, rows: list[list[int]]) -> dict[str, Tensor]:
+    """∂L/∂W of every matrix at the present weights, by autograd on the base's own weights."""
+    layers, context = adapters(engine.module), forward_context(engine.module)
+    observer, context.observer = context.observer, None
+    weights = [layer.base.weight.requires_grad_(True) for layer in layers.values()]
+    loss = tiny.token_loss(engine.module, rows) / tiny.targets(rows)
+    gradients = torch.autograd.grad(loss, weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    context.observer = observer
+    return dict(zip(layers, gradients, strict=True))
+
+
+def _newest(engine: Any, names: list[str], exact: dict[str, Tensor]) -> dict[str, Any]:
+    """Of each newest direction: the largest product with the others, and how it compares with the exact pair."""
+    layers = adapters(engine.module)
+    wanted = [p for name in names for p in (layers[name].P, layers[name].Q)]
+    masters = {p: value.double().cpu().clone() for p, value in live_shards(engine).read(wanted, MASTER)}
+    overlap, compared = 0.0, []
+    for name in names:
+        P, Q = masters[layers[name].P], masters[layers[name].Q]
+        overlap = max(overlap, float((P[:, :-1].T @ P[:, -1]).abs().max()))
+        overlap = max(overlap, float((Q[:-1] @ Q[-1]).abs().max()))
+        if exact:
+            columns, rows = torch.linalg.qr(P[:, :-1])[0], torch.linalg.qr(Q[:-1].T)[0]
+            G = exact[name].double()
+            G = G - columns @ (columns.T @ G)
+            left, sigma, right = torch.linalg.svd(G - (G @ rows) @ rows.T)
+            cosines = [abs(float(left[:, 0] @ P[:, -1])), abs(float(right[0] @ Q[-1]))]
+            compared.append([float(sigma[0]), float(sigma[1]), *cosines])
+    return {"overlap": overlap, "compared": compared}

@@ -1,0 +1,36 @@
+"""Tensors by name that all processes share: their sum, or those of process 0. One message each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def summed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all processes; collective."""
+    from deepspeed import comm
+
+    return _in_one_message(values, comm.all_reduce)
+
+
+def of_first_process(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of process 0; collective. Another processor's linear algebra may flip a sign."""
+    from deepspeed import comm
+
+    return _in_one_message(values, lambda flat: comm.broadcast(flat, 0))
+
+
+def _in_one_message(values: Mapping[str, Tensor], send: Callable[[Tensor], object]) -> dict[str, Tensor]:
+    if not values:
+        return {}
+    flat = torch.cat([value.reshape(-1) for value in values.values()])
+    send(flat)
+    parts = torch.split(flat, [value.numel() for value in values.values()])
+    return {name: part.view(values[name].shape) for name, part in zip(values, parts, strict=True)}
+
+
+def is_usable(product: Tensor) -> bool:
+    """Whether a product with a gradient says anything: finite, and not zero."""
+    return bool(torch.isfinite(product).all()) and bool(product.any())
