@@ -18,8 +18,8 @@ from flexlora_ds.fields import (
     convert,
     nearest,
     option_specs,
+    quote,
     remedy,
-    show,
 )
 
 Importance = Literal[
@@ -152,9 +152,10 @@ class FlexLoRAConfig:
         try:
             return convert(value, spec.kind, text=text)
         except ValueError as error:
-            shown = show(value) if text else repr(value)
             todo = remedy(value, spec.kind, text=text)
-            raise UserError(f"{spec.name} {shown} {error}", self.place(spec.name), todo) from error
+            raise UserError(
+                f"{spec.name} {quote(value, text=text)} {error}", self.place(spec.name), todo
+            ) from error
 
     def _checked_targets(self) -> tuple[str, ...]:
         """`target_modules` without repetitions."""

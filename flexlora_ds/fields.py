@@ -13,7 +13,7 @@ import difflib
 import inspect
 import math
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -131,7 +131,7 @@ def choices(kind: Any) -> tuple[str, ...]:
 
 def remedy(value: object, kind: Any, *, text: bool) -> str:
     """What to give instead of a value that `convert` refused; names the nearest word of a choice."""
-    close = difflib.get_close_matches(str(value).lower(), choices(kind), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(_text(value).lower(), choices(kind), n=1, cutoff=0.5)
     hint = f"did you mean {close[0] if text else repr(close[0])}? " if close else ""
     return f"{hint}give {describe_kind(kind, text=text)}"
 
@@ -141,8 +141,25 @@ def show(value: object) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return ",".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else _text(value)
+
+
+def quote(value: object, *, text: bool) -> str:
+    """A value for a message, as typed or as Python writes it; of a long one the beginning and the end."""
+    whole = show(value) if text else _text(value, repr)
+    half = _LONGEST_QUOTE // 2
+    return whole if len(whole) <= _LONGEST_QUOTE else f"{whole[:half]} … {whole[-half:]}"
+
+
+def _text(value: object, write: Callable[[object], str] = str) -> str:
+    """A value in words, also where Python cannot write it."""
+    try:
+        return write(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    except RecursionError:
+        return "a value nested too deeply"
 
 
 def nearest(word: str, known: Iterable[str], foreign: Mapping[str, str] | None = None) -> str | None:
@@ -155,6 +172,10 @@ def nearest(word: str, known: Iterable[str], foreign: Mapping[str, str] | None =
 
 
 _MISFIT = object()
+_LONGEST_QUOTE = 200
+"""Characters of a refused value in a message."""
+_WORD_SIZE = Bounds(least=-(2**63), below=2**63)
+"""The whole numbers that torch, numpy and files hold."""
 _KIND_WORDS: Mapping[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -213,7 +234,8 @@ def _as_number(value: object, kind: type[int] | type[float], text: bool) -> obje
         number = kind(value)
     except (ValueError, OverflowError):
         return _MISFIT
-    return number if math.isfinite(number) else _MISFIT
+    fits = _WORD_SIZE.holds(number) if kind is int else math.isfinite(number)
+    return number if fits else _MISFIT
 
 
 def _as_names(value: object, text: bool) -> object:

@@ -12,8 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.helpers.fuzzing import SEED, choose_seed
 from tests.helpers.nursery import Nursery
 from tests.helpers.processes import Processes
+
+
+def pytest_report_header() -> str | None:
+    """The seed that repeats the fuzzers' inputs, the same for all processes of pytest."""
+    chosen = choose_seed()
+    return chosen and f"fuzzers: {SEED}={chosen}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -127,6 +127,20 @@ def test_refusals_name_the_key_the_value_and_the_mend(values: dict[str, Any], sa
         assert part in message
 
 
+@pytest.mark.parametrize("key", ["rank", "alpha", "lambda_lr", "seed"])
+@pytest.mark.parametrize("number", [10**400, -(10**5_000)], ids=["401 digits", "5001 digits"])
+def test_whole_numbers_that_nothing_can_hold_are_refused(key: str, number: int) -> None:
+    with pytest.raises(UserError) as caught:
+        FlexLoRAConfig(**{key: number})
+    line = str(caught.value)
+    assert line.startswith(f"{key} ") and "number" in line and len(line) < 400
+
+
+def test_a_long_value_is_quoted_by_its_ends() -> None:
+    with pytest.raises(UserError, match=r"^rank 'xxx+ … x+' is not allowed"):
+        FlexLoRAConfig(rank="x" * 10_000_000)  # type: ignore[arg-type]
+
+
 def test_a_large_orth_weight_is_refused_for_the_decoupled_form_only() -> None:
     assert FlexLoRAConfig(orth_form="squared", orth_weight=5).orth_strength == 5.0
 
