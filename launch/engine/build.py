@@ -18,7 +18,8 @@ from launch.engine.settled import Settled
 from launch.model.attention import implementation_of
 from launch.model.compiled_blocks import compile_blocks
 from launch.model.head_loss import install_head_loss
-from launch.model.liger import apply_liger
+from launch.model.liger import LLAMA_LIKE, apply_liger
+from launch.model.packing_probe import require_kept_apart
 from launch.model.torch_compile import compile_pieces
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def build_engine(
     `ranks` are those of a checkpoint to be continued; None begins with the options' rank everywhere.
 
     Raises:
-        UserError: the model is missing or gated, or the adapter does not fit it.
+        UserError: the model is missing or gated, the adapter does not fit it, or it mixes packed examples.
     """
     import deepspeed
 
@@ -57,9 +58,25 @@ def build_engine(
         config=ds_config,
     )
     fuse_gradient_checks(engine)
+    _try_packing(engine, settled, process)
     # PEFT's own dropout; FlexLoRA's masks have named seeds.
     torch.manual_seed(options.seed * 1009 + process.rank)
     return engine, method
+
+
+def _try_packing(engine: DeepSpeedEngine, settled: Settled, process: Process) -> None:
+    """See that packed examples stay apart, in models that are packed only because that was asked for."""
+    computation, config = settled.computation, settled.skeleton.config
+    if not computation.packed or config.model_type in LLAMA_LIKE:
+        return
+    require_kept_apart(
+        engine,
+        process.device,
+        TORCH_DTYPES[computation.dtype],
+        int(config.get_text_config(decoder=True).vocab_size),
+        computation.attention,
+        settled.options.place("padding_free"),
+    )
 
 
 def _load_base(settled: Settled, process: Process) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from flexlora_ds.adapter.layer import check_rank, linear_names, linear_shapes, match_modules
 from flexlora_ds.base_model.loading import load_skeleton
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+"""Of transformers' `layer_types`; others are states, convolutions and chunks, which run over the ends of examples."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Skeleton:
     name: str
     """Of the model's class."""
     separable: bool
-    """Whether it keeps packed examples apart: its attention takes boundaries, and no state goes from token to token."""
+    """Whether it can keep packed examples apart, as far as its class and configuration say."""
 
 
 def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int | None = None) -> Skeleton:
@@ -39,11 +43,23 @@ def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int
     shapes = linear_shapes(base, match_modules(linear_names(base), target_modules))
     if limited_rank is not None:
         check_rank(limited_rank, shapes)
-    boundaries = getattr(base, "_supports_attention_backend", False)
     return Skeleton(
         config=base.config,
         parameters=sum(p.numel() for p in base.parameters()),
         shapes=shapes,
         name=type(base).__name__,
-        separable=bool(boundaries) and not getattr(base, "_is_stateful", False),
+        separable=_separable(base),
+    )
+
+
+def _separable(base: Any) -> bool:
+    """Its attention takes boundaries, its forward pass hands them on, and nothing else goes from token to token."""
+    parameters = inspect.signature(base.forward).parameters
+    hands_on = "position_ids" in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    layers = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return (
+        bool(getattr(base, "_supports_attention_backend", False))
+        and not getattr(base, "_is_stateful", False)
+        and hands_on
+        and set(layers) <= _ATTENTION_LAYERS
     )

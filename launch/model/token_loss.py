@@ -40,7 +40,7 @@ def token_loss(model: Any, batch: MicroBatch, device: torch.device, head: Head) 
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device, non_blocking=True),
         "use_cache": False,
-        **_who_sees_whom(batch, device),
+        **who_sees_whom(batch, device),
     }
     if head.losses is None:
         return _loss_of_logits(model, inputs, batch.labels, device, at_positions=head.at_positions)
@@ -69,7 +69,7 @@ def _loss_of_logits(
     return F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
 
 
-def _who_sees_whom(batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+def who_sees_whom(batch: MicroBatch, device: torch.device) -> dict[str, Any]:
     """The padding mask; or the boundaries of packed examples, in the forms that attentions take."""
     if batch.segment_lengths is None:
         return {"attention_mask": batch.attention_mask.to(device, non_blocking=True)}

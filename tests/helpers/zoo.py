@@ -92,11 +92,11 @@ ZOO: dict[str, dict[str, Any]] = {
 
 
 def make_model(kind: str, seed: int = 0, **changes: Any) -> Any:
-    """A model of the zoo in fp32, in evaluation mode; `changes` are keys of its configuration."""
+    """A model in fp32, in evaluation mode; `changes` are keys of its configuration, all if `kind` is not in `ZOO`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ids = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    config = AutoConfig.for_model(kind, **{**ids, "initializer_range": 0.15, **ZOO[kind], **changes})
+    config = AutoConfig.for_model(kind, **{**ids, "initializer_range": 0.15, **ZOO.get(kind, {}), **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     rng = torch.Generator().manual_seed(seed + 1)
