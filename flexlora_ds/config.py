@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,6 +20,7 @@ from flexlora_ds.fields import (
     quote,
     remedy,
 )
+from flexlora_ds.patterns import pattern_fault
 
 Importance = Literal[
     "entropy",
@@ -161,14 +161,13 @@ class FlexLoRAConfig:
         """`target_modules` without repetitions."""
         entries, place = self.target_modules, self.place("target_modules")
         for entry in entries:
-            try:
-                re.compile(entry)
-            except re.error as error:
+            if fault := pattern_fault(entry):
+                shown = quote(entry, text=False)
                 raise UserError(
-                    f"target_modules entry {entry!r} is neither a name nor a regular expression: {error}",
+                    f"target_modules entry {shown} is neither a name nor a regular expression: {fault}",
                     place,
                     "correct it",
-                ) from error
+                )
         if ALL_LINEAR in entries and len(entries) > 1:
             raise UserError(f"{ALL_LINEAR} stands beside other entries", place, "give it alone")
         return tuple(dict.fromkeys(entries))

@@ -43,7 +43,7 @@ FLOORS = {
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files", "command", "probe"),
-        ("fields",),
+        ("fields", "patterns"),
         ("errors", "rounding", "progress_bar", "orientation"),
     ),
 }

@@ -7,7 +7,6 @@ a scale that followed the current rank would change the function at every rank c
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -24,6 +23,7 @@ from flexlora_ds.dropout.apply import SeededDropout, dropped_in_graph
 from flexlora_ds.dropout.mask import name_key
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape, is_linear, is_transposed, layer_shape
+from flexlora_ds.patterns import full_matches
 from flexlora_ds.seeds import generator
 
 
@@ -216,7 +216,7 @@ def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
     """The names that `target_modules` means: suffixes, else regular expressions over the whole name.
 
     Raises:
-        UserError: a target matches nothing; the message lists what there is.
+        UserError: a target matches nothing (the message lists what there is), or is matched without end.
     """
     if not names:
         raise UserError(
@@ -225,25 +225,18 @@ def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
         )
     if "all-linear" in targets:
         return names
-    chosen: set[str] = set()
+    hits = {target: [n for n in names if n == target or n.endswith("." + target)] for target in targets}
+    patterns = [target for target in targets if not hits[target]]
+    hits |= dict(zip(patterns, full_matches(patterns, names, "target_modules"), strict=True))
     for target in targets:
-        hits = [n for n in names if n == target or n.endswith("." + target)] or _regex_hits(names, target)
-        if not hits:
+        if not hits[target]:
             kinds = sorted({n.rsplit(".", 1)[-1] for n in names})
             raise UserError(
                 f"target_modules: {target!r} matches no linear layer",
                 mend=f"this model has {', '.join(kinds)}",
             )
-        chosen.update(hits)
+    chosen = {name for target in targets for name in hits[target]}
     return [n for n in names if n in chosen]
-
-
-def _regex_hits(names: list[str], target: str) -> list[str]:
-    try:
-        pattern = re.compile(target)
-    except re.error:
-        return []
-    return [n for n in names if pattern.fullmatch(n)]
 
 
 def linear_shapes(model: nn.Module, names: list[str]) -> dict[str, LayerShape]:
