@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +31,7 @@ from launch.options.train_options import TrainOptions
 from tests.helpers import training
 from tests.helpers.processes import Processes
 from tests.helpers.training import CHANGES, STEPS, Place, read_lines
+from tests.helpers.training_logits import IDS, TRAINING_LOGITS, with_logits
 
 METRICS = {
     *("step", "epoch", "loss", "orth", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "peak_mem_gb"),
@@ -49,33 +50,6 @@ MATRICES = [
     for layer in (0, 1)
     for name in (*(f"self_attn.{kind}_proj" for kind in "qkv"), "mlp.up_proj", "mlp.down_proj")
 ]
-IDS = torch.arange(3, 3 + 4 * 24).view(4, 24)
-TRAINING_LOGITS = "training_logits.safetensors"
-
-
-def with_logits(arguments: list[str]) -> dict[str, Any]:
-    """The command, in a process of the tests; the engine's logits go to the run folder when its adapter is saved."""
-    from unittest.mock import patch
-
-    from launch.engine import methods
-
-    def saving(original: Any) -> Any:
-        def save(self: Any, folder: Path, base_model: str) -> Any:
-            flexlora = isinstance(self, methods.FlexLoRA)
-            engine = self.controller.engine if flexlora else self.engine
-            engine.eval()
-            with torch.no_grad():
-                logits = engine(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
-            if engine.global_rank == 0:
-                save_file({"logits": logits.contiguous()}, folder.parent / TRAINING_LOGITS)
-            return original(self, folder, base_model)
-
-        return save
-
-    kinds = (methods.FlexLoRA, methods.PeftLoRA)
-    first, second = (patch.object(kind, "save", saving(kind.save)) for kind in kinds)
-    with first, second:
-        return training.command(arguments)
 
 
 @pytest.fixture(scope="module")

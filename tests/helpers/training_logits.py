@@ -1,0 +1,41 @@
+"""The training command, with the logits of the live engine kept at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.helpers import training
+
+IDS = torch.arange(3, 3 + 4 * 24).view(4, 24)
+TRAINING_LOGITS = "training_logits.safetensors"
+"""In the run folder: `logits` [4, 24, vocabulary] of `IDS`."""
+
+
+def with_logits(arguments: list[str]) -> dict[str, Any]:
+    """The command, in a process of the tests; the engine's logits go to the run folder when its adapter is saved."""
+    from unittest.mock import patch
+
+    from safetensors.torch import save_file
+
+    from launch.engine import methods
+
+    def saving(original: Any) -> Any:
+        def save(self: Any, folder: Path, base_model: str) -> Any:
+            flexlora = isinstance(self, methods.FlexLoRA)
+            engine = self.controller.engine if flexlora else self.engine
+            engine.eval()
+            with torch.no_grad():
+                logits = engine(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
+            if engine.global_rank == 0:
+                save_file({"logits": logits.contiguous()}, folder.parent / TRAINING_LOGITS)
+            return original(self, folder, base_model)
+
+        return save
+
+    kinds = (methods.FlexLoRA, methods.PeftLoRA)
+    first, second = (patch.object(kind, "save", saving(kind.save)) for kind in kinds)
+    with first, second:
+        return training.command(arguments)
