@@ -2,7 +2,8 @@
 
 Files are written into `<out>/.building`. When all are there, that folder is renamed to `<out>/.ready` (the
 commit point), then its files are moved to their places, the manifest last. A run that finds `.ready` finishes
-the moves; one that finds `.building` throws it away. One process at a time: the folder itself is locked.
+the moves; one that finds `.building` throws it away. Both folders bear a marker: what bears none is not a build's,
+and stays. One process at a time: the folder itself is locked.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.files.hashing import sha256_of
 from flexlora_ds.files.lock import take_lock
+from flexlora_ds.files.ownership import claim, claimed, holds_only, remove_claimed
+from flexlora_ds.files.reading import read_json_object
 
 MANIFEST = "manifest.json"
 _BUILDING, _READY = ".building", ".ready"
+_PURPOSE = "build"
+_NOTHING = re.compile("(?!)")
 
 
 @contextmanager
@@ -38,17 +44,30 @@ def locked(out: Path) -> Iterator[None]:
         ) from None
     try:
         _lock(handle, out)
+        _require_ours(out)
         if (out / _READY).is_dir():
             _move(out)
-        shutil.rmtree(out / _BUILDING, ignore_errors=True)
+        remove_claimed(out / _BUILDING, _PURPOSE)
         try:
             yield
         finally:
-            shutil.rmtree(out / _BUILDING, ignore_errors=True)
+            remove_claimed(out / _BUILDING, _PURPOSE)
             if not any(out.iterdir()):
                 out.rmdir()
     finally:
         os.close(handle)
+
+
+def _require_ours(out: Path) -> None:
+    for folder in (out / _BUILDING, out / _READY):
+        # Empty: of a build that was killed before it left its marker.
+        ours = holds_only(folder, _NOTHING) or claimed(folder, _PURPOSE)
+        if os.path.lexists(folder) and (folder.is_symlink() or not ours):
+            raise UserError(
+                f"holds {folder.name}, which no build of this version wrote",
+                str(out),
+                "remove it, or choose another --out",
+            )
 
 
 def _lock(handle: int, out: Path) -> None:
@@ -63,7 +82,7 @@ def _lock(handle: int, out: Path) -> None:
 def staging(out: Path) -> Path:
     """The empty folder to write into, inside `locked(out)`."""
     folder = out / _BUILDING
-    folder.mkdir()
+    claim(folder, _PURPOSE)
     return folder
 
 
@@ -78,10 +97,12 @@ def commit(out: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(out: Path) -> dict[str, Any] | None:
     """The manifest of a finished build, or None."""
     try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json_object(out / MANIFEST)
+    except UserError:
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    files = manifest.get("files")
+    listed = isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
+    return manifest if listed else None
 
 
 def _move(out: Path) -> None:
@@ -92,16 +113,18 @@ def _move(out: Path) -> None:
             if (ready / name).exists():  # else a killed run had moved it
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 (ready / name).replace(out / name)
-        for name in (read_manifest(out) or {"files": {}})["files"]:
+        for name, entry in (read_manifest(out) or {"files": {}})["files"].items():
             if name not in new["files"]:
-                _remove(out, name)
+                _remove(out, name, entry)
         (ready / MANIFEST).replace(out / MANIFEST)
-    shutil.rmtree(ready)
+    remove_claimed(ready, _PURPOSE)
 
 
-def _remove(out: Path, name: str) -> None:
+def _remove(out: Path, name: str, entry: dict[str, Any]) -> None:
+    """Remove a file that an earlier build wrote, and nobody changed since."""
     path = out / name
-    if path.resolve().is_relative_to(out.resolve()):  # a manifest is a file anyone can edit
-        path.unlink(missing_ok=True)
+    inside = path.resolve().is_relative_to(out.resolve())  # a manifest is a file anyone can edit
+    if inside and path.is_file() and sha256_of(path) == entry.get("sha256"):
+        path.unlink()
         if path.parent != out and path.parent.is_dir() and not any(path.parent.iterdir()):
             path.parent.rmdir()

@@ -24,7 +24,7 @@ from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import RunError, UserError
-from flexlora_ds.files.folders import replacing_folder
+from flexlora_ds.files.folders import replacing_folder, require_new
 from flexlora_ds.merging import merge
 from flexlora_ds.orientation import is_transposed
 from flexlora_ds.peft_format import (
@@ -124,9 +124,11 @@ def export_merged(
     it checks.
 
     Raises:
-        UserError: the adapter does not fit the base, or changes a weight that other layers share.
+        UserError: the adapter does not fit the base, or changes a weight that other layers share; `out` holds
+            anything, of which a model's files would become a part.
         RunError: a check found a difference; `out` is left as it was.
     """
+    require_new(out, "folder")
     name = base or adapter.base_model
     dtype = dtype or native_dtype(name, adapter.revision)
     with replacing_folder(out) as fresh:
@@ -222,8 +224,7 @@ def _parser() -> CommandParser:
 def _export(options: argparse.Namespace) -> str:
     """Do what the options ask; returns what to tell the user."""
     out: Path = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not empty", mend="give a new folder")
+    require_new(out, "--out")
     adapter = _read(options)
     if not finite(adapter):
         raise RunError(

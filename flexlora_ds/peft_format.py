@@ -31,6 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 METHOD_FILE = "flexlora.json"
 PROMPT_FILE = "prompt.json"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, METHOD_FILE, PROMPT_FILE)
 """`{"prompt": STYLE}`: the prompt that the adapter was trained with; an evaluation asks with the same."""
 _PREFIX = "base_model.model."
 
@@ -129,14 +130,17 @@ def lora_of(
 
 
 def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
-    """Write any LoRA adapter in PEFT's format, replacing `folder` only once the new one is complete."""
+    """Write any LoRA adapter in PEFT's format, replacing that in `folder` only once the new one is complete.
+
+    Files of other names in `folder` stay.
+    """
     if not adapter.matrices:
         raise UserError(f"{folder}: there is no adapted matrix to write")
     tensors = {}
     for name, matrix in adapter.matrices.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = matrix.A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = matrix.B.detach().cpu().contiguous()
-    with replacing_folder(folder) as fresh:
+    with replacing_folder(folder, owned=_FILES) as fresh:
         save_tensors(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_json(fresh / CONFIG_FILE, _peft_config(adapter))
         if adapter.notes:

@@ -9,10 +9,11 @@ rename makes it a checkpoint. So a folder `step_*` was complete once, and what i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.folders import bring_to_disk
 from flexlora_ds.files.hashing import sha256_of
+from flexlora_ds.files.ownership import holds_only, remove_if_ours
+from flexlora_ds.files.text import replace_text
 
 FORMAT = 1
 """The version of the layout; a reader refuses any other."""
@@ -29,6 +32,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 LATEST = "latest"
 _FOLDER = re.compile(r"step_(\d{8,})")
+_SCRATCH = re.compile(r"\.step_\d{8,}\.(part|old)")
+_LATEST_PART = re.compile(rf"\.{LATEST}\.(\d+(-\d+)?\.)?part")
+_OURS = re.compile(r"state\.json|state-\d{5,}-of-\d{5,}\.safetensors|manifest\.json")
 _PLAIN_NAME = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 )  # no separator, no leading dot: nothing outside the folder
@@ -77,12 +83,18 @@ def ever_held_one(root: Path) -> bool:
 
 
 def begin(root: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; what an interrupted save left is removed."""
+    """An empty folder to write the checkpoint of `step` into; what an interrupted save left is removed.
+
+    What bears the name of such a folder and is none of ours is renamed.
+    """
     if not root.is_dir():
         root.mkdir(parents=True)
         bring_to_disk(root.parent)
-    for rest in root.glob(".step_*"):
-        shutil.rmtree(rest)
+    for rest in root.iterdir():
+        if _LATEST_PART.fullmatch(rest.name) and rest.is_file():
+            rest.unlink()
+        if _SCRATCH.fullmatch(rest.name) and not remove_if_ours(rest, _OURS):
+            rest.rename(_free_name(rest.with_name(f"set_aside_{rest.name.lstrip('.')}")))
     part = root / f".{folder_name(step)}.part"
     part.mkdir()
     return part
@@ -112,13 +124,9 @@ def commit(part: Path, entries: Iterable[FileEntry]) -> Path:
     seal(part / MANIFEST)
     bring_to_disk(part)
     folder = part.with_name(part.name[1 : -len(".part")])
-    if folder.exists():  # the same step again, after a damaged one
-        old = part.with_name(f".{folder.name}.old")
-        folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        part.rename(folder)
+    if os.path.lexists(folder):  # the same step again, after a damaged one
+        _remove(folder)
+    part.rename(folder)
     bring_to_disk(folder.parent)
     _point_at(folder)
     return folder
@@ -126,16 +134,26 @@ def commit(part: Path, entries: Iterable[FileEntry]) -> Path:
 
 def discard(part: Path) -> None:
     """Remove a checkpoint that could not be completed."""
-    shutil.rmtree(part, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove_if_ours(part, _OURS)
 
 
 def keep_newest(root: Path, count: int) -> None:
-    """Remove all but the `count` newest checkpoints: renamed first, so that none is ever seen half-removed."""
+    """Remove all but the `count` newest checkpoints; one with a file that is not ours stays."""
     for folder in checkpoints_in(root)[max(1, count) :]:
+        if (folder / MANIFEST).exists() and holds_only(folder, _OURS):
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Free a checkpoint's name: renamed first, so that none is ever seen half-removed; what is not ours stays aside."""
+    if holds_only(folder, _OURS):
         doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_if_ours(doomed, _OURS)
+    else:
+        folder.rename(_free_name(folder.with_name(f"set_aside_{folder.name}")))
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
@@ -221,17 +239,13 @@ def _digest(body: Any) -> str:
 
 
 def _point_at(folder: Path) -> None:
-    aside = folder.with_name(f".{LATEST}.part")
-    aside.write_text(folder.name + "\n", encoding="utf-8")
-    seal(aside)
-    aside.replace(folder.with_name(LATEST))
-    bring_to_disk(folder.parent)
+    replace_text(folder.with_name(LATEST), folder.name + "\n")
 
 
 def _free_name(path: Path) -> Path:
     number = 2
     free = path
-    while free.exists():
+    while os.path.lexists(free):
         free = path.with_name(f"{path.name}_{number}")
         number += 1
     return free

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.folders import bring_to_disk
@@ -16,20 +17,40 @@ def write_text_atomically(path: Path, text: str) -> None:
 
     The folder is made if it is missing. Raises RunError where the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
+        replace_text(path, text)
+    except OSError as error:
+        raise RunError(f"cannot write: {error.strerror}", str(path), "free some space and resume") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `write_text_atomically`, in a folder that is there. Raises OSError."""
+    part, file = _open_part(path)
+    try:
+        with file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        bring_to_disk(path.parent)
-    except OSError as error:
+    except BaseException:
         part.unlink(missing_ok=True)
-        raise RunError(f"cannot write: {error.strerror}", str(path), "free some space and resume") from error
+        raise
+    bring_to_disk(path.parent)
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
     """`write_text_atomically` of indented JSON with a final newline."""
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _open_part(path: Path) -> tuple[Path, TextIO]:
+    """A new file beside `path`: never one that is there, and never what a link in its place leads to."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for number in itertools.count():
+        part = path.with_name(f".{path.name}.{os.getpid()}{f'-{number}' if number else ''}.part")
+        try:
+            return part, os.fdopen(os.open(part, flags, 0o666), "w", encoding="utf-8")
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")

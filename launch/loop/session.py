@@ -26,6 +26,7 @@ from launch.loop.stopping import StopAgreement
 from launch.loop.validation import Validator
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
+from launch.run_folder.claim import claim_run_folder
 from launch.run_folder.compatibility import Base, Identity
 from launch.run_folder.folder import RunFolder, library_versions
 from launch.run_folder.lock import one_run_in
@@ -93,6 +94,7 @@ def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
     on_rank_zero(process, lambda: folder.prepare(options.resume))
     with ExitStack() as held:
         on_rank_zero(process, lambda: held.enter_context(one_run_in(folder.path)))
+        on_rank_zero(process, lambda: claim_run_folder(folder.path))
         yield folder
 
 

@@ -20,7 +20,9 @@ from typing import Any
 from flexlora_ds import __version__
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import bring_to_disk
+from flexlora_ds.files.ownership import MARKER, remove_entries
 from flexlora_ds.files.text import write_text_atomically
+from launch.run_folder.claim import WRITTEN, require_no_other
 from launch.run_folder.json_files import JsonLines, to_json
 from launch.run_folder.lock import LOCK_FILE
 
@@ -123,12 +125,14 @@ class RunFolder:
     def prepare(self, resume: str) -> None:
         """Create the folder and prove that it and its checkpoints' folder can be written to.
 
-        Raises UserError where it cannot, or where `resume` is "none" and the folder holds anything.
+        Raises UserError where it cannot, where `resume` is "none" and the folder holds anything, or where a run would
+        write over what no run wrote.
         """
         if not self.is_rank_zero:
             return
         try:
             self.require_unused(resume)
+            require_no_other(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             for place in (self.path, self.checkpoints):
                 if place.exists():  # and not only at the first save, hours later
@@ -150,7 +154,11 @@ class RunFolder:
 
     def require_unused(self, resume: str) -> None:
         """Raise UserError where `resume` is "none" and the folder holds anything; write nothing."""
-        held = [p for p in self.path.iterdir() if p.name != LOCK_FILE] if self.path.is_dir() else []
+        held = (
+            [p for p in self.path.iterdir() if p.name not in (LOCK_FILE, MARKER)]
+            if self.path.is_dir()
+            else []
+        )
         if resume == "none" and held:
             raise UserError(
                 "the run folder is not empty", str(self.path), "choose another out or set resume auto"
@@ -159,8 +167,7 @@ class RunFolder:
     def start_anew(self) -> None:
         """Remove the files of an earlier run that completed no checkpoint: nothing of it gets mixed in."""
         if self.is_rank_zero:
-            for name in ("metrics.jsonl", "ranks.jsonl", "validation.jsonl", "summary.json", "spectra.json"):
-                (self.path / name).unlink(missing_ok=True)
+            remove_entries(self.path, [name for name in WRITTEN if name != "options.yaml"])
 
     def continue_after(self, step: int) -> None:
         """Shorten the JSON-lines files to `step`: the steps after it will be run, and written, again."""

@@ -13,13 +13,12 @@ from flexlora_ds.errors import RunError, UserError
 from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process
 from launch.options.train_options import TrainOptions
+from launch.run_folder.claim import LOGS, require_no_other
 from launch.run_folder.compatibility import Identity
 from launch.run_folder.folder import RunFolder
 
 NOTES = ("identity", "journal", "guard")
 """What a run says in its checkpoints beside the engine's state (`launch.loop.session.begin`)."""
-
-LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ def expect_start(options: TrainOptions, identity: Identity) -> list[str]:
     """
     folder = RunFolder(options.out)
     folder.require_unused(options.resume)
+    require_no_other(folder.path)
     folder.require_writable()
     _, _, messages = _look(options, folder, identity)
     return messages

@@ -444,3 +444,29 @@ def test_real_rows_give_the_published_files(tmp_path: Path) -> None:
         f"{task}/train.json" for task in ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
     }
     assert "differs" not in verdicts(built.manifest).values()
+
+
+@pytest.mark.parametrize("name", [".building", ".ready"])
+def test_a_scratch_folder_that_no_build_wrote_is_refused_and_kept(tmp_path: Path, name: str) -> None:
+    raw, mine = tmp_path / "raw", tmp_path / "out" / name / "mine"
+    write_raw(raw)
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=rf"holds \{name}, which no build of this version wrote"):
+        build(LocalSource(raw), tmp_path / "out", Options(force=True))
+    assert mine.read_text() == "mine"
+
+
+def test_a_file_that_an_earlier_build_did_not_write_stays(tmp_path: Path) -> None:
+    """A manifest of somebody else lists a file; a file of ours was changed by hand: neither is removed."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_raw(raw)
+    build(LocalSource(raw), out, Options(tasks=("boolq", "piqa")))
+    (out / "piqa" / "train.json").write_text("mine")
+    (out / "thesis.tex").write_text("mine")
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"]["thesis.tex"] = {"sha256": "0"}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    build(LocalSource(raw), out, Options(tasks=("boolq",), force=True))
+    assert (out / "piqa" / "train.json").read_text() == (out / "thesis.tex").read_text() == "mine"
+    assert not (out / "piqa" / "test.json").exists(), "this one was as the build wrote it"

@@ -12,9 +12,13 @@ import torch
 from data_prep.tasks import TASKS
 from eval.__main__ import main as evaluate
 from eval.compare.__main__ import main as compare
-from flexlora_ds.errors import UserError
-from launch.demo.__main__ import commands, remove_earlier
+from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.ownership import MARKER, claim
+from launch.demo import smollm2
+from launch.demo.__main__ import DEFAULT_OUT, commands, main
+from launch.demo.earlier import replace_earlier
 from launch.demo.evaluations import AFTER, AFTER_GENERATE, BEFORE, conclusion, print_conclusion
+from launch.run_folder.lock import LOCK_FILE, one_run_in
 from tests.helpers import eval_tiny
 
 MAINS = {"eval": evaluate, "eval.compare": compare}
@@ -70,12 +74,51 @@ def test_the_conclusion_is_one_sentence_and_claims_no_more_than_there_is() -> No
     assert "did not raise" in conclusion(results(0.41), results(0.41), results(0.3))
 
 
-def test_only_a_demos_own_folder_is_replaced(tmp_path: Path) -> None:
-    mine = tmp_path / "mine" / "thesis.tex"
-    mine.parent.mkdir()
-    mine.touch()
-    with pytest.raises(UserError, match="something else than a demo"):
-        remove_earlier(mine.parent)
-    (tmp_path / "demo" / AFTER_GENERATE).mkdir(parents=True)
-    remove_earlier(tmp_path / "demo")
-    assert mine.exists() and not (tmp_path / "demo").exists()
+@pytest.mark.parametrize(
+    "held", ["data/mine.txt", "base/mine.txt", "eval_before/mine.txt", "adapter/mine.txt", "thesis.tex"]
+)
+def test_a_folder_that_no_demo_wrote_is_refused_and_kept(tmp_path: Path, held: str) -> None:
+    mine = tmp_path / held
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    claim(tmp_path, "run")  # nor is a training run's folder a demo's
+    with pytest.raises(UserError, match="something that no demo of this version wrote"):
+        replace_earlier(tmp_path, "demo")
+    assert mine.read_text() == "mine"
+
+
+def test_not_even_the_default_folder_is_removed_without_its_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out, demo in ((DEFAULT_OUT, "demo"), (smollm2.DEFAULT_OUT, "demo-smollm2")):
+        (out / "data").mkdir(parents=True)
+        with pytest.raises(UserError, match="no demo"):
+            replace_earlier(out, demo)
+        assert (out / "data").exists()
+
+
+def test_an_earlier_demo_is_replaced_but_for_what_it_did_not_write(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    replace_earlier(out, "demo")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").touch()
+    (out / "data").symlink_to(tmp_path / "elsewhere")
+    for name in (AFTER_GENERATE, "checkpoints", "notes"):
+        (out / name).mkdir()
+    (out / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="demo-smollm2"):
+        replace_earlier(out, "demo-smollm2")
+    with one_run_in(out), pytest.raises(RunError, match="another run is writing"):
+        replace_earlier(out, "demo")
+    replace_earlier(out, "demo")
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, LOCK_FILE, "notes"]
+    assert (tmp_path / "elsewhere" / "mine").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["--out", str(tmp_path / "file")]) == 2
+    assert "not a folder" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from flexlora_ds.checkpoint.files import keep_newest
 from flexlora_ds.errors import RunError, UserError
+from launch.options.train_options import TrainOptions
+from launch.run_folder.claim import claim_run_folder
 from launch.run_folder.folder import RANK_CHANGE_KEYS, RunFolder, StepMetrics, Summary, trainable_params_mean
 from launch.run_folder.json_files import JsonLines, to_json
+from tests.helpers.checkpoint_samples import save_checkpoint
 
 
 def step_metrics(step: int, **changes: Any) -> StepMetrics:
@@ -111,6 +115,7 @@ def test_a_resume_leaves_no_gaps_and_no_duplicates(folder: RunFolder) -> None:
         if step % 10 == 0:
             folder.log_validation(step, 1.0)
             folder.log_rank_change(rank_change(step))
+    claim_run_folder(folder.path)
     again = RunFolder(folder.path)
     again.prepare("auto")
     again.continue_after(20)
@@ -154,6 +159,31 @@ def test_resume_none_refuses_a_folder_that_holds_anything(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not empty"):
         RunFolder(tmp_path / "new").prepare("none")
     RunFolder(tmp_path / "new").prepare("auto")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "adapter", "report"])
+def test_what_no_run_wrote_is_not_written_over(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name
+    if "." not in name:
+        mine.mkdir()
+        mine = mine / "mine"
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=f"the folder holds {name}, which no run of ours wrote"):
+        RunFolder(tmp_path).prepare("auto")
+    assert mine.read_text() == "mine"
+    (tmp_path / "options.yaml").write_text(TrainOptions().to_yaml())  # as runs before the marker left it
+    RunFolder(tmp_path).prepare("auto")
+
+
+def test_a_folder_of_checkpoints_that_are_not_ours_can_hold_a_run(tmp_path: Path) -> None:
+    mine = tmp_path / "checkpoints" / "epoch-1.pt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    run = RunFolder(tmp_path)
+    run.prepare("auto")
+    save_checkpoint(run.checkpoints, 3)
+    keep_newest(run.checkpoints, 1)
+    assert mine.read_text() == "mine"
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
