@@ -16,6 +16,8 @@ from eval.options import Options
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import MAX_NEW_TOKENS
+from flexlora_ds.base_model.model_folder import model_folder
+from flexlora_ds.base_model.source import locate, one_line_errors
 from flexlora_ds.errors import UserError
 from flexlora_ds.export import export_uniform, read_peft_adapter, server_rank
 
@@ -84,10 +86,18 @@ class VllmAnswerer:
 def start_vllm(options: Options) -> VllmEngine:
     """Start vLLM with a model and an adapter. UserError for what it cannot do, or where it is not installed."""
     _require(options)
+    source = locate(options.model)
+    with one_line_errors(source, "model"):
+        model_folder(source, "model")
     import vllm
     from vllm.lora.request import LoRARequest
 
-    arguments: dict[str, Any] = {"model": options.model, "dtype": _DTYPES[options.dtype]}
+    arguments: dict[str, Any] = {
+        "model": options.model,
+        "dtype": _DTYPES[options.dtype],
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+    }
     folder, lora = None, None
     if options.adapter is not None:
         folder = tempfile.TemporaryDirectory(prefix="eval-uniform-")

@@ -16,6 +16,7 @@ from eval.model.merging import merge_adapter
 from eval.options import Options
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.base_model.precision import TORCH_DTYPES, resolve_dtype
+from flexlora_ds.base_model.source import ModelSource, fetch, one_line_errors
 from flexlora_ds.errors import UserError
 
 
@@ -56,11 +57,11 @@ def attach_adapter(model: Any, adapter: str) -> Any:
     """The model with a PEFT adapter; UserError where the adapter is missing or was made for another base."""
     from peft import PeftModel
 
-    _require_adapter(adapter)
+    folder = _adapter_folder(adapter)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            adapted = PeftModel.from_pretrained(model, adapter)
+            adapted = PeftModel.from_pretrained(model, str(folder))
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise UserError(_mismatch(adapter, model, str(error))) from error
     for warning in caught:
@@ -69,7 +70,8 @@ def attach_adapter(model: Any, adapter: str) -> Any:
     return adapted
 
 
-def _require_adapter(adapter: str) -> None:
+def _adapter_folder(adapter: str) -> Path:
+    """Where an adapter lies, fetched if it is a hub id; its weights are safetensors."""
     folder = Path(adapter)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -79,6 +81,24 @@ def _require_adapter(adapter: str) -> None:
         )
     if not folder.is_dir() and (folder.is_absolute() or adapter.count("/") != 1 or adapter.startswith(".")):
         raise UserError(f"no adapter folder {adapter}", "--adapter", "train one, or give a hub id")
+    source = ModelSource(adapter, adapter, local=folder.is_dir())
+    with one_line_errors(source, "adapter"):
+        folder = fetch(source, "model")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise _without_safetensors(adapter, folder)
+    return folder
+
+
+def _without_safetensors(adapter: str, folder: Path) -> UserError:
+    pickled = folder / "adapter_model.bin"
+    if not pickled.is_file():
+        return UserError(f"no adapter_model.safetensors in {folder}", "--adapter", "fetch the adapter again")
+    return UserError(
+        f"adapter {adapter} has pickled weights, which are never read: only safetensors are",
+        pickled.name,
+        'convert them once: python -c "import torch; from safetensors.torch import save_file as save; '
+        f"save(torch.load('{pickled}', 'cpu', weights_only=True), '{folder}/adapter_model.safetensors')\"",
+    )
 
 
 def _mismatch(adapter: str, model: Any, fault: str) -> str:

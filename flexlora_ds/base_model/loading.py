@@ -6,13 +6,15 @@ transformers is imported when a function is called; DeepSpeed only for `zero3`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexlora_ds.base_model.blueprint import StoredModel, blueprint, build, read_config
+from flexlora_ds.base_model.model_folder import has_weights, model_folder
 from flexlora_ds.base_model.source import ModelSource, fetch, locate, one_line_errors
+from flexlora_ds.base_model.stored_names import tie
 from flexlora_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,17 +46,40 @@ def load_causal_lm(
     """
     source = locate(model, revision)
     with one_line_errors(source, "model"):
-        if zero3 is None:
-            return _load_whole(source, dtype, attention, device)
-        from flexlora_ds.partitions import loading
-
-        loading.require_same_dtype(dtype, zero3)
-        load_whole = partial(_load_whole, source, dtype, attention, None)
         if source.gguf_file is not None:
-            return loading.partition(load_whole(), zero3)
-        return loading.load_partitioned(
-            fetch(source, "model"), dtype=dtype, attention=attention, zero3=zero3, load_whole=load_whole
+            loaded = _load_whole(source, fetch(source, "model"), dtype, attention, device)
+            return loaded if zero3 is None else _partitioned(loaded, dtype, zero3)
+        stored = StoredModel(source, dtype)
+        if zero3 is None:
+            return _load_whole(source, stored.folder, dtype, attention, device)
+        return _load_into_partitions(source, stored, dtype, attention, zero3)
+
+
+def _load_into_partitions(
+    source: ModelSource, stored: StoredModel, dtype: torch.dtype, attention: str, zero3: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Straight into the partitions where the stored tensors are one to one the model's, else through a whole model."""
+    from flexlora_ds.partitions import loading
+
+    loading.require_same_dtype(dtype, zero3)
+    places = stored.places()
+    if places is not None:
+        read, untied = places.names, places.untied
+        model = loading.load_partitioned(
+            {path: {n: read[n] for n in names if n in read} for path, names in stored.shards.items()},
+            build=lambda: tie(build(stored.config, dtype, attention), untied),
+            zero3=zero3,
         )
+        if model is not None:
+            return model
+    return _partitioned(_load_whole(source, stored.folder, dtype, attention, None), dtype, zero3)
+
+
+def _partitioned(model: PreTrainedModel, dtype: torch.dtype, zero3: Mapping[str, Any]) -> PreTrainedModel:
+    from flexlora_ds.partitions import loading
+
+    loading.require_same_dtype(dtype, zero3)
+    return loading.partition(model, dtype, zero3)
 
 
 def load_skeleton(model: str | Path, revision: str | None = None) -> PreTrainedModel:
@@ -62,13 +87,13 @@ def load_skeleton(model: str | Path, revision: str | None = None) -> PreTrainedM
 
     Raises UserError as `load_causal_lm` does.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     source = locate(model, revision)
     with one_line_errors(source, "model"):
-        config = AutoConfig.from_pretrained(fetch(source, "tokenizer"), **_gguf_argument(source))
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        folder = model_folder(source, "tokenizer")
+        config = read_config(source, folder)
+        if source.local and source.gguf_file is None and has_weights(folder):
+            StoredModel(source, config.dtype or torch.float32)
+        return blueprint(source.name, config)
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -80,21 +105,19 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
 
     source = locate(model, revision)
     with one_line_errors(source, "tokenizer"):
-        folder = fetch(source, "tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf_argument(source))
+        folder = model_folder(source, "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_gguf_argument(source))
     _resolve_pad_token(tokenizer, source.name)
     return tokenizer
 
 
 def native_dtype(model: str | Path, revision: str | None = None) -> torch.dtype:
     """The dtype a model's author saved it in; fp32 for a GGUF file and where none is recorded."""
-    from transformers import AutoConfig
-
     source = locate(model, revision)
     if source.gguf_file is not None:
         return torch.float32
     with one_line_errors(source, "model"):
-        dtype = AutoConfig.from_pretrained(fetch(source, "model")).dtype
+        dtype = read_config(source, model_folder(source, "model")).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -103,18 +126,26 @@ def _gguf_argument(source: ModelSource) -> dict[str, Any]:
 
 
 def _load_whole(
-    source: ModelSource, dtype: torch.dtype, attention: str, device: torch.device | str | None
+    source: ModelSource,
+    folder: Path,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device | str | None,
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_gguf_argument(source)}
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "trust_remote_code": False,
+        **_gguf_argument(source),
+    }
     if source.gguf_file is None:
         arguments["use_safetensors"] = True
     else:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     if device is not None and torch.device(device).type != "cpu":
         arguments["device_map"] = {"": device}
-    folder = fetch(source, "model")
     loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     require_complete(source, report["missing_keys"])
     if source.gguf_file is not None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexlora_ds.command import one_line
 from flexlora_ds.errors import UserError
 
 _PROBE_SECONDS = 5.0
@@ -18,6 +19,12 @@ _GGUF_PACKAGES = ("gguf", "accelerate")  # what transformers needs to read a GGU
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer*", "*.model")
 _MODEL_FILES = ("*.json", "*.safetensors")
 _OTHER_COPIES = ("original/*", "onnx/*", "consolidated*")  # the same weights in other formats
+
+
+FORESEEN = (OSError, ValueError, ImportError, KeyError)
+"""What transformers raises where a model cannot be loaded, and says why."""
+LONGEST_TEXT = 600
+"""Characters of another library's message; its beginning and its end are kept."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,12 @@ def _explain(source: ModelSource, what: str, error: Exception) -> str | None:
         )
     if _any(chain, SafetensorError):
         return f"a weight file of {what} {source.name} is damaged ({_short(error)}); fetch it again"
-    if isinstance(error, (OSError, ValueError, ImportError, KeyError)):
+    if any("trust_remote_code" in str(cause) for cause in chain):
+        return (
+            f"{what} {source.name} needs code that comes with it, and such code is never run; "
+            "name one that transformers knows by itself"
+        )
+    if isinstance(error, FORESEEN):
         return f"{what} {source.name} cannot be loaded ({_short(error)}); check it or name another"
     return None
 
@@ -178,5 +190,5 @@ def _any(chain: list[BaseException], *kinds: type[BaseException]) -> bool:
     return any(isinstance(error, kinds) for error in chain)
 
 
-def _short(error: BaseException, limit: int = 240) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(str(error), LONGEST_TEXT)}"

@@ -1,0 +1,62 @@
+"""What an evaluation loads: an adapter's safetensors alone, and never an adapter that lies beside the model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eval.__main__ import main
+from eval.model.loading import attach_adapter
+from flexlora_ds.errors import UserError
+from tests.helpers import eval_tiny
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model/`, an adapter of its (`adapter/`), and `data/`."""
+    from peft import LoraConfig, get_peft_model
+
+    place = tmp_path_factory.mktemp("loading")
+    eval_tiny.make_model(seed=4).save_pretrained(place / "model")
+    eval_tiny.make_tokenizer().save_pretrained(place / "model")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(eval_tiny.make_model(seed=4), config).save_pretrained(place / "adapter")
+    eval_tiny.write_data(place / "data", 2)
+    return place
+
+
+def test_an_adapter_beside_the_model_ends_an_evaluation(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copy(place / "adapter" / "adapter_config.json", model)
+    shutil.copy(place / "adapter" / "adapter_model.safetensors", model)
+    words = ["--model", f"{model}", "--data", f"{place}/data", "--out", f"{tmp_path}/out"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds an adapter beside the model" in error and "--adapter" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(place: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(place / "adapter", tmp_path / "adapter"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        attach_adapter(eval_tiny.make_model(seed=4), str(adapter))
+    torch.save(weights, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"pickled weights.*adapter_model\.bin") as caught:
+        attach_adapter(eval_tiny.make_model(seed=4), str(adapter))
+    code = re.search(r'python -c "(.*)"', str(caught.value))
+    assert code is not None
+    exec(code[1], {})
+    ids = torch.tensor([[2, 5, 9]])
+    found, expected = (
+        attach_adapter(eval_tiny.make_model(seed=4), str(folder)) for folder in (adapter, place / "adapter")
+    )
+    assert torch.equal(found(ids).logits, expected(ids).logits)
