@@ -2,19 +2,16 @@
 
     python -m flexlora_ds.export --run RUN | --checkpoint DIR --to peft|peft-uniform|merged --out DIR
 
-Every export is read back and compared with its source before the command reports success.
+Every export is read back and compared with its source, its logits on the base too, before it appears under --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,24 +21,20 @@ from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.export_checks import Check, check_adapter, check_merged, check_merged_logits, check_update
 from flexlora_ds.files.folders import replacing_folder, require_new
 from flexlora_ds.merging import merge
-from flexlora_ds.orientation import is_transposed
 from flexlora_ds.peft_format import (
+    ADAPTER_FILES,
     CONFIG_FILE,
     AdapterFactors,
     LoraAdapter,
     LoraMatrix,
     finite,
-    max_relative_difference,
-    read_peft_adapter,
     write_adapter,
     write_peft_adapter,
 )
-from flexlora_ds.probe import adapted_logits, logits_apart, most_apart, probe_logits
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from flexlora_ds.peft_reading.plain import read_peft_adapter
 
 __all__ = [
     "AdapterFactors",
@@ -58,55 +51,49 @@ __all__ = [
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for `max_lora_rank`."""
 
-_UPDATE_TOLERANCE = 1e-5  # of max |ΔW|: fp32 products of the same numbers, summed in another order
+
+def export_peft(adapter: LoraAdapter, out: Path, base: str | None = None) -> tuple[Check, ...]:
+    """Write the adapter with each matrix at its own rank; check its tensors, and its logits on the base.
+
+    `base` replaces the name recorded in the adapter, for a model that has moved.
+
+    Raises:
+        UserError: the adapter does not fit its base, or that is not there.
+        RunError: a check found a difference; `out` is left as it was.
+    """
+    return _export_adapter(adapter, adapter, out, base)
 
 
-@dataclass(frozen=True)
-class Check:
-    """What reading an export back showed: `figure` must not exceed `limit`."""
-
-    meaning: str
-    figure: float
-    limit: float
-    mend: str = "the disk or memory may be faulty, export again"
-
-    def require(self, folder: Path) -> None:
-        """Raise RunError if the export is not what it was made from."""
-        if not self.figure <= self.limit:
-            raise RunError(f"{folder}: {self}", mend=self.mend)
-
-    def __str__(self) -> str:
-        return f"{self.meaning}: {self.figure:.2g} (limit {self.limit:.2g})"
-
-
-def export_peft(adapter: LoraAdapter, out: Path) -> Check:
-    """Write the adapter with each matrix at its own rank, and check it."""
-    write_adapter(out, adapter)
-    return _check_update(adapter, out)
-
-
-def export_uniform(adapter: LoraAdapter, out: Path) -> Check:
-    """Write the adapter with every matrix zero-padded to the largest rank R, alpha = R, scale folded into B.
+def export_uniform(adapter: LoraAdapter, out: Path, base: str | None = None) -> tuple[Check, ...]:
+    """As `export_peft`, with every matrix zero-padded to the largest rank R, alpha = R, scale folded into B.
 
     For servers that ignore `rank_pattern` and `alpha_pattern` (vLLM among them); ΔW is the same.
     """
+    return _export_adapter(adapter, padded(adapter), out, base)
+
+
+def _export_adapter(
+    adapter: LoraAdapter, written: LoraAdapter, out: Path, base: str | None
+) -> tuple[Check, ...]:
+    with replacing_folder(out, owned=ADAPTER_FILES) as fresh:
+        write_adapter(fresh, written)
+        checks = check_update(adapter, fresh), check_adapter(adapter, fresh, base or adapter.base_model)
+        for check in checks:
+            check.require(out)
+    return checks
+
+
+def padded(adapter: LoraAdapter) -> LoraAdapter:
+    """The same ΔW with all matrices at the largest rank, and a scale of 1."""
     pad = nn.functional.pad
     rank = max(matrix.rank for matrix in adapter.matrices.values())
-    padded = {
+    matrices = {
         name: LoraMatrix(
             pad(m.scale * m.B.float(), (0, rank - m.rank)), pad(m.A.float(), (0, 0, 0, rank - m.rank)), 1.0
         )
         for name, m in adapter.matrices.items()
     }
-    write_adapter(out, replace(adapter, matrices=padded, default_rank=rank, default_alpha=float(rank)))
-    return _check_update(adapter, out)
-
-
-def _check_update(adapter: LoraAdapter, out: Path) -> Check:
-    figure = max_relative_difference(adapter, read_peft_adapter(out))
-    check = Check("the largest relative difference of an update read back", figure, _UPDATE_TOLERANCE)
-    check.require(out)
-    return check
+    return replace(adapter, matrices=matrices, default_rank=rank, default_alpha=float(rank))
 
 
 def server_rank(rank: int) -> int | None:
@@ -139,60 +126,13 @@ def export_merged(
         load_tokenizer(name, adapter.revision).save_pretrained(fresh)
         before = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
         after = load_causal_lm(fresh, dtype=dtype)
-        tensors = _check_merged(before, after, adapter, dtype)
-        tensors.require(out)
-        logits = _check_logits(before, after, adapter, dtype)
-        logits.require(out)
-    return tensors, logits
-
-
-@torch.no_grad()
-def _check_merged(
-    before: PreTrainedModel, after: PreTrainedModel, adapter: LoraAdapter, dtype: torch.dtype
-) -> Check:
-    """The largest error of a merged weight in units of the dtype's rounding; other tensors must be equal."""
-    merged = dict(after.state_dict())
-    worst = 0.0
-    for key, old in before.state_dict().items():
-        matrix = adapter.matrices.get(key.removesuffix(".weight"))
-        new = merged.pop(key, None)
-        if new is None or new.shape != old.shape:
-            worst = math.inf
-        elif matrix is None:
-            worst = worst if torch.equal(new, old) else math.inf
-        else:
-            turned = is_transposed(before.get_submodule(key.removesuffix(".weight")))
-            expected = old.double() + (matrix.delta().t() if turned else matrix.delta()).double()
-            worst = max(
-                worst, float(((new.double() - expected).abs() / _rounding(expected, old, dtype)).max())
-            )
-    if merged:
-        worst = math.inf
-    return Check(f"the largest error of a merged weight, in units of the rounding of {dtype}", worst, 1.0)
-
-
-def _check_logits(
-    before: PreTrainedModel, after: PreTrainedModel, adapter: LoraAdapter, dtype: torch.dtype
-) -> Check:
-    """The logits of the merged model beside those of the base with the adapter, which PEFT attaches to it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = adapter.folder or Path(scratch) / "adapter"
-        if adapter.folder is None:
-            write_adapter(folder, adapter)
-        expected = adapted_logits(before, folder)
-    return Check(
-        "the largest difference of logits from those of the unmerged adapter, as a share of their norm",
-        logits_apart(probe_logits(after), expected, dtype),
-        most_apart(dtype),
-        "it is more than LoRA as read here: merge it with PEFT itself",
-    )
-
-
-def _rounding(expected: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The spacing of `dtype` at each expected value, plus that of fp32 at the two terms of the sum."""
-    terms = old.abs().double() + (expected - old.double()).abs().max()
-    spacing = torch.finfo(dtype).eps * expected.abs() + torch.finfo(torch.float32).eps * terms
-    return spacing.clamp_min(torch.finfo(dtype).tiny)
+        checks = (
+            check_merged(before, after, adapter, dtype),
+            check_merged_logits(before, after, adapter, dtype),
+        )
+        for check in checks:
+            check.require(out)
+    return checks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,7 +154,7 @@ def _parser() -> CommandParser:
         help="an adapter with each matrix at its own rank, one at a single rank for servers, or a whole model",
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new or empty")
-    parser.add_argument("--base", help="the base model, if it is not where the run found it (merged only)")
+    parser.add_argument("--base", help="the base model, if it is not where the run found it")
     parser.add_argument(
         "--dtype", choices=("auto", *TORCH_DTYPES), default="auto", help="of the merged model"
     )
@@ -231,13 +171,14 @@ def _export(options: argparse.Namespace) -> str:
             f"the adapter of {options.run or options.checkpoint} holds numbers that are not finite",
             mend="its training diverged",
         )
+    _hide_progress_bars()
     ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
     checks: tuple[Check, ...]
     lines = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
     if options.to == "peft":
-        checks = (export_peft(adapter, out),)
+        checks = export_peft(adapter, out, options.base)
     elif options.to == "peft-uniform":
-        checks = (export_uniform(adapter, out),)
+        checks = export_uniform(adapter, out, options.base)
         lines[0] = f"wrote {out}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
         allowed = server_rank(ranks[-1])
         lines.append(
@@ -246,7 +187,6 @@ def _export(options: argparse.Namespace) -> str:
             else f"rank {ranks[-1]} is above the {SERVER_RANKS[-1]} that vLLM allows: use --to merged"
         )
     else:
-        _hide_progress_bars()
         checks = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
         lines[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
     return "\n".join([*lines, *(f"checked: {check}" for check in checks)])

@@ -30,7 +30,7 @@ def merge(model: PreTrainedModel, adapter: LoraAdapter) -> None:
         UserError: the model has no such layer, or one of another shape; or two of its layers share a weight in a way
             that a saved model cannot be without.
     """
-    weights = {name: _weight(model, name, matrix) for name, matrix in adapter.matrices.items()}
+    weights = {name: adapted_weight(model, name, matrix) for name, matrix in adapter.matrices.items()}
     _require_separable(model, untie(model, [_place(model, name) for name in weights]))
     for name, matrix in adapter.matrices.items():
         layer = model.get_submodule(name)
@@ -79,7 +79,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), attribute
 
 
-def _weight(model: nn.Module, name: str, matrix: LoraMatrix) -> Tensor:
+def adapted_weight(model: nn.Module, name: str, matrix: LoraMatrix) -> Tensor:
     """The layer's weight, [out, in] or, where the layer stores it so, [in, out]."""
     try:
         layer = model.get_submodule(name)

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flexlora_ds.config import FlexLoRAConfig
@@ -31,9 +29,11 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 METHOD_FILE = "flexlora.json"
 PROMPT_FILE = "prompt.json"
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, METHOD_FILE, PROMPT_FILE)
 """`{"prompt": STYLE}`: the prompt that the adapter was trained with; an evaluation asks with the same."""
-_PREFIX = "base_model.model."
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METHOD_FILE, PROMPT_FILE)
+"""What an adapter's folder holds of ours."""
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of modules."""
 
 
 class AdapterFactors(NamedTuple):
@@ -77,6 +77,8 @@ class LoraAdapter:
     """The prompt style it was trained with, where that is known: `prompt.json` beside the adapter."""
     fan_in_fan_out: bool = False
     """PEFT's name for layers that store their weight as [in, out] (Conv1D). A and B are the same for both."""
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights of the base by module name, which PEFT stores once more for a head or embedding that it adapts."""
     folder: Path | None = None
     """Where it was read from."""
 
@@ -138,9 +140,11 @@ def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
         raise UserError(f"{folder}: there is no adapted matrix to write")
     tensors = {}
     for name, matrix in adapter.matrices.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = matrix.A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = matrix.B.detach().cpu().contiguous()
-    with replacing_folder(folder, owned=_FILES) as fresh:
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = matrix.A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = matrix.B.detach().cpu().contiguous()
+    for name, weight in adapter.base_weights.items():
+        tensors[f"{PREFIX}{name}.base_layer.weight"] = weight.detach().cpu().contiguous()
+    with replacing_folder(folder, owned=ADAPTER_FILES) as fresh:
         save_tensors(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_json(fresh / CONFIG_FILE, _peft_config(adapter))
         if adapter.notes:
@@ -189,90 +193,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_peft_adapter(folder: Path) -> LoraAdapter:
-    """Read any plain LoRA adapter in PEFT's format: ours, or one that PEFT trained.
-
-    Raises UserError if a file is missing or damaged, or if the adapter is more than LoRA on linear layers.
-    """
-    config = _read_config(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS_FILE} cannot be read ({error})", mend="write it again") from error
-    return LoraAdapter(
-        _matrices(folder, config, tensors),
-        base_model=config.get("base_model_name_or_path") or "",
-        revision=config.get("revision"),
-        default_rank=config["r"],
-        default_alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        notes=_read_beside(folder / METHOD_FILE),
-        prompt=_read_beside(folder / PROMPT_FILE).get("prompt"),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        folder=folder,
-    )
-
-
-def _read_beside(path: Path) -> dict[str, Any]:
-    """The object in a file that may be absent."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error})", mend="write it again, or remove it") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error})", mend="give a folder with an adapter in it"
-        ) from error
-    refused = {
-        "peft_type": config.get("peft_type") != "LORA",
-        "use_dora": config.get("use_dora"),
-        "modules_to_save": config.get("modules_to_save"),
-        "bias": config.get("bias", "none") != "none",
-        "lora_bias": config.get("lora_bias"),
-    }
-    for key, is_refused in refused.items():
-        if is_refused:
-            value = config.get(key)
-            raise UserError(
-                f"{path}: {key} {value!r} is more than plain LoRA", mend="merge it with PEFT itself"
-            )
-    return config
-
-
-def _matrices(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, LoraMatrix]:
-    matrices = {}
-    for key, A in tensors.items():
-        # PEFT stores the weight of a head that it adapts once more, as the base has it.
-        if key.endswith((".lora_B.weight", ".base_layer.weight")):
-            continue
-        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        B = tensors.get(f"{_PREFIX}{name}.lora_B.weight")
-        if B is None or key != f"{_PREFIX}{name}.lora_A.weight" or B.shape[1] != A.shape[0]:
-            raise UserError(
-                f"{folder / WEIGHTS_FILE}: {key} is not half of a LoRA pair", mend="write it again"
-            )
-        matrices[name] = LoraMatrix(B, A, _scale(config, name, A.shape[0]))
-    return matrices
-
-
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    alpha = config["lora_alpha"]
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if key == name or re.match(rf"(.*\.)?({key})$", name):
-            alpha = value
-            break
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
 def max_relative_difference(one: LoraAdapter, other: LoraAdapter) -> float:
     """max |ΔW − ΔW'| / max |ΔW| of the worst matrix; infinity if the matrices are not the same ones."""
     if set(one.matrices) != set(other.matrices):
@@ -288,5 +208,5 @@ def max_relative_difference(one: LoraAdapter, other: LoraAdapter) -> float:
 
 def finite(adapter: LoraAdapter) -> bool:
     """Whether every number of the adapter is finite."""
-    numbers = (tensor for matrix in adapter.matrices.values() for tensor in (matrix.B, matrix.A))
-    return all(bool(torch.isfinite(tensor).all()) for tensor in numbers)
+    numbers = [tensor for matrix in adapter.matrices.values() for tensor in (matrix.B, matrix.A)]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in [*numbers, *adapter.base_weights.values()])

@@ -5,14 +5,13 @@ The unmerged adapter is attached by PEFT itself. So what is compared with it sha
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexlora_ds.errors import UserError
+from flexlora_ds.peft_reading.attach import attach_adapter
 
 ROWS, TOKENS = 2, 24
 """Long enough for the short sliding windows of small models to matter."""
@@ -46,20 +45,12 @@ def most_apart(dtype: torch.dtype) -> float:
 
 
 def adapted_logits(base: Any, folder: Path) -> Tensor:
-    """`probe_logits` of a base model with the adapter in `folder`, unmerged; the base keeps the adapter.
+    """`probe_logits` of a base model with the LoRA in `folder`, attached and taken off again by PEFT.
 
     Raises:
-        UserError: PEFT cannot load the adapter on this base.
+        UserError: PEFT cannot load the adapter on this base, or in part only.
     """
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            adapted = PeftModel.from_pretrained(base, str(folder))
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"PEFT cannot load the adapter on its base: {line}", str(folder), "name its base with --base"
-            ) from error
-        return probe_logits(adapted)
+    adapted = attach_adapter(base, str(folder))
+    logits = probe_logits(adapted)
+    adapted.unload()
+    return logits

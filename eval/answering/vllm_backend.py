@@ -19,7 +19,9 @@ from eval.protocols import MAX_NEW_TOKENS
 from flexlora_ds.base_model.model_folder import model_folder
 from flexlora_ds.base_model.source import locate, one_line_errors
 from flexlora_ds.errors import UserError
-from flexlora_ds.export import export_uniform, read_peft_adapter, server_rank
+from flexlora_ds.export import padded, read_peft_adapter, server_rank
+from flexlora_ds.export_checks import check_update
+from flexlora_ds.peft_format import write_adapter
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _AT_ONCE = 1 << 18  # prompt tokens per call: vLLM makes its own batches of them
@@ -109,9 +111,11 @@ def start_vllm(options: Options) -> VllmEngine:
                 "--backend vllm",
                 "merge it with python -m flexlora_ds.export --to merged",
             )
-        export_uniform(adapter, Path(folder.name) / "adapter")
+        uniform = Path(folder.name) / "adapter"
+        write_adapter(uniform, padded(adapter))
+        check_update(adapter, uniform).require(uniform)
         arguments |= {"enable_lora": True, "max_lora_rank": rank}
-        lora = LoRARequest("adapter", 1, str(Path(folder.name) / "adapter"))
+        lora = LoRARequest("adapter", 1, str(uniform))
     llm = vllm.LLM(**arguments, enable_prefix_caching=True)
     config = llm.llm_engine.model_config
     dtype = str(config.dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from eval.__main__ import main
-from flexlora_ds.peft_format import read_peft_adapter
+from flexlora_ds.peft_reading.plain import read_peft_adapter
 from tests.helpers import eval_tiny
 
 

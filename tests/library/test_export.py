@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from flexlora_ds.errors import RunError
 from flexlora_ds.export import (
     AdapterFactors,
     export_merged,
+    export_peft,
     export_uniform,
     main,
     read_peft_adapter,
     server_rank,
     write_peft_adapter,
 )
+from flexlora_ds.export_checks import check_adapter
+from flexlora_ds.peft_format import lora_of
 from tests.helpers.tiny import tiny_llama
 from tests.helpers.word_tokenizer import write_tokenizer
 
@@ -218,6 +222,44 @@ def test_damage_after_writing_is_noticed(run: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("flexlora_ds.peft_format.save_tensors", writes_one_number_wrong)
     with pytest.raises(RunError, match="relative difference"):
         export_uniform(adapter, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("to", ["peft", "peft-uniform", "merged"])
+def test_an_adapter_read_wrongly_is_noticed_on_its_base(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    """File and source agree here, for the same reader read both; PEFT reads the source otherwise."""
+    export_uniform(read_peft_adapter(run / "adapter"), tmp_path / "uniform")
+    monkeypatch.setattr("flexlora_ds.peft_reading.plain.pattern_value", lambda *found: found[2])
+    uniform = tmp_path / "uniform" / "adapter_config.json"
+    settings = json.loads(uniform.read_text())
+    settings["alpha_pattern"] = {"down_proj": 3 * settings["lora_alpha"]}
+    uniform.write_text(json.dumps(settings))
+    assert main(["--run", str(uniform.parent), "--to", to, "--out", str(tmp_path / "out")]) == 1
+    assert "logits" in capsys.readouterr().err
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "uniform"}
+
+
+def test_a_checkpoints_matrices_are_compared_with_the_written_file(
+    base: Path, trained: tuple[dict[str, AdapterFactors], Tensor], tmp_path: Path
+) -> None:
+    adapter = lora_of(trained[0], CONFIG, str(base))
+    tensors, logits_apart = export_peft(adapter, tmp_path / "out")
+    assert tensors.figure <= 1e-6 and logits_apart.figure <= 1e-5
+    half = {name: replace(matrix, scale=matrix.scale / 2) for name, matrix in adapter.matrices.items()}
+    wrong = check_adapter(replace(adapter, matrices=half), tmp_path / "out", str(base))
+    assert wrong.figure > 10 * wrong.limit
+
+
+def test_an_export_without_its_base_says_how_to_name_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = run / "adapter" / "adapter_config.json"
+    moved = {**json.loads(settings.read_text()), "base_model_name_or_path": str(tmp_path / "moved")}
+    settings.write_text(json.dumps(moved))
+    line = fails(["--run", str(run), "--to", "peft", "--out", str(tmp_path / "out")], capsys, 2)
+    assert "moved" in line and "--base" in line and not (tmp_path / "out").exists()
 
 
 def test_merge_that_changes_another_tensor_is_noticed(
@@ -277,7 +319,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "not finite" in fails(arguments(run, new), capsys, 1)
     tensors.pop(next(k for k in tensors if "lora_B" in k))
     save_file(tensors, weights)
-    assert "half of a LoRA pair" in fails(arguments(run, new), capsys, 2)
+    assert "has no lora_B" in fails(arguments(run, new), capsys, 2)
     weights.write_bytes(weights.read_bytes()[:-50])
     assert "cannot be read" in fails(arguments(run, new), capsys, 2)
     settings = run / "adapter" / "adapter_config.json"
