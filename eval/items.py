@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -18,6 +18,7 @@ from data_prep.records import ChatRecord, load_entries
 from data_prep.tasks import TASKS
 from eval.parsing import read_answer
 from eval.protocols import ANSWER_PREFIX
+from flexlora_ds.base_model.vocabulary import Vocabulary
 from flexlora_ds.errors import UserError
 
 Tokens = tuple[int, ...]
@@ -138,3 +139,16 @@ def _differ_in_last_token(candidates: tuple[Tokens, ...]) -> bool:
     return len({row[:-1] for row in candidates}) == 1 and len({row[-1] for row in candidates}) == len(
         candidates
     )
+
+
+def require_known_tokens(tasks: Iterable[TaskItems], tokenizer: Any, vocabulary: Vocabulary) -> None:
+    """See that the model has a row of its embedding for every token of prompts and candidates.
+
+    Raises:
+        UserError: it has not; the message names the token and the record.
+    """
+    for task in tasks:
+        for item in task.items:
+            place = f"{task.task}/test.json, record {item.question.index + 1}"
+            for tokens in (item.prompt, *item.candidates):
+                vocabulary.require(tokenizer, tokens, place)

@@ -13,7 +13,7 @@ from data_prep.prompt import CHAT
 from eval.answering.backends import Answering, Backend, open_backend
 from eval.answering.batching import Batch, order_batches, plan_batches
 from eval.fingerprint import fingerprint_files, fingerprint_task
-from eval.items import Question, TaskItems, load_questions, tokenise
+from eval.items import Question, TaskItems, load_questions, require_known_tokens, tokenise
 from eval.model.loading import resolve_prompt
 from eval.options import Options
 from eval.predictions import PredictionFolder, unanswered
@@ -41,6 +41,8 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     _require_one_process(options, team)
     backend = open_backend(options, team.device())
     tasks = {task: tokenise(task, found, backend.tokenizer) for task, found in questions.items()}
+    if backend.vocabulary is not None:
+        require_known_tokens(tasks.values(), backend.tokenizer, backend.vocabulary)
     answerer = backend.answerer(PROTOCOLS[options.mode], tasks)
     settings = _settings(options, style, backend, tasks)
     folder = PredictionFolder(options.out)

@@ -55,14 +55,14 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
     watcher.follow(process)
-    data = on_all_ranks(process, lambda: prepare_data(options, tokenizer))
+    vocabulary = settled.skeleton.vocabulary
+    data = on_all_ranks(process, lambda: prepare_data(options, tokenizer, vocabulary))
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
         start = find_start(options, folder, process, identity)
         watcher.say_ready(process)
-        shared = share_batches(
-            options, data, settled.layout, process, tokenizer.pad_token_id, packed=settled.computation.packed
-        )
+        pad, packed = vocabulary.padding_id(tokenizer), settled.computation.packed
+        shared = share_batches(options, data, settled.layout, process, pad, packed=packed)
         run = begin(settled, folder, process, shared, identity, start, watcher)
         continue_files(start, folder, process)
         folder.write_options(settled.repeatable.to_yaml())

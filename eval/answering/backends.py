@@ -17,6 +17,7 @@ from eval.options import Options
 from eval.predictions import Prediction
 from eval.protocols import Protocol as EvaluationProtocol
 from flexlora_ds.base_model.loading import load_tokenizer
+from flexlora_ds.base_model.vocabulary import Vocabulary
 
 
 class Answering(Protocol):
@@ -31,13 +32,14 @@ class Answering(Protocol):
 @dataclass(frozen=True)
 class Backend:
     """A loaded model. `most_rows`: the most items a batch may have (None: any number). `settings`: those of the
-    model that can change a prediction. `device`: its type."""
+    model that can change a prediction. `device`: its type. `vocabulary`: None where it looks for unknown tokens."""
 
     tokenizer: Any
     context: int | None
     most_rows: int | None
     device: str
     settings: dict[str, Any]
+    vocabulary: Vocabulary | None
     answerer: Callable[[EvaluationProtocol, dict[str, TaskItems]], Answering]
 
 
@@ -59,6 +61,7 @@ def _with_transformers(options: Options, device: torch.device) -> Backend:
             "dtype": str(dtype).removeprefix("torch."),
             "attention": resolve_attention(options.attention, dtype, lm.device),
         },
+        vocabulary=lm.vocabulary,
         answerer=lambda protocol, tasks: Answerer(lm, protocol, tasks),
     )
 
@@ -71,5 +74,6 @@ def _with_vllm(options: Options) -> Backend:
         most_rows=None,
         device="cuda",
         settings={"dtype": engine.dtype, "attention": "vllm", "backend": f"vllm {engine.version}"},
+        vocabulary=None,
         answerer=lambda protocol, tasks: VllmAnswerer(engine, tasks),
     )

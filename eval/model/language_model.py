@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.model.last_layer import LastLayer, agrees
+from flexlora_ds.base_model.vocabulary import Vocabulary
 
 
 class LanguageModel:
@@ -29,9 +30,8 @@ class LanguageModel:
         self.config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self.stop_ids = _stop_ids(model, tokenizer)
-        self.pad_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids, default=0)
-        )
+        self.vocabulary = Vocabulary.of(model)
+        self.pad_id = self.vocabulary.padding_id(tokenizer)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = frozenset(inspect.signature(base.forward).parameters)
         peft_config = getattr(model, "active_peft_config", None)
@@ -43,7 +43,7 @@ class LanguageModel:
     def _try_last_layer(self) -> LastLayer | None:
         last_layer = LastLayer(self.model)
         rng = torch.Generator().manual_seed(0)
-        probe = torch.randint(0, int(self.config.vocab_size), (3, 5), generator=rng).to(self.device)
+        probe = torch.randint(0, self.vocabulary.inputs, (3, 5), generator=rng).to(self.device)
         if last_layer.modules and agrees(self.compute, last_layer, probe):
             return last_layer
         last_layer.remove()

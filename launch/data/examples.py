@@ -90,6 +90,20 @@ class Examples(Sequence[Example]):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
+    def first_beyond(self, limit: int, *, learnt: bool) -> tuple[int, int] | None:
+        """(record id, token) of the first example with a token id of at least `limit`; with `learnt`, as a target."""
+        wrong = np.flatnonzero(self._tokens >= limit)
+        if learnt:
+            wrong = wrong[self._learnt[wrong]]
+        if not len(wrong):
+            return None
+        # The arrays are shared with other examples: those of a record of ours count.
+        for start, length, record in zip(self._starts, self.lengths, self.record_ids, strict=True):
+            place = np.searchsorted(wrong, start)
+            if place < len(wrong) and wrong[place] < start + length:
+                return int(record), int(self._tokens[wrong[place]])
+        return None
+
     def subset(self, indices: Ints) -> Examples:
         """Return the examples at these indices, in this order; the tokens are shared, not copied."""
         return Examples(

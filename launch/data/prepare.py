@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.prompt import CHAT
 from data_prep.records import is_chat, load_entries
 from flexlora_ds.base_model.loading import load_tokenizer
+from flexlora_ds.base_model.vocabulary import Vocabulary
 from flexlora_ds.errors import UserError
 from flexlora_ds.progress_bar import ProgressBar
 from flexlora_ds.schedule import resolve_calendar
@@ -17,6 +18,7 @@ from launch.data.batches import ProcessShare, TrainingBatches, ValidationBatches
 from launch.data.encoding import Encoding, all_cores, tokenise
 from launch.data.examples import TokenisedData, arrange
 from launch.data.token_cache import Tokenised, cached, content_key
+from launch.data.vocabulary import require_known_tokens
 from launch.distributed.process import Process
 from launch.options.train_options import TrainOptions
 
@@ -34,12 +36,16 @@ class Data:
     steps: int
 
 
-def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> TokenisedData:
+def prepare_data(
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None
+) -> TokenisedData:
     """Tokenise the records, or find them tokenised already, and see that rank changes fit the steps they make.
 
+    `vocabulary` is the model's; None looks up no token.
+
     Raises:
-        UserError: the file is missing or malformed, nothing is left to train on, or the freeze would begin
-            before the start of the rank changes.
+        UserError: the file is missing or malformed, nothing is left to train on, a token is not in the model's
+            vocabulary, or the freeze would begin before the start of the rank changes.
         RunError: the cache of tokenised data cannot be written.
     """
     path = require_data(options)
@@ -55,6 +61,8 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
     data = arrange(
         examples, dropped, cutoff_len=options.cutoff_len, val_size=options.val_size, seed=options.seed
     )
+    if vocabulary is not None:
+        require_known_tokens(data, tokenizer, vocabulary, str(path))
     if options.method == "flexlora":
         resolve_calendar(steps_of(options, data), options.to_flexlora_config())
     return data

@@ -73,7 +73,7 @@ def _try_packing(engine: DeepSpeedEngine, settled: Settled, process: Process) ->
         engine,
         process.device,
         TORCH_DTYPES[computation.dtype],
-        int(config.get_text_config(decoder=True).vocab_size),
+        settled.skeleton.vocabulary.inputs,
         computation.attention,
         settled.options.place("padding_free"),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from flexlora_ds.adapter.layer import check_rank, linear_names, linear_shapes, match_modules
 from flexlora_ds.base_model.loading import load_skeleton
+from flexlora_ds.base_model.vocabulary import Vocabulary
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 """Of transformers' `layer_types`; others are states, convolutions and chunks, which run over the ends of examples."""
@@ -25,6 +26,7 @@ class Skeleton:
     """(out, in) of every layer to be adapted, by module name in the order of the model."""
     name: str
     """Of the model's class."""
+    vocabulary: Vocabulary
     separable: bool
     """Whether it can keep packed examples apart, as far as its class and configuration say."""
 
@@ -48,6 +50,7 @@ def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int
         parameters=sum(p.numel() for p in base.parameters()),
         shapes=shapes,
         name=type(base).__name__,
+        vocabulary=Vocabulary.of(base),
         separable=_separable(base),
     )
 

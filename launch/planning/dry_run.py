@@ -30,7 +30,7 @@ def dry_run(options: TrainOptions) -> None:
     options, layout, skeleton = settled.repeatable, settled.layout, settled.skeleton
     plan = memory_of(settled)
     tokenizer = load_tokenizer_of(options)
-    data = prepare_data(options, tokenizer)
+    data = prepare_data(options, tokenizer, skeleton.vocabulary)
     steps = steps_of(options, data)
     begins = expect_start(settled.options, Identity.of(settled.options, None, data.train.digest(), steps))
     dropped = data.dropped_line()

@@ -14,6 +14,7 @@ from eval.answering.shared_prefix import SharedPrefix
 from eval.model.language_model import LanguageModel
 from eval.predictions import Prediction
 from eval.protocols import PROTOCOLS
+from flexlora_ds.errors import UserError
 from tests.helpers import eval_tiny
 from tests.helpers.zoo import ZOO, make_model
 
@@ -52,3 +53,21 @@ def test_batches_answer_as_one_by_one(kind: str) -> None:
 def test_the_last_layer_is_narrowed_where_it_can_be(kind: str) -> None:
     lm = LanguageModel(make_model(kind), eval_tiny.make_tokenizer())
     assert lm._last_layer is not None and len(lm._last_layer.modules) >= 2
+
+
+def test_a_token_without_a_row_is_named_with_its_record() -> None:
+    """Before anything is asked; an added padding token is replaced by one that the model has."""
+    from eval.items import require_known_tokens
+
+    tokenizer = eval_tiny.make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    lm = LanguageModel(make_model("llama", vocab_size=419), tokenizer)
+    assert tokenizer.pad_token_id == 419 and lm.pad_id == 1
+    items = eval_tiny.task_items(lm, TASK, ITEMS)
+    require_known_tokens([items], tokenizer, lm.vocabulary)
+    tokenizer.add_tokens(["answer2"])
+    items = eval_tiny.task_items(lm, TASK, ITEMS)
+    with pytest.raises(
+        UserError, match=r"'answer2' into the id 420, but .* 419 rows \(ARC-Easy/test.json, record 1\)"
+    ):
+        require_known_tokens([items], tokenizer, lm.vocabulary)

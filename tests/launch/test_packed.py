@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flexlora_ds.adapter.layer import forward_context
+from flexlora_ds.base_model.vocabulary import Vocabulary
 from flexlora_ds.errors import UserError
 from launch.data.batches import MicroBatch, ProcessShare, TrainingBatches, ValidationBatches
 from launch.data.examples import IGNORED
@@ -122,7 +123,7 @@ def test_auto_packs_where_that_is_right_and_faster(
 
 
 def test_a_model_that_cannot_keep_packed_examples_apart_is_refused() -> None:
-    recurrent = Skeleton(None, 0, {}, name="Recurrent", separable=False)
+    recurrent = Skeleton(None, 0, {}, name="Recurrent", vocabulary=Vocabulary(8, 8), separable=False)
     with pytest.raises(
         UserError, match=r"^Recurrent cannot keep packed examples apart .*leave padding_free at auto$"
     ):

@@ -1,0 +1,54 @@
+"""Token ids and the rows of the embedding that they name: a tokenizer may know more tokens than its model has rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flexlora_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How many token ids a model knows."""
+
+    inputs: int
+    """Rows of its embedding."""
+    outputs: int
+    """Logits of its head."""
+
+    @classmethod
+    def of(cls, model: Any) -> Vocabulary:
+        """That of a causal model, adapted or not; the weights may be on the meta device."""
+        inputs = int(model.get_input_embeddings().weight.shape[0])
+        head = model.get_output_embeddings()
+        return cls(inputs, inputs if head is None else int(head.weight.shape[0]))
+
+    def padding_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The tokenizer's padding id where the model has its row, else another id: padding is masked in any case."""
+        choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        return next((int(token) for token in choices if token is not None and token < self.inputs), 0)
+
+    def require(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], place: str) -> None:
+        """See that the model has a row for each of a record's tokens.
+
+        Raises:
+            UserError: it has not; the message names the token and `place`, the record.
+        """
+        largest = max(tokens, default=0)
+        if largest >= self.inputs:
+            raise beyond(tokenizer, largest, f"embedding has {self.inputs:,} rows", place)
+
+
+def beyond(tokenizer: PreTrainedTokenizerBase, token: int, limit: str, place: str) -> UserError:
+    """What is said of a token that the model does not know."""
+    text = tokenizer.convert_ids_to_tokens(int(token))
+    return UserError(
+        f"the tokenizer turns {text!r} into the id {token:,}, but the model's {limit}",
+        place,
+        "use the model's own tokenizer, or resize the model's embedding and save it",
+    )
