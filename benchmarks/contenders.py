@@ -19,7 +19,8 @@ from launch.data.batches import MicroBatch, collate, pack
 from launch.data.examples import Example
 from launch.distributed.process import world_size_of_environment
 from launch.engine.adam import adam_settings
-from launch.engine.ds_config import read_ds_json, resolve_ds_config
+from launch.engine.ds_config import resolve_ds_config
+from launch.engine.ds_json import read_ds_json
 from launch.engine.methods import FlexLoRA, PeftLoRA
 from launch.model.compiled_blocks import compile_blocks
 from launch.model.head_loss import install_head_loss

@@ -9,12 +9,12 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.errors import UserError
 from launch.data.batch_layout import BatchLayout
+from launch.engine.ds_json import DsJson
 from launch.engine.unsupported import check_refusals, lookup
 from launch.options.train_options import TrainOptions
 
@@ -23,14 +23,15 @@ QUIET = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say 
 UNKNOWN_HIDDEN = 4096
 """The width that stands in for an unknown hidden size in the sizes of ZeRO's buffers."""
 
-
-@dataclass(frozen=True)
-class DsJson:
-    """A user's DeepSpeed JSON as it was read; nothing in it is changed."""
-
-    settings: Mapping[str, Any]
-    origin: str
-    """How messages call it."""
+DECIDED: Mapping[str, str] = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "fp16.enabled": "dtype",
+    "bf16.enabled": "dtype",
+}
+"""By dotted path, the option that decides a value."""
 
 
 def resolve_ds_config(
@@ -70,24 +71,6 @@ def resolve_ds_config(
     return settings
 
 
-def read_ds_json(source: str | Path | Mapping[str, Any]) -> DsJson:
-    """The JSON at a path, or its content.
-
-    Raises:
-        UserError: the file is missing, or is no JSON object (with the line).
-    """
-    if isinstance(source, Mapping):
-        settings, origin = dict(source), "DeepSpeed config"
-    else:
-        settings, origin = _parsed(Path(source)), str(source)
-    if settings.get("bfloat16") is not None:  # DeepSpeed's older name of the same block
-        settings["bf16"] = settings.pop("bfloat16")
-    for block in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
-        if not isinstance(settings.get(block, {}), dict):
-            raise UserError(f"{block} is no JSON object", f"{origin}, key {block}", "write {...}")
-    return DsJson(settings, origin)
-
-
 def auto_paths(value: Any, path: str = "") -> Iterator[str]:
     """The dotted paths of every `auto` inside nested objects and lists."""
     if value == AUTO:
@@ -110,13 +93,16 @@ class _Decided:
 
 def _decided(options: TrainOptions, layout: BatchLayout, dtype: Dtype) -> dict[str, _Decided]:
     """By dotted path, what the JSON must say unless it says `auto` or nothing."""
+    values = (
+        layout.batch_size,
+        layout.micro_batch_size,
+        layout.accumulation_steps,
+        options.max_grad_norm,
+        dtype == "fp16",
+        dtype == "bf16",
+    )
     return {
-        "train_batch_size": _Decided(layout.batch_size, "batch_size"),
-        "train_micro_batch_size_per_gpu": _Decided(layout.micro_batch_size, "micro_batch_size"),
-        "gradient_accumulation_steps": _Decided(layout.accumulation_steps, "micro_batch_size"),
-        "gradient_clipping": _Decided(options.max_grad_norm, "max_grad_norm"),
-        "fp16.enabled": _Decided(dtype == "fp16", "dtype"),
-        "bf16.enabled": _Decided(dtype == "bf16", "dtype"),
+        path: _Decided(value, option) for (path, option), value in zip(DECIDED.items(), values, strict=True)
     }
 
 
@@ -196,32 +182,3 @@ def _fill(settings: dict[str, Any], known: Mapping[str, Any]) -> None:
         block[last] = known[dotted]
         if block[last] is None:
             del block[last]
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read the DeepSpeed JSON: {error}", "--ds", "see ds_configs/ for some"
-        ) from error
-    try:
-        value = json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
-    except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
-        comment = line.startswith(("//", "#", "/*")) or "//" in line
-        remedy = "JSON has no comments: remove this one" if comment else "correct it"
-        raise UserError(
-            f"not valid JSON: {error.msg}", f"{path}, line {error.lineno}", f"{remedy}"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError("the DeepSpeed JSON is no object", str(path), "write {...}")
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise UserError(f"key {key} stands twice in one block", str(path), "remove one of them")
-    return dict(pairs)

@@ -8,6 +8,7 @@ from typing import Any
 
 from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.errors import UserError
+from flexlora_ds.fields import quote
 
 Settings = Mapping[str, Any]
 
@@ -198,8 +199,10 @@ def _check_stage(settings: Settings, origin: str) -> None:
     stage = lookup(settings, f"{_ZERO}.stage")
     stage = 0 if stage is None else stage
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        written = quote(stage, text=False)
+        bare = ", as a number without quotation marks" if isinstance(stage, str) else ""
         raise UserError(
-            f"ZeRO stage {stage!r} does not exist", f"{origin}, key {_ZERO}.stage", "give 0, 1, 2 or 3"
+            f"ZeRO stage {written} does not exist", f"{origin}, key {_ZERO}.stage", f"give 0, 1, 2 or 3{bare}"
         )
     for block, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = lookup(settings, f"{_ZERO}.{block}.device")

@@ -8,9 +8,11 @@ from flexlora_ds.base_model.precision import Dtype, resolve_dtype
 from launch.data.prepare import resolve_prompt
 from launch.distributed.process import choose_accelerator
 from launch.engine.adam import adam_settings
-from launch.engine.ds_config import read_ds_json, resolve_ds_config
+from launch.engine.deepspeed_check import require_accepted
+from launch.engine.ds_config import resolve_ds_config
+from launch.engine.ds_json import read_ds_json
 from launch.engine.settled import Settled
-from launch.engine.unsupported import require_dtype
+from launch.engine.unsupported import check_refusals, require_dtype
 from launch.model.attention import Machine, require_separable, resolve_attention, resolve_packed, torch_varlen
 from launch.model.computation import Computation
 from launch.model.liger import liger_installed, resolve_kernels
@@ -42,7 +44,10 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     """
     given = frozenset(key for key in LEFT_TO_US if getattr(options, key) != "auto")
     options = resolve_prompt(options)
+    choose_accelerator()
     source = read_ds_json(options.ds)
+    check_refusals(source.settings, source.origin)
+    require_accepted(source)
     dtype = resolve_dtype(options.dtype, gpu=torch.cuda.is_available())
     limited_rank = options.rank if options.method == "flexlora" else None
     skeleton = read_skeleton(options.model, options.target_modules, limited_rank)
@@ -55,7 +60,6 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     require_stage(
         options.compile, stage=ds_config["zero_optimization"]["stage"], place=options.place("compile")
     )
-    choose_accelerator()
     require_dtype(dtype, options.place("dtype"))
     used = repeatable.replace(
         micro_batch_size=layout.micro_batch_size,

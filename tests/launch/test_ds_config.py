@@ -12,7 +12,8 @@ import pytest
 from flexlora_ds.errors import UserError
 from launch.data.batch_layout import batch_layout
 from launch.engine.adam import AdamSettings, adam_settings
-from launch.engine.ds_config import auto_paths, read_ds_json, resolve_ds_config
+from launch.engine.ds_config import auto_paths, resolve_ds_config
+from launch.engine.ds_json import read_ds_json
 from launch.options.train_options import TrainOptions
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexlora_ds.base_model.precision import TORCH_DTYPES
+from flexlora_ds.files import reading
 from launch.engine.settled import Settled
 from launch.model.computation import Computation
 from launch.options.train_options import TrainOptions, parse_options
@@ -102,14 +103,14 @@ def test_the_deepspeed_json_is_read_once(
 ) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"optimizer": {"type": "AdamW", "params": {"betas": [0.8, 0.9]}}}')
-    read = Path.read_text
+    read = reading.open_ordinary
     reads: list[Path] = []
 
-    def counting(self: Path, *args: Any, **others: Any) -> str:
-        reads.append(self)
-        return read(self, *args, **others)
+    def counting(file: Path, *others: Any) -> Any:
+        reads.append(file)
+        return read(file, *others)
 
-    monkeypatch.setattr(Path, "read_text", counting)
+    monkeypatch.setattr(reading, "open_ordinary", counting)
     found = settled(place, ds=path)
     assert found.adam.betas == (0.8, 0.9) and "optimizer" not in found.ds_config
     assert reads.count(path) == 1

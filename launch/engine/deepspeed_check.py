@@ -1,0 +1,107 @@
+"""Whether DeepSpeed itself takes a JSON: asked before anything is loaded, its refusal in one line.
+
+DeepSpeed's own class says what is wrong, seldom where. The key is found by asking again about fewer keys.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexlora_ds.command import one_line
+from flexlora_ds.errors import UserError
+from launch.engine.ds_config import AUTO, DECIDED
+from launch.engine.ds_json import DsJson
+
+Settings = Mapping[str, Any]
+
+WRONG_VALUES = (
+    ValueError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    NotImplementedError,
+)
+"""What DeepSpeed raises for a value of another type or range, beside its own DeepSpeedConfigError."""
+_LONGEST = 200
+"""Characters of a value, and of DeepSpeed's words, in a message."""
+
+
+def require_accepted(source: DsJson) -> None:
+    """See that DeepSpeed takes what a user's JSON says itself; what the options decide is left out, and so is `auto`.
+
+    After `choose_accelerator`. Needs no communication, and gives the same answer on every process.
+
+    Raises:
+        UserError: DeepSpeed refuses it; its words, and the dotted key that they are about.
+    """
+    settings = _own_part(source.settings)
+    error = _refusal(settings)
+    if error is None:
+        return
+    path, value, as_object = _refused(settings, lambda part: part)
+    words = _words(error)
+    if as_object is None and not isinstance(value, Mapping):
+        words = "it expects an object there"
+    raise UserError(
+        f"DeepSpeed refuses {one_line(json.dumps(value), _LONGEST)}: {words}",
+        f"{source.origin}, key {'.'.join(path)}",
+        "correct or remove it",
+    )
+
+
+def _own_part(settings: Settings, parents: str = "") -> dict[str, Any]:
+    """What neither the options nor the filling of `auto` decides."""
+    return {
+        key: _own_part(value, f"{parents}{key}.") if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if value != AUTO and f"{parents}{key}" not in (*DECIDED, "optimizer")
+    }
+
+
+def _refused(
+    block: Settings, whole: Callable[[Settings], Settings]
+) -> tuple[list[str], Any, Exception | None]:
+    """The path of the first key that DeepSpeed does not take beside those before it, its value, and why `{}` fails.
+
+    Args:
+        whole: all settings around a part of the block.
+    """
+    keys = list(block)
+
+    def is_refused(count: int) -> bool:
+        return _refusal(whole({key: block[key] for key in keys[:count]})) is not None
+
+    taken = bisect.bisect_left(range(1, len(keys)), True, key=is_refused)
+    key, before = keys[taken], {key: block[key] for key in keys[:taken]}
+    value = block[key]
+    as_object = _refusal(whole({**before, key: {}}))
+    if isinstance(value, Mapping) and as_object is None:
+        path, inner, why = _refused(value, lambda part: whole({**before, key: part}))
+        return [key, *path], inner, why
+    return [key], value, as_object
+
+
+def _refusal(settings: Settings) -> Exception | None:
+    """What DeepSpeed raises for some settings, if it does."""
+    from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
+
+    # Without sizes it takes nothing. The third size follows from the number of processes.
+    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    try:
+        DeepSpeedConfig(copy.deepcopy({**settings, **sizes}))
+    except (*WRONG_VALUES, DeepSpeedConfigError) as error:
+        return error
+    return None
+
+
+def _words(error: Exception) -> str:
+    """What an error says; of several faults that pydantic found the first."""
+    found = getattr(error, "errors", None)
+    text = found()[0]["msg"] if callable(found) else str(error)
+    return one_line(text, _LONGEST) or type(error).__name__

@@ -1,0 +1,92 @@
+"""DeepSpeed's own refusals of a JSON: one line with the dotted key, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexlora_ds.errors import UserError
+from launch.engine.deepspeed_check import require_accepted
+from launch.engine.ds_json import read_ds_json
+
+AUTOS = {"train_batch_size": "auto", "gradient_clipping": "auto", "fp16": {"enabled": "auto"}}
+
+
+def refusal(settings: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        require_accepted(read_ds_json({**AUTOS, **settings}))
+    line = str(caught.value)
+    assert line.startswith("DeepSpeed refuses ") and "\n" not in line and len(line) < 600
+    return line
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "words"),
+    [
+        ({"bf16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2}}, "bf16.loss_scale", "not permitted"),
+        ({"compile": {"enabled": True, "backend": "inductor"}}, "compile.enabled", "not permitted"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, ".reduce_bucket_size", "integer"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"pin_memory": True, "device": "gpu"}}},
+            "zero_optimization.offload_param.device",
+            "'cpu'",
+        ),
+        ({"comms_logger": [1]}, "comms_logger", "refuses [1]: it expects an object there"),
+        ({"flops_profiler": 3}, "flops_profiler", "it expects an object there"),
+        ({"communication_data_type": "int4"}, "communication_data_type", "Supported data types"),
+        ({"fp16": {"enabled": "auto", "loss_scale": "high"}}, "fp16.loss_scale", "must be a number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_key_is_named(settings: dict[str, Any], key: str, words: str) -> None:
+    line = refusal(settings)
+    assert f"{key}); correct or remove it" in line and words in line
+
+
+def test_one_wrong_key_among_thousands_is_found() -> None:
+    many = {f"key_{i}": i for i in range(20_000)}
+    line = refusal({**many, "zero_optimization": {"stage": 2, "contiguous_gradients": []}, "z": 1})
+    assert "key zero_optimization.contiguous_gradients" in line
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_what_deepspeed_takes_passes(stage: int) -> None:
+    zero = {"stage": stage, "reduce_bucket_size": "auto", "overlap_comm": "auto"}
+    mine = {"zero_optimization": zero, "wall_clock_breakdown": False, "some_future_key": {"a": [1]}}
+    # The options decide these, and say more of a contradiction than DeepSpeed would.
+    decided = {"train_batch_size": "x", "gradient_clipping": [], "bf16": {"enabled": 7}, "optimizer": {}}
+    require_accepted(read_ds_json({**AUTOS, **mine, **decided}))
+
+
+def test_a_file_of_many_keys_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps({f"key_{i}": i for i in range(20_000)}))
+    assert len(read_ds_json(path).settings) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"x": ' * 100_000, "nested too deeply"),
+        ('{"x": ' * 300 + "1" + "}" * 300, "nested more than 50 levels"),
+        ('{"x": 1' + "0" * 5_000 + "}", "thousands of digits"),
+        (b'{"x": "\xff"}', "not UTF-8"),
+    ],
+    ids=["endless", "deep", "digits", "bytes"],
+)
+def test_what_python_cannot_read_is_a_line(tmp_path: Path, text: str | bytes, said: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=rf"{said}.*mine\.json"):
+        read_ds_json(path)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev"])
+def test_what_is_no_file_is_a_line(path: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"({path}); give --ds a DeepSpeed JSON".replace("(", r"\(").replace(")", r"\)")
+    ):
+        read_ds_json(path)
