@@ -84,6 +84,7 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
     dropped = data.tokenised.dropped_line()
     lines = [
         settled.line(),
+        *settled.skeleton.remarks,
         f"{options.method}: {len(method.matrices)} matrices, {method.trainable_parameters:,} trainable parameters",
         f"{len(data.tokenised.train):,} records, {data.steps:,} steps of {options.batch_size}",
     ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexlora_ds.base_model.loading import load_causal_lm
+from flexlora_ds.base_model.own_dropout import turn_off_dropout
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.state import set_ranks
 from flexlora_ds.partitions import fuse_gradient_checks
@@ -91,6 +92,7 @@ def _load_base(settled: Settled, process: Process) -> Any:
         device=None if settled.stage == 3 else process.device,
         zero3=dict(settled.ds_config) if settled.stage == 3 else None,
     )
+    turn_off_dropout(model)
     install_head_loss(model)
     if computation.kernels == "liger":
         apply_liger(model)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from flexlora_ds.adapter.layer import check_rank, linear_names, linear_shapes, match_modules
 from flexlora_ds.base_model.loading import load_skeleton
+from flexlora_ds.base_model.own_dropout import own_dropout
 from flexlora_ds.base_model.vocabulary import Vocabulary
+from flexlora_ds.config import ALL_LINEAR
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 """Of transformers' `layer_types`; others are states, convolutions and chunks, which run over the ends of examples."""
@@ -29,6 +32,8 @@ class Skeleton:
     vocabulary: Vocabulary
     separable: bool
     """Whether it can keep packed examples apart, as far as its class and configuration say."""
+    remarks: tuple[str, ...] = ()
+    """What of the base a run does without, one line each."""
 
 
 def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int | None = None) -> Skeleton:
@@ -52,7 +57,27 @@ def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int
         name=type(base).__name__,
         vocabulary=Vocabulary.of(base),
         separable=_separable(base),
+        remarks=(*_dropout_remark(base), *_experts_remark(base, target_modules)),
     )
+
+
+def _dropout_remark(base: Any) -> Iterator[str]:
+    rates = own_dropout(base)
+    if rates:
+        listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        yield f"the base's own dropout is off, as its weights are frozen: {listed}"
+
+
+def _experts_remark(base: Any, target_modules: tuple[str, ...]) -> Iterator[str]:
+    """all-linear promises what stacked experts do not give: they are one tensor, and no linear layers."""
+    stacked = [(name, p) for name, p in base.named_parameters() if p.dim() == 3 and "expert" in name]
+    if ALL_LINEAR in target_modules and stacked:
+        kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in stacked}))
+        share = sum(p.numel() for _, p in stacked) / sum(p.numel() for p in base.parameters())
+        yield (
+            f"all-linear leaves out the stacked experts ({kinds}), which are no linear layers: {share:.0%} of the "
+            "base's weights get no adapter"
+        )
 
 
 def _separable(base: Any) -> bool:

@@ -44,7 +44,7 @@ def dry_run(options: TrainOptions) -> None:
         memory=plan.at(layout.micro_batch_size),
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
-        notes=[*([dropped] if dropped else []), settled.line(), *begins],
+        notes=[*([dropped] if dropped else []), settled.line(), *skeleton.remarks, *begins],
     )
     text = render_plan(page)
     if os.environ.get("RANK", "0") == "0":

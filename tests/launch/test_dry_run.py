@@ -19,6 +19,7 @@ from launch.planning.dry_run import decoded_pieces
 from tests.helpers import training
 from tests.helpers.processes import ROOT, run_script
 from tests.helpers.training import Place
+from tests.helpers.zoo import write_model
 
 Page = Callable[..., str]
 
@@ -173,3 +174,14 @@ def test_spaces_and_split_characters_survive_the_decoding() -> None:
     assert list(decoded_pieces([0, 3], tokenizer)) == ["is", "\ufffd"], (
         "what is not a character is shown as such"
     )
+
+
+def test_stacked_experts_without_an_adapter_are_said(
+    page: Page, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = write_model(tmp_path / "base", "mixtral")
+    capfd.readouterr()
+    shown = page(model=base, target_modules="all-linear")
+    assert "all-linear leaves out the stacked experts (down_proj, gate_up_proj)" in shown
+    assert "stacked experts" not in page(model=base, target_modules="q_proj")
+    assert "stacked experts" not in page(target_modules="all-linear")
