@@ -121,6 +121,7 @@ def greedy(
 
     def work(item: Item) -> int:
         (row,) = generate_with_library(lm, [item.prompt], beams=1, max_new_tokens=MAX_NEW_TOKENS)
+        assert row is not None, "the model's numbers are not finite"
         question = item.question
         found[question.task, question.index] = read_answer(tasks[question.task].pattern, lm.decode(row))
         return 1

@@ -7,18 +7,25 @@ evaluation, merges the logs into the task files.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.tasks import TASKS
 from eval.items import Question, TaskItems
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.lock import locked
-from flexlora_ds.files.text import write_json_atomically, write_text_atomically
+from flexlora_ds.files.reading import JSON_FAULTS, MIB, json_fault, open_ordinary, read_json_object
+from flexlora_ds.files.text import remove_parts, write_json_atomically, write_text_atomically
+
+_LONGEST = 1024 * MIB
+_FILES = ("settings.json", "results.json", "table.md")
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Prediction:
             "answer": self.answer,
             "correct": self.correct,
         }
-        if self.margin is not None:
+        if self.margin is not None and math.isfinite(self.margin):
             line["margin"] = float(f"{self.margin:.6g}")
         if self.per_token is not None:
             line["per_token"] = self.per_token
@@ -65,11 +72,16 @@ class Prediction:
         return line
 
     @classmethod
-    def from_json(cls, task: str, line: Mapping[str, Any]) -> Prediction:
-        """The reverse of `to_json`; KeyError where a key is missing."""
+    def from_json(cls, task: str, line: Any) -> Prediction:
+        """The reverse of `to_json`; ValueError where a key is missing, or a value of another type."""
+        if not isinstance(line, dict):
+            raise ValueError("a line is no object")
+        for key, holds in _TYPES.items():
+            if not holds(line.get(key)):
+                raise ValueError(f"{key} is of another type, or missing")
         return cls(
             task=task,
-            index=int(line["index"]),
+            index=line["index"],
             prompt_hash=line["prompt_hash"],
             output=line["output"],
             prediction=line["prediction"],
@@ -78,6 +90,26 @@ class Prediction:
             per_token=line.get("per_token"),
             note=line.get("note"),
         )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _may_be_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_TYPES: Mapping[str, Callable[[Any], bool]] = {
+    "index": lambda value: type(value) is int and 0 <= value < 1 << 53,
+    "prompt_hash": _is_text,
+    "output": _is_text,
+    "prediction": _may_be_text,
+    "answer": _is_text,
+    "margin": lambda value: value is None or (type(value) in (int, float) and abs(value) < 1e300),
+    "per_token": _may_be_text,
+    "note": _may_be_text,
+}
 
 
 def unanswered(question: Question, note: str) -> Prediction:
@@ -96,7 +128,9 @@ class PredictionFolder:
         self._lock = ExitStack()
 
     def lock(self, patience: float = 20.0) -> None:
-        """Keep other evaluations out of the folder until this process ends. RunError if another holds it.
+        """Keep other evaluations out of the folder until this process ends; remove what a killed one left unfinished.
+
+        Raises RunError if another evaluation holds it.
 
         Waits up to `patience` seconds: the processes of a killed evaluation end when their launcher is gone.
         """
@@ -106,7 +140,9 @@ class PredictionFolder:
             raise RunError(f"another evaluation is writing here: {holder}", f"--out {out}", "choose another")
 
         out.mkdir(parents=True, exist_ok=True)
-        self._lock.enter_context(locked(out / ".lock", refuse, patience=patience))
+        if self._lock.enter_context(locked(out / ".lock", refuse, patience=patience)):
+            remove_parts(out, _FILES)
+            remove_parts(self.folder, [f"{task}.jsonl" for task in TASKS])
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Record the settings, or check them against those of existing predictions.
@@ -122,7 +158,7 @@ class PredictionFolder:
                     "settings.json is missing",
                     remedy,
                 )
-            before = _read_json(path)
+            before = read_json_object(path, "remove its folder or choose another --out")
             for key in {**before, **settings}:
                 if before.get(key) != settings.get(key):
                     raise UserError(
@@ -138,25 +174,33 @@ class PredictionFolder:
         logs = sorted(self.folder.glob("journal-*.jsonl"))
         found: defaultdict[str, list[Prediction]] = defaultdict(list)
         for log in logs:
-            for line in _read_lines(log):
-                found[line["task"]].append(Prediction.from_json(line["task"], line))
+            for task_name, prediction in _read_log(log):
+                found[task_name].append(prediction)
         for task in tasks:
             known = {item.question.index: item.question.prompt_hash for item in task.items}
             merged = self.read(task.task)
             merged.update({p.index: p for p in found[task.task] if known.get(p.index) == p.prompt_hash})
-            lines = [json.dumps(merged[index].to_json()) + "\n" for index in sorted(merged)]
+            lines = [_line(merged[index].to_json()) for index in sorted(merged)]
             write_text_atomically(self.folder / f"{task.task}.jsonl", "".join(lines))
         for log in logs:
             log.unlink()
 
     def read(self, task: str) -> dict[int, Prediction]:
-        """The merged predictions of a task by index."""
+        """The merged predictions of a task by index. UserError names the line that is none."""
         path = self.folder / f"{task}.jsonl"
-        lines = _read_lines(path) if path.is_file() else []
-        return {
-            prediction.index: prediction
-            for prediction in (Prediction.from_json(task, line) for line in lines)
-        }
+        if not path.exists():
+            return {}
+        found = {}
+        for number, text in _lines(path):
+            try:
+                prediction = Prediction.from_json(task, _value(text))
+            except JSON_FAULTS as error:
+                place = f"{path}, line {number}"
+                raise UserError(
+                    f"no prediction: {json_fault(error)}", place, "remove the line or the folder"
+                ) from None
+            found[prediction.index] = prediction
+        return found
 
     def prediction_log(self, process: int) -> PredictionLog:
         """The log that one process writes its predictions to."""
@@ -172,7 +216,7 @@ class PredictionLog:
 
     def add(self, predictions: Sequence[Prediction]) -> None:
         """Append predictions. RunError where they cannot be written."""
-        lines = [json.dumps({"task": p.task, **p.to_json()}) + "\n" for p in predictions]
+        lines = [_line({"task": p.task, **p.to_json()}) for p in predictions]
         data = memoryview("".join(lines).encode())
         try:
             while data:
@@ -187,31 +231,33 @@ class PredictionLog:
         self._file.close()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(
-            f"{path} is no valid JSON", mend="remove its folder or choose another --out"
-        ) from None
-    return value if isinstance(value, dict) else {}
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, allow_nan=False) + "\n"
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file: a kill may have truncated the last one, which is then computed again."""
-    lines = []
-    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not text:
-            continue
-        try:
-            line = json.loads(text)
-            if not {"index", "prompt_hash", "output", "prediction", "answer"} <= set(line):
-                raise ValueError
-        except ValueError:
-            if path.name.startswith("journal-"):
-                continue
-            raise UserError(
-                f"{path}, line {number}, is no prediction", mend="remove the line or the folder"
-            ) from None
-        lines.append(line)
-    return lines
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that hold anything, numbered from 1."""
+    with open_ordinary(path, "remove it, or choose another --out") as file:
+        data = file.read(_LONGEST + 1)
+    if len(data) > _LONGEST:
+        raise UserError(f"longer than {_LONGEST // MIB} MiB", str(path), "remove it, or choose another --out")
+    return ((number, text) for number, text in enumerate(data.split(b"\n"), 1) if text)
+
+
+def _value(text: bytes) -> Any:
+    """A line's JSON; NaN and infinity are none."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _read_log(path: Path) -> Iterator[tuple[str, Prediction]]:
+    """The predictions of a log with their tasks. What is none is computed again: a kill may have cut the last line."""
+    for _, text in _lines(path):
+        with contextlib.suppress(*JSON_FAULTS):
+            line = _value(text)
+            task = line.get("task") if isinstance(line, dict) else None
+            if isinstance(task, str):
+                yield task, Prediction.from_json(task, line)

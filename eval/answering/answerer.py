@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import torch
 
@@ -103,6 +104,8 @@ class Answerer:
             drafter.draft,
         )
         drafter.learn(answers)
+        for item, answer in zip(batch.items, answers, strict=True):
+            _require_finite(answer.finite, item)
         return [
             _generated(task, item, a.text, a.margin) for item, a in zip(batch.items, answers, strict=True)
         ]
@@ -126,6 +129,8 @@ class Answerer:
             prompts = [item.prompt for item in items]
             rows = generate_with_library(self.lm, prompts, beams=beams, max_new_tokens=limit)
             for item, row in zip(items, rows, strict=True):
+                _require_finite(row is not None, item)
+                assert row is not None
                 text = (
                     self.lm.decode(row)
                     if beams > 1
@@ -138,7 +143,19 @@ class Answerer:
         task = self._tasks[batch.task]
         score = score_last_token if task.single_position else score_summed
         scores = score(self._prefix(task), batch.items)
+        for item, values in zip(batch.items, scores, strict=True):
+            _require_finite(all(map(math.isfinite, values.total)), item)
         return [_scored(item, values) for item, values in zip(batch.items, scores, strict=True)]
+
+
+def _require_finite(finite: bool, item: Item) -> None:
+    """Raise RunError for an item whose logits are not finite: whatever is read off them means nothing."""
+    if not finite:
+        raise RunError(
+            "the model's numbers are not finite",
+            f"{item.question.task}, item {item.question.index}",
+            "its training diverged, the files are damaged, or --dtype is too narrow for it",
+        )
 
 
 def _generated(task: TaskItems, item: Item, text: str, margin: float | None) -> Prediction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,12 +18,14 @@ class Answer:
     """A generated answer: its tokens (without the end token) and their text.
 
     `margin` is the smallest gap between the two best logits; `drafted` counts tokens taken from the draft.
+    `finite`: whether the logits were; where they were not, the answer ends.
     """
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     margin: float = float("inf")
     drafted: int = 0
+    finite: bool = True
 
 
 class Drafter:
@@ -109,9 +112,14 @@ class _Rows:
 
 
 def _best(logits: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-    """For every row and column: the best token, and the gap between its logit and the second best."""
+    """For every row and column: the best token, and the gap between its logit and the second best.
+
+    The gap is NaN where the best is not finite; one NaN among the logits is their best.
+    """
     best = logits.topk(2)
-    return best.indices[..., 0].tolist(), (best.values[..., 0] - best.values[..., 1]).tolist()
+    first, second = best.values.unbind(-1)
+    gaps = torch.where(first.isfinite(), first - second, float("nan"))
+    return best.indices[..., 0].tolist(), gaps.tolist()
 
 
 def _accept_draft(output: BatchOutput, answers: Sequence[Answer], draft: Sequence[int]) -> list[int]:
@@ -120,7 +128,7 @@ def _accept_draft(output: BatchOutput, answers: Sequence[Answer], draft: Sequenc
     accepted = []
     for answer, chosen, row_gaps in zip(answers, tokens, gaps, strict=True):
         count = 0
-        while count < len(draft) and chosen[count] == draft[count]:
+        while count < len(draft) and chosen[count] == draft[count] and not math.isnan(row_gaps[count]):
             count += 1
         answer.tokens = list(draft[:count])
         answer.drafted = count
@@ -133,6 +141,9 @@ def _extend(
     lm: LanguageModel, answer: Answer, token: int, gap: float, limit: int, is_answered: Callable[[str], bool]
 ) -> bool:
     """Add a token to an answer; whether it is unfinished."""
+    if math.isnan(gap):
+        answer.finite = False
+        return False
     answer.margin = min(answer.margin, gap)
     ended = token in lm.stop_ids
     if not ended:

@@ -155,6 +155,12 @@ def draw(settings: Sequence[Setting], path: Path) -> bool:
     except ImportError:
         return False
     matplotlib.use("Agg")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold dollar signs
+        _draw(settings, path)
+    return True
+
+
+def _draw(settings: Sequence[Setting], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = common_tasks(settings)
@@ -172,7 +178,6 @@ def draw(settings: Sequence[Setting], path: Path) -> bool:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(settings), 4), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.tasks import TASKS
 from eval.predictions import Prediction, PredictionFolder
 from flexlora_ds.errors import UserError
+from flexlora_ds.files.reading import read_json_object
 
 RESAMPLES = 10_000
+_AGAIN = "remove it and evaluate again"
 
 Floats = npt.NDArray[np.float64]
 
@@ -76,27 +78,45 @@ class Difference:
 
 def read_run(folder: Path) -> Run:
     """Read a finished evaluation. UserError where it is unfinished or something else."""
-    try:
-        summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        tasks = list(summary["tasks"])
-    except FileNotFoundError:
-        raise UserError(
-            f"no results.json in {folder}", mend=f"finish it with python -m eval --out {folder}"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(
-            f"{folder}/results.json is not an evaluation's", mend="remove it and evaluate again"
-        ) from None
+    path = folder / "results.json"
+    if not path.exists():
+        raise UserError(f"no results.json in {folder}", mend=f"finish it with python -m eval --out {folder}")
+    summary = read_json_object(path, _AGAIN)
+    fault = _fault(summary)
+    if fault:
+        raise UserError(f"not an evaluation's results: {fault}", str(path), _AGAIN)
     reader = PredictionFolder(folder)
-    predictions = {task: tuple(p for _, p in sorted(reader.read(task).items())) for task in tasks}
+    totals = {task: figures["total"] for task, figures in summary["tasks"].items()}
+    predictions = {task: tuple(p for _, p in sorted(reader.read(task).items())) for task in totals}
     for task, found in predictions.items():
-        if len(found) != summary["tasks"][task]["total"]:
+        if len(found) != totals[task]:
             raise UserError(
-                f"{folder}/predictions/{task}.jsonl holds {len(found)} of "
-                f"{summary['tasks'][task]['total']} items",
+                f"{folder}/predictions/{task}.jsonl holds {len(found)} of {totals[task]} items",
                 mend="run the evaluation again to complete it",
             )
     return Run(folder, summary, predictions)
+
+
+def _fault(summary: Mapping[str, Any]) -> str | None:
+    """What a comparison needs of results.json and does not find there; None where all is well."""
+    settings, tasks = summary.get("settings"), summary.get("tasks")
+    if not isinstance(settings, dict) or not isinstance(tasks, dict) or not tasks:
+        return "no settings or no tasks"
+    texts = {key: summary.get(key) for key in ("model", "protocol")} | {
+        key: settings.get(key) for key in ("prompt", "dtype")
+    }
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            return f"{key} is no text"
+    if not isinstance(summary.get("adapter"), (str, type(None))):
+        return "adapter is no text"
+    for task, figures in tasks.items():
+        if task not in TASKS:
+            return f"no task is called {task[:40]!r}"
+        total = figures.get("total") if isinstance(figures, dict) else None
+        if type(total) is not int or not 1 <= total < 1 << 53:
+            return f"{task} has no total"
+    return None
 
 
 def common_tasks(settings: Sequence[Setting]) -> list[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TextIO
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.folders import bring_to_disk
+
+_PART = re.compile(r"\.(?P<name>.+)\.\d+(-\d+)?\.part")
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -40,8 +44,16 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """`write_text_atomically` of indented JSON with a final newline."""
-    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """`write_text_atomically` of indented JSON with a final newline. Raises ValueError for NaN, which JSON has not."""
+    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def remove_parts(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed processes left unfinished of the files in `names`; nobody may be writing them meanwhile."""
+    for part in folder.glob(".*.part"):
+        found = _PART.fullmatch(part.name)
+        if found and found["name"] in names and part.is_file() and not part.is_symlink():
+            part.unlink(missing_ok=True)
 
 
 def _open_part(path: Path) -> tuple[Path, TextIO]:

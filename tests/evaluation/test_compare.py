@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,112 @@ def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists()
+
+
+RESULTS: list[bytes] = [
+    b"",
+    b"[]",
+    b"null",
+    b"7",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"tasks": {"boolq": {"total": ' + b"9" * 5000 + b"}}}",
+    b"{}",
+    *(
+        json.dumps({**ok, **change}).encode()
+        for ok in [
+            {
+                "model": "m",
+                "adapter": None,
+                "protocol": "p",
+                "tasks": {"boolq": {"total": 2}},
+                "settings": {"prompt": "alpaca", "dtype": "float32"},
+            }
+        ]
+        for change in [
+            {"tasks": []},
+            {"tasks": {}},
+            {"tasks": {"boolq": 2}},
+            {"tasks": {"boolq": {}}},
+            {"tasks": {"boolq": {"total": "2"}}},
+            {"tasks": {"boolq": {"total": 0}}},
+            {"tasks": {"boolq": {"total": True}}},
+            {"tasks": {"../../boolq": {"total": 2}}},
+            {"settings": None},
+            {"settings": {"prompt": "alpaca"}},
+            {"settings": {"prompt": ["alpaca"], "dtype": "float32"}},
+            {"model": None},
+            {"adapter": ["a"]},
+            {"protocol": 1},
+        ]
+    ),
+]
+
+_SOUND = {"index": 0, "prompt_hash": "h", "output": "", "prediction": "true", "answer": "true"}
+PREDICTIONS: list[bytes] = [
+    b"[]",
+    b"3",
+    b'"text"',
+    b"{",
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    b'{"index": ' + b"9" * 5000 + b"}",
+    *(
+        json.dumps({**_SOUND, **change}).encode()
+        for change in [
+            {"index": "0"},
+            {"index": 1.5},
+            {"index": -1},
+            {"index": True},
+            {"prediction": ["true"]},
+            {"answer": None},
+            {"output": 7},
+            {"prompt_hash": {}},
+            {"margin": "wide"},
+            {"margin": float("nan")},
+            {"per_token": 1},
+            {"note": []},
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("results.json", content) for content in RESULTS),
+        *(("predictions/boolq.jsonl", content) for content in PREDICTIONS),
+    ],
+)
+def test_files_of_other_types_are_one_line(
+    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_run(tmp_path / "a", {"boolq": ["true", "true"]})
+    b = write_run(tmp_path / "b", {"boolq": ["true", "false"]})
+    (b / name).write_bytes(content)
+    assert main([str(a), str(b), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 500
+    assert str(b / name) in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["results.json", "predictions/boolq.jsonl"])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_ordinary_file_is_one_line(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_run(tmp_path / "a", {"boolq": ["true", "true"]})
+    (a / name).unlink()
+    if kind == "folder":
+        (a / name).mkdir()
+    else:
+        os.mkfifo(a / name)
+    assert main([str(a), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not an ordinary file" in error and str(a / name) in error
+
+
+def test_names_with_marks_of_mathematics_are_drawn_as_they_are(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, {"boolq": ["true"]}) for name in ("cost_$5_to_$9", "{x^$_\\frac$")]
+    assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
