@@ -108,8 +108,10 @@ def debug_asked(arguments: Sequence[str]) -> bool:
 
 
 def is_rank_zero() -> bool:
-    """Whether the launcher's environment says that this is process 0, or names no process."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether the launcher's environment says that this is process 0, or names no process of the run."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    named = rank.isdecimal() and world.isdecimal() and len(rank + world) < 20 and int(rank) < int(world)
+    return not named or int(rank) == 0
 
 
 def run_parsed(

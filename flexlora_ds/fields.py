@@ -108,6 +108,8 @@ def convert(value: object, kind: Any, *, text: bool) -> Any:
         if bounds is not None and isinstance(converted, (int, float)) and not bounds.holds(converted):
             raise ValueError("is out of range")
         return converted
+    if isinstance(value, str) and not _is_text(value):
+        raise ValueError("holds a character that no text file holds")
     raise ValueError("is not allowed")
 
 
@@ -214,7 +216,7 @@ def _as_member(value: object, kind: Any, text: bool) -> object:
     if kind in (int, float):
         return _as_number(value, kind, text)
     if kind is str:
-        return value if isinstance(value, str) else _MISFIT
+        return value if isinstance(value, str) and _is_text(value) else _MISFIT
     return _as_names(value, text)
 
 
@@ -244,4 +246,9 @@ def _as_names(value: object, text: bool) -> object:
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
         return _MISFIT
     names = tuple(entry.strip() for entry in entries)
-    return names if names and all(names) else _MISFIT
+    return names if names and all(name and _is_text(name) for name in names) else _MISFIT
+
+
+def _is_text(value: str) -> bool:
+    """Whether files and file names can hold it: no null character, no half of a surrogate pair."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from launch.distributed.environment import port_faults, require_environment, require_rendezvous
 from launch.distributed.extensions import limit_threads, prepare_extensions
 
 
@@ -28,16 +29,22 @@ class Process:
 
 
 def world_size_of_environment() -> int:
-    """The number of processes as the launcher says, before communication begins."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes as the launcher says, before communication begins.
+
+    Raises:
+        UserError: as `require_environment`.
+    """
+    return require_environment()
 
 
 def join_processes() -> Process:
     """Begin communication, under a launcher or alone, with or without a GPU.
 
     Raises:
-        UserError, RunError: as `prepare_extensions` (a CPU run without a C++ compiler).
+        UserError, RunError: as `prepare_extensions` (a CPU run without a C++ compiler), and where the environment
+            leads to no other process, or the port is in use.
     """
+    require_rendezvous()
     gpus = choose_accelerator()
     threads = limit_threads()
     prepare_extensions()
@@ -52,7 +59,8 @@ def join_processes() -> Process:
     if gpus:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False)
+    with port_faults():
+        deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False)
     return Process(comm.get_rank(), comm.get_world_size(), device, threads)
 
 

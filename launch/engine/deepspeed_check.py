@@ -9,12 +9,15 @@ import bisect
 import copy
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flexlora_ds.command import one_line
+from flexlora_ds.config import AboveZero, Positive
 from flexlora_ds.errors import UserError
+from flexlora_ds.fields import convert, quote, remedy
 from launch.engine.ds_config import AUTO, DECIDED
 from launch.engine.ds_json import DsJson
+from launch.engine.unsupported import lookup
 
 Settings = Mapping[str, Any]
 
@@ -28,6 +31,25 @@ WRONG_VALUES = (
     NotImplementedError,
 )
 """What DeepSpeed raises for a value of another type or range, beside its own DeepSpeedConfigError."""
+UNCHECKED: Mapping[str, Any] = {
+    **dict.fromkeys(
+        (
+            "dataloader_drop_last",
+            "disable_allgather",
+            "disable_python_gc",
+            "dump_state",
+            "memory_breakdown",
+            "prescale_gradients",
+            "wall_clock_breakdown",
+        ),
+        bool,
+    ),
+    "data_types.grad_accum_dtype": Literal["fp32", "fp16", "bf16"],
+    "gradient_predivide_factor": AboveZero,
+    "log_level": Literal["debug", "info", "warning", "error", "critical"],
+    "steps_per_print": Positive,
+}
+"""What DeepSpeed reads without looking, and fails on in the middle of a run (0.19.8)."""
 _LONGEST = 200
 """Characters of a value, and of DeepSpeed's words, in a message."""
 
@@ -41,6 +63,8 @@ def require_accepted(source: DsJson) -> None:
         UserError: DeepSpeed refuses it; its words, and the dotted key that they are about.
     """
     settings = _own_part(source.settings)
+    for unchecked, kind in UNCHECKED.items():
+        _require_kind(lookup(settings, unchecked), kind, f"{source.origin}, key {unchecked}")
     error = _refusal(settings)
     if error is None:
         return
@@ -53,6 +77,18 @@ def require_accepted(source: DsJson) -> None:
         f"{source.origin}, key {'.'.join(path)}",
         "correct or remove it",
     )
+
+
+def _require_kind(value: Any, kind: Any, place: str) -> None:
+    """Raise UserError where a value that is there has another type, or is out of bounds."""
+    if value is None:
+        return
+    try:
+        convert(value, kind, text=False)
+    except ValueError as error:
+        raise UserError(
+            f"{quote(value, text=False)} {error}", place, remedy(value, kind, text=False)
+        ) from None
 
 
 def _own_part(settings: Settings, parents: str = "") -> dict[str, Any]:

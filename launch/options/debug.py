@@ -6,11 +6,10 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 
-import yaml
-
 from flexlora_ds.command import debug_asked
 from flexlora_ds.errors import UserError
-from launch.options.sources import find_recipe
+from launch.options.sources import find_recipe, recipe_text
+from launch.options.yaml_text import read_entries
 
 
 def debug_wanted(arguments: Sequence[str], default_recipe: str) -> bool:
@@ -19,8 +18,8 @@ def debug_wanted(arguments: Sequence[str], default_recipe: str) -> bool:
     if "--debug" in words:
         return debug_asked(arguments)
     given = dict(itertools.pairwise(words))
-    with contextlib.suppress(UserError, OSError, ValueError, yaml.YAMLError):
-        text = find_recipe(given.get("--recipe", default_recipe)).read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text)
-        return isinstance(recipe, dict) and recipe.get("debug") in (True, "true")
+    with contextlib.suppress(UserError, OSError):
+        path = find_recipe(given.get("--recipe", default_recipe))
+        entries = read_entries(recipe_text(path), str(path))
+        return any(entry.key == "debug" and entry.value() in (True, "true") for entry in entries)
     return False

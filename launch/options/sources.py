@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import nearest
+from flexlora_ds.files.reading import MIB, read_text
+from launch.options.yaml_text import read_entries
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
@@ -99,44 +99,28 @@ def read_recipe(path: Path, known: Collection[str]) -> Given:
     Raises:
         UserError: the file cannot be read, is no flat YAML mapping, or has an unknown or repeated key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read the recipe: {error}", str(path), "give a readable UTF-8 file"
-        ) from error
-    return read_yaml(text, str(path), known)
+    return read_yaml(recipe_text(path), str(path), known)
+
+
+def recipe_text(path: Path) -> str:
+    """The text of a recipe file. Raises UserError where it cannot be read."""
+    return read_text(path, "give a YAML file of at most 1 MiB", limit=MIB)
 
 
 def read_yaml(text: str, origin: str, known: Collection[str]) -> Given:
     """As `read_recipe`, from the text of the file; `origin` names it in messages."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(_yaml_fault(error, origin)) from error
-    if node is None:
-        return Given({}, {})
-    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, str) for key in values):
-        raise UserError("a recipe holds 'key: value' lines", origin, "this one has another form")
+    values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for key_node, _ in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
+    for entry in read_entries(text, origin):
+        key, place = entry.key, entry.place
         if key not in known:
-            raise UserError(f"unknown key {key!r}", f"{origin}, line {line}", f"{_meant(key, known)}")
+            raise UserError(f"unknown key {key!r}", place, _meant(key, known))
         if key in places:
-            raise UserError(f"key {key} stands twice", f"{origin}, line {line}", "remove one of them")
-        places[key] = f"{origin}, line {line}"
+            raise UserError(f"key {key} stands twice", place, "remove one of them")
+        values[key], places[key] = entry.value(), place
     return Given(values, places)
 
 
 def _meant(key: str, known: Collection[str]) -> str:
     close = nearest(key, known, FOREIGN_KEYS)
     return f"did you mean {close}?" if close else "--help lists all keys"
-
-
-def _yaml_fault(error: yaml.YAMLError, origin: str) -> str:
-    mark = getattr(error, "problem_mark", None)
-    line = f", line {mark.line + 1}" if mark else ""
-    problem = getattr(error, "problem", None) or "it cannot be parsed"
-    return f"not valid YAML: {problem} ({origin}{line}); correct it"

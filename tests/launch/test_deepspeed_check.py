@@ -46,6 +46,26 @@ def test_the_key_is_named(settings: dict[str, Any], key: str, words: str) -> Non
     assert f"{key}); correct or remove it" in line and words in line
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"steps_per_print": "x"},
+            "'x' is not allowed (DeepSpeed config, key steps_per_print); give a whole",
+        ),
+        ({"gradient_predivide_factor": 0}, "0 is out of range"),
+        ({"log_level": "1"}, "key log_level); give 'debug', 'info'"),
+        ({"wall_clock_breakdown": [1]}, "key wall_clock_breakdown); give true or false"),
+        ({"data_types": {"grad_accum_dtype": "int8"}}, "key data_types.grad_accum_dtype"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_deepspeed_reads_without_looking(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        require_accepted(read_ds_json(settings))
+    assert said in str(caught.value)
+
+
 def test_one_wrong_key_among_thousands_is_found() -> None:
     many = {f"key_{i}": i for i in range(20_000)}
     line = refusal({**many, "zero_optimization": {"stage": 2, "contiguous_gradients": []}, "z": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,17 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.fields import OnResume, option_specs
 from flexlora_ds.schedule import resolve_calendar
 from launch.data.batch_layout import batch_layout
+from launch.options.debug import debug_wanted
 from launch.options.help import field_lines, help_text, options_markdown
-from launch.options.train_options import GROUPS, SPECS, Method, TrainOptions, by_group, parse_options
+from launch.options.train_options import (
+    DEFAULT_RECIPE,
+    GROUPS,
+    SPECS,
+    Method,
+    TrainOptions,
+    by_group,
+    parse_options,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,7 +193,17 @@ def test_bad_command_lines_are_named_with_what_to_do(argv: list[str], parts: lis
         ("model: m\nrank: true\n", ["rank true"]),
         ("model: m\ndry_run: 3\n", ["dry_run 3", "true or false"]),
         ("model: m\nmin_rank: 9\n", ["min_rank 9 is above rank 8", "line 2"]),
-        ("model: !!python/object:os.system x\n", ["not valid YAML"]),
+        ("model: !!python/object:os.system x\n", ["YAML tag", "os.system", "line 1"]),
+        ("model: m\nrank: !!binary aGk=\n", ["rank has the YAML tag", "line 2", "without a tag"]),
+        ("rank: &a [1, 2]\nalpha: &b [*a, *a]\nmodel: [*b, *b]\n", ["alpha holds a nested value"]),
+        ("model: &a [*a]\n", ["model holds a nested value"]),
+        ("model: {a: 1}\n", ["model holds a nested value", "line 1"]),
+        ("model: " + "[" * 5_000, ["nested too deeply"]),
+        ("<<: {rank: 4}\n", ["unknown key '<<'"]),
+        ("? [a]\n: 1\n", ["key: value"]),
+        ("rank: 1" + "0" * 5_000, ["rank 1000", "is not allowed", "a whole number", "line 1"]),
+        ('model: "\\ud800"\n', ["model", "holds a character that no text file holds", "line 1"]),
+        ('model: "a\\0b"\n', ["model", "holds a character that no text file holds"]),
     ],
 )
 def test_bad_recipes_are_named_with_file_and_line(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -192,6 +212,31 @@ def test_bad_recipes_are_named_with_file_and_line(tmp_path: Path, text: str, par
     message = refused("--recipe", str(path))
     assert "bad.yaml" in message
     assert all(part in message for part in parts), message
+
+
+def test_a_date_is_the_name_that_it_looks_like(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: 2026-01-31\ndata: 2026-13-45\nrank: &r 4\nmin_rank: *r\n")
+    options = parse_options(["--recipe", str(path)])
+    assert (options.model, options.data, options.rank, options.min_rank) == ("2026-01-31", "2026-13-45", 4, 4)
+
+
+def test_what_is_no_recipe_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in ("/dev/zero", str(tmp_path / "pipe.yaml"), str(tmp_path), "a\0b"):
+        assert "no recipe file" in refused("--recipe", name)
+        assert not debug_wanted(["--recipe", name], DEFAULT_RECIPE)
+    large = tmp_path / "large.yaml"
+    large.write_text("#" * (2 << 20))
+    assert "longer than 1 MiB" in refused("--recipe", str(large))
+
+
+def test_debug_is_found_in_a_recipe_with_other_faults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("rnk: 4\ndebug: true\n")
+    assert debug_wanted(["--recipe", str(path)], DEFAULT_RECIPE)
+    path.write_text("debug: " + "[" * 5_000)
+    assert not debug_wanted(["--recipe", str(path)], DEFAULT_RECIPE)
 
 
 def test_an_unreadable_recipe_is_an_error(tmp_path: Path) -> None:
