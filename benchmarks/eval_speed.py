@@ -28,6 +28,7 @@ from benchmarks.eval_contenders import ROUNDS, Contender, Key, forward, greedy, 
 from eval.items import Item, TaskItems, load_questions, tokenise
 from eval.model.language_model import LanguageModel
 from eval.model.loading import load, resolve_prompt
+from eval.model.merging import merge_adapter
 from eval.options import Options, parse_options
 from eval.predictions import Prediction
 from eval.results import versions
@@ -71,7 +72,7 @@ def contenders_of(
         forward(lm, tasks),
     ]
     if known.merged:
-        merged = LanguageModel(copy.deepcopy(lm.model).merge_and_unload(), lm.tokenizer)
+        merged = LanguageModel(merge_adapter(copy.deepcopy(lm.model)), lm.tokenizer)
         for mode in ("generate", "score"):
             found.append(ours(merged, tasks, mode, {}, f"{mode}, merged"))
     return found

@@ -40,8 +40,11 @@ def logits_apart(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
 
 
 def most_apart(dtype: torch.dtype) -> float:
-    """What rounding may add up to over the layers of a model in `dtype`, as a share of the logits' norm."""
-    return 1e-3 if dtype == torch.float32 else 5e-2
+    """What rounding may add up to over the layers of a model in `dtype`, as a share of the logits' norm.
+
+    Several times what twelve layers of wide random weights show: 2e-6 in fp32, 3e-3 in fp16, 3e-2 in bf16.
+    """
+    return {torch.float32: 1e-3, torch.float16: 2e-2}.get(dtype, 1e-1)
 
 
 def adapted_logits(base: Any, folder: Path) -> Tensor:

@@ -67,7 +67,7 @@ ZOO: dict[str, dict[str, Any]] = {
         "new_decoder_architecture": True,
         "num_kv_heads": 2,
     },
-    # Learnt positions with an offset, counted from the mask.
+    # Learnt positions with an offset, counted from the mask; dropout of its own.
     "opt": {
         "hidden_size": 32,
         "ffn_dim": 64,
@@ -75,17 +75,13 @@ ZOO: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
         "word_embed_proj_dim": 32,
-        "dropout": 0.0,
     },
-    # Weights stored the other way round (Conv1D), no linear layer but the head.
+    # Weights stored the other way round (Conv1D), no linear layer but the head; dropout of its own.
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
         "n_head": 4,
         "n_positions": 512,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
     },
 }
 """transformers' configurations by their model type."""
