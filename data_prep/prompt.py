@@ -37,15 +37,23 @@ def _check_style(style: str) -> None:
 
 
 def _alpaca(record: Record) -> str:
+    before = "".join(
+        f"### Instruction:\n{question}\n\n### Response:\n{answer}\n\n"
+        for question, answer in record.get("history", ())
+    )
+    told = f"{record['system']}\n\n" if "system" in record else ""
     if record["input"]:
         return (
-            f"{_WITH_INPUT}\n\n### Instruction:\n{record['instruction']}\n\n"
+            f"{told}{_WITH_INPUT}\n\n{before}### Instruction:\n{record['instruction']}\n\n"
             f"### Input:\n{record['input']}\n\n### Response:\n"
         )
-    return f"{_PLAIN}\n\n### Instruction:\n{record['instruction']}\n\n### Response:\n"
+    return f"{told}{_PLAIN}\n\n{before}### Instruction:\n{record['instruction']}\n\n### Response:\n"
 
 
 def _llm_adapters(record: Record, first_line: str, blank_line: str) -> str:
+    for key in ("system", "history"):
+        if key in record:
+            raise UserError(f"the prompt llm_adapters has no place for {key!r}", mend="use alpaca or chat")
     sections = [("Instruction", record["instruction"])]
     if record["input"]:
         sections.append(("Input", record["input"]))
@@ -56,7 +64,7 @@ def _llm_adapters(record: Record, first_line: str, blank_line: str) -> str:
 def training_text(record: Record, style: str) -> tuple[str, str]:
     """The prompt and the answer of a training example; their concatenation is the published training string.
 
-    Raises UserError for an unknown style.
+    Raises UserError for an unknown style, or one that has no place for all that the record says.
     """
     _check_style(style)
     if style == "alpaca":
@@ -68,7 +76,7 @@ def training_text(record: Record, style: str) -> tuple[str, str]:
 def evaluation_prompt(record: Record, style: str) -> str:
     """The string that is given to the model to continue.
 
-    Raises UserError for an unknown style.
+    Raises UserError as `training_text`.
     """
     _check_style(style)
     if style == "alpaca":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.records import iter_objects
+from data_prep.json_items import iter_objects
 from data_prep.rows import Row
 from data_prep.tasks import HubPlace, Split, Task
 from flexlora_ds.errors import UserError

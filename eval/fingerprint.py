@@ -45,4 +45,6 @@ def fingerprint_task(task: TaskItems) -> str:
     for item in task.items:
         question = item.question
         digest.update("\0".join([question.prompt_hash, *question.answers, question.answer, ""]).encode())
+        if question.chat is not None:  # what a chat template makes of it
+            digest.update(repr((item.prompt, item.candidates)).encode())
     return digest.hexdigest()[:16]

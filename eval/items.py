@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from data_prep.chat import as_chat, as_record, chat_prompts
+from data_prep.chat import as_chat, as_record, encode_questions
+from data_prep.chat_template import ChatTemplate
+from data_prep.messages import ChatRecord
 from data_prep.prompt import CHAT, encode_answers, encode_prompts, evaluation_prompt
-from data_prep.records import ChatRecord, load_entries
+from data_prep.records import Entry, load_entries
 from data_prep.tasks import TASKS
 from eval.parsing import read_answer
 from eval.protocols import ANSWER_PREFIX
@@ -89,49 +91,85 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> Tokens:
     return tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def load_questions(data: Path, task: str, style: str, limit: int | None = None) -> list[Question]:
-    """The first `limit` records of `<data>/<task>/test.json`. UserError names file and malformed record."""
+def load_questions(
+    data: Path,
+    task: str,
+    style: str,
+    limit: int | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> list[Question]:
+    """The first `limit` records of `<data>/<task>/test.json`; `note` as of `load_entries`.
+
+    Raises:
+        UserError: names file and malformed record.
+    """
     path = data / task / "test.json"
-    questions = []
-    for index, entry in enumerate(load_entries(path, need_answer=True)[:limit]):
-        record = as_record(entry)
-        answers = tuple(TASKS[task].answers(record))
-        if len(answers) < 2 or record["answer"] not in answers:
-            raise UserError(
-                f"the answer {record['answer']!r} is not one of the instruction's choices {list(answers)}",
-                f"{path}, record {index + 1}",
-                "rebuild the file with python -m data_prep",
-            )
-        chat = as_chat(entry) if style == CHAT or "messages" in entry else None
+    entries = load_entries(path, need_answer=True, note=note)[:limit]
+    return [
+        _question(task, index, entry, style, f"{path}, record {index + 1}")
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _question(task: str, index: int, entry: Entry, style: str, place: str) -> Question:
+    record = as_record(entry)
+    answers = tuple(TASKS[task].answers(record))
+    if len(answers) < 2 or record["answer"] not in answers:
+        raise UserError(
+            f"the answer {record['answer']!r} is not one of the instruction's choices {list(answers)}",
+            place,
+            "rebuild the file with python -m data_prep",
+        )
+    chat = as_chat(entry) if style == CHAT or "messages" in entry else None
+    try:
         prompt = json.dumps(chat["messages"][:-1]) if chat else evaluation_prompt(record, style)
-        questions.append(Question(task, index, prompt, answers, record["answer"], chat))
-    return questions
+    except UserError as error:
+        raise error.at(place) from None
+    return Question(task, index, prompt, answers, record["answer"], chat)
 
 
-def tokenise(task: str, questions: Sequence[Question], tokenizer: Any) -> TaskItems:
-    """Token ids as in training: prompts with the tokenizer's own BOS, no EOS; candidates with neither."""
-    chats = [question.chat for question in questions if question.chat is not None]
-    if chats:
-        prompts = chat_prompts(tokenizer, chats, lambda i: f"{task}/test.json, record {i + 1}")
+def tokenise(task: str, questions: Sequence[Question], tokenizer: Any, day: str | None = None) -> TaskItems:
+    """Token ids as in training: prompts with the tokenizer's own BOS, no EOS; candidates with neither.
+
+    Candidates of chats are what the chat template writes for them. `day`: the date that it is given.
+
+    Raises:
+        UserError: the template does not take a chat; it names task and record.
+    """
+    if any(question.chat for question in questions):
+        items = _chat_items(task, questions, ChatTemplate(tokenizer, day))
     else:
-        prompts = [
-            tuple(row) for row in encode_prompts(tokenizer, [question.prompt for question in questions])
-        ]
-    texts = sorted({answer for question in questions for answer in question.answers})
-    encoded = encode_answers(tokenizer, [ANSWER_PREFIX + text for text in texts])
-    ids: dict[str, Tokens] = {text: tuple(row) for text, row in zip(texts, encoded, strict=True)}
-    items = tuple(
-        Item(question, prompt, tuple(ids[answer] for answer in question.answers))
-        for question, prompt in zip(questions, prompts, strict=True)
-    )
+        items = _text_items(questions, tokenizer)
+    prompts = [item.prompt for item in items]
     longest_shareable = min(map(len, prompts)) - 1  # at least one token of each prompt must be computed
     return TaskItems(
         task=task,
         pattern=re.compile(TASKS[task].pattern),
         items=items,
         shared_prefix=common_prefix(prompts)[:longest_shareable],
-        answer_prefix=common_prefix(list(ids.values())),
+        answer_prefix=common_prefix([candidate for item in items for candidate in item.candidates]),
         single_position=all(_differ_in_last_token(item.candidates) for item in items),
+    )
+
+
+def _chat_items(task: str, questions: Sequence[Question], template: ChatTemplate) -> tuple[Item, ...]:
+    chats = [question.chat for question in questions if question.chat is not None]
+    candidates = [[ANSWER_PREFIX + answer for answer in question.answers] for question in questions]
+    encoded = encode_questions(template, chats, candidates, lambda i: f"{task}/test.json, record {i + 1}")
+    return tuple(
+        Item(question, asked.prompt, asked.candidates)
+        for question, asked in zip(questions, encoded, strict=True)
+    )
+
+
+def _text_items(questions: Sequence[Question], tokenizer: Any) -> tuple[Item, ...]:
+    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
+    texts = sorted({answer for question in questions for answer in question.answers})
+    encoded = encode_answers(tokenizer, [ANSWER_PREFIX + text for text in texts])
+    ids: dict[str, Tokens] = {text: tuple(row) for text, row in zip(texts, encoded, strict=True)}
+    return tuple(
+        Item(question, tuple(prompt), tuple(ids[answer] for answer in question.answers))
+        for question, prompt in zip(questions, prompts, strict=True)
     )
 
 

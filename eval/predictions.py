@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.chat_template import as_day
 from data_prep.tasks import TASKS
 from eval.items import Question, TaskItems
 from flexlora_ds.errors import RunError, UserError
@@ -24,8 +25,12 @@ from flexlora_ds.files.lock import locked
 from flexlora_ds.files.reading import JSON_FAULTS, MIB, json_fault, open_ordinary, read_json_object
 from flexlora_ds.files.text import remove_parts, write_json_atomically, write_text_atomically
 
+_ANOTHER_OUT = "remove its folder or choose another --out"
 _LONGEST = 1024 * MIB
 _FILES = ("settings.json", "results.json", "table.md")
+
+TEMPLATE_DATE = "template_date"
+"""The setting that names the date which the chat template is given."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class PredictionFolder:
                     "settings.json is missing",
                     remedy,
                 )
-            before = read_json_object(path, "remove its folder or choose another --out")
+            before = read_json_object(path, _ANOTHER_OUT)
             for key in {**before, **settings}:
                 if before.get(key) != settings.get(key):
                     raise UserError(
@@ -168,6 +173,12 @@ class PredictionFolder:
                         remedy,
                     )
         write_json_atomically(path, dict(settings))
+
+    def template_date(self) -> str | None:
+        """The date that the chat template was given in the evaluation which is here; None without one."""
+        path = self.out / "settings.json"
+        known = read_json_object(path, _ANOTHER_OUT) if path.is_file() else {}
+        return as_day(known.get(TEMPLATE_DATE))
 
     def merge_logs(self, tasks: Iterable[TaskItems]) -> None:
         """Merge the prediction logs into the task files; one process calls this, while none writes."""

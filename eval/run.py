@@ -6,17 +6,18 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from data_prep.chat_template import asks_for_day, today
 from data_prep.prompt import CHAT
 from eval.answering.backends import Answering, Backend, open_backend
 from eval.answering.batching import Batch, order_batches, plan_batches
 from eval.fingerprint import fingerprint_files, fingerprint_task
 from eval.items import Question, TaskItems, load_questions, require_known_tokens, tokenise
-from eval.model.loading import resolve_prompt
+from eval.model.loading import recorded_date, resolve_prompt
 from eval.options import Options
-from eval.predictions import PredictionFolder, unanswered
+from eval.predictions import TEMPLATE_DATE, PredictionFolder, unanswered
 from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS
 from eval.results import count, summarise, table
 from eval.workers import Team
@@ -35,16 +36,18 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     threads = team.set_threads()
     quiet_libraries()
     style, warning = resolve_prompt(options.prompt, options.adapter)
-    questions = _load_all_questions(options, style)
+    questions = _load_all_questions(options, style, _print_note if team.is_rank_zero else lambda line: None)
     if all(question.chat for found in questions.values() for question in found):
         style = CHAT
     _require_one_process(options, team)
     backend = open_backend(options, team.device())
-    tasks = {task: tokenise(task, found, backend.tokenizer) for task, found in questions.items()}
+    team.connect()
+    day = _template_date(options, style, backend.tokenizer, team)
+    tasks = {task: tokenise(task, found, backend.tokenizer, day) for task, found in questions.items()}
     if backend.vocabulary is not None:
         require_known_tokens(tasks.values(), backend.tokenizer, backend.vocabulary)
     answerer = backend.answerer(PROTOCOLS[options.mode], tasks)
-    settings = _settings(options, style, backend, tasks)
+    settings = _settings(options, style, backend, tasks, day)
     folder = PredictionFolder(options.out)
     if team.is_rank_zero:
         _print_note(warning and f"warning: {warning}")
@@ -52,7 +55,6 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
         folder.check_settings(settings)
         folder.merge_logs(tasks.values())
         _record_too_long(answerer, backend.context, tasks, folder)
-    team.connect()
     budget = int(team.broadcast("batch tokens", str(options.batch_tokens or answerer.default_tokens())))
     team.started = True
     batches = _plan(answerer, tasks, folder, budget, backend.most_rows or options.batch_size, team)
@@ -70,7 +72,9 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     return _report(options, tasks, folder, settings, seconds)
 
 
-def _load_all_questions(options: Options, style: str) -> dict[str, list[Question]]:
+def _load_all_questions(
+    options: Options, style: str, note: Callable[[str], None]
+) -> dict[str, list[Question]]:
     missing = [task for task in options.tasks if not (options.data / task / "test.json").is_file()]
     if missing:
         there = [task for task in options.tasks if task not in missing]
@@ -78,7 +82,18 @@ def _load_all_questions(options: Options, style: str) -> dict[str, list[Question
         if there:
             remedy += f", or choose --tasks {','.join(there)}"
         raise UserError(f"no test.json for {', '.join(missing)}", f"--data {options.data}", remedy)
-    return {task: load_questions(options.data, task, style, options.limit) for task in options.tasks}
+    return {task: load_questions(options.data, task, style, options.limit, note) for task in options.tasks}
+
+
+def _template_date(options: Options, style: str, tokenizer: Any, team: Team) -> str | None:
+    """The date that the chat template is given, on all processes; None where it asks for none.
+
+    It is that of the adapter's training, else of the evaluation that `--out` holds, else today.
+    """
+    if style != CHAT or not asks_for_day(tokenizer):
+        return None
+    known = recorded_date(options.adapter) or PredictionFolder(options.out).template_date()
+    return team.broadcast("template date", known or today())
 
 
 def _require_one_process(options: Options, team: Team) -> None:
@@ -89,7 +104,9 @@ def _require_one_process(options: Options, team: Team) -> None:
         )
 
 
-def _settings(options: Options, style: str, backend: Backend, tasks: dict[str, TaskItems]) -> dict[str, Any]:
+def _settings(
+    options: Options, style: str, backend: Backend, tasks: dict[str, TaskItems], day: str | None
+) -> dict[str, Any]:
     """Everything that can change a prediction; results under one `--out` share it."""
     found = dict(backend.settings)
     revision = found.pop("revision", None)
@@ -101,6 +118,7 @@ def _settings(options: Options, style: str, backend: Backend, tasks: dict[str, T
         "merge": options.merge,
         "protocol": PROTOCOLS[options.mode].label,
         "prompt": style,
+        **({TEMPLATE_DATE: day} if day else {}),
         "max_new_tokens": MAX_NEW_TOKENS,
         **found,
         "limit": options.limit,

@@ -29,7 +29,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 METHOD_FILE = "flexlora.json"
 PROMPT_FILE = "prompt.json"
-"""`{"prompt": STYLE}`: the prompt that the adapter was trained with; an evaluation asks with the same."""
+"""`{"prompt": STYLE}`: the prompt that the adapter was trained with; an evaluation asks with the same.
+
+With `"date"` where its chat template was given one."""
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METHOD_FILE, PROMPT_FILE)
 """What an adapter's folder holds of ours."""
 PREFIX = "base_model.model."
@@ -75,6 +77,8 @@ class LoraAdapter:
     """Written beside the adapter as `flexlora.json`, where PEFT does not look."""
     prompt: str | None = None
     """The prompt style it was trained with, where that is known: `prompt.json` beside the adapter."""
+    prompt_date: str | None = None
+    """The date that its chat template was given, as YYYY-MM-DD, where that asks for one: there too."""
     fan_in_fan_out: bool = False
     """PEFT's name for layers that store their weight as [in, out] (Conv1D). A and B are the same for both."""
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -92,16 +96,25 @@ def write_peft_adapter(
     extra: Mapping[str, Any] | None = None,
     prompt: str | None = None,
     *,
+    prompt_date: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> None:
     """Write a FlexLoRA adapter to `folder` in PEFT's format; what was there is replaced once it is complete.
 
     `matrices` holds whole tensors (at ZeRO-3: gathered; one process writes). `base_model_name` is what the
     user called the base model. `extra` goes into `flexlora.json` beside the method's configuration.
+    `prompt_date`: that of `LoraAdapter`.
     `fan_in_fan_out`: the layers store their weights as [in, out] (`flexlora_ds.orientation`).
     """
     adapter = lora_of(
-        matrices, config, base_model_name, revision, extra, prompt, fan_in_fan_out=fan_in_fan_out
+        matrices,
+        config,
+        base_model_name,
+        revision,
+        extra,
+        prompt,
+        prompt_date=prompt_date,
+        fan_in_fan_out=fan_in_fan_out,
     )
     write_adapter(folder, adapter)
 
@@ -114,6 +127,7 @@ def lora_of(
     extra: Mapping[str, Any] | None = None,
     prompt: str | None = None,
     *,
+    prompt_date: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> LoraAdapter:
     """A FlexLoRA adapter as a LoRA: B = P diag(λ), A = Q, one scale; arguments as of `write_peft_adapter`."""
@@ -127,6 +141,7 @@ def lora_of(
         dropout=config.dropout,
         notes={"config": config.to_dict(), **(extra or {})},
         prompt=prompt,
+        prompt_date=prompt_date,
         fan_in_fan_out=fan_in_fan_out,
     )
 
@@ -150,7 +165,12 @@ def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
         if adapter.notes:
             _write_json(fresh / METHOD_FILE, adapter.notes)
         if adapter.prompt is not None:
-            _write_json(fresh / PROMPT_FILE, {"prompt": adapter.prompt})
+            _write_json(fresh / PROMPT_FILE, prompt_note(adapter.prompt, adapter.prompt_date))
+
+
+def prompt_note(prompt: str, day: str | None) -> dict[str, str]:
+    """What `prompt.json` says."""
+    return {"prompt": prompt, "date": day} if day else {"prompt": prompt}
 
 
 def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:

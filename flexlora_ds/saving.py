@@ -21,6 +21,7 @@ def save_adapter(
     *,
     base_model: str,
     prompt: str | None = None,
+    prompt_date: str | None = None,
 ) -> dict[str, list[float]]:
     """Write P diag(λ) Q of every matrix, from the fp32 masters, as a LoRA with rank and alpha patterns; collective.
 
@@ -30,6 +31,7 @@ def save_adapter(
         engine: the DeepSpeed engine, at any ZeRO stage.
         base_model: what the adapter is for, as `from_pretrained` takes it.
         prompt: the prompt that it was trained with; `python -m eval` asks with the same.
+        prompt_date: the date that the chat template was given, as YYYY-MM-DD, where it asks for one.
 
     Returns:
         λ of every matrix on process 0, empty on the others.
@@ -50,6 +52,12 @@ def save_adapter(
         return {}
     factors = {n: AdapterFactors(masters[a.P], masters[a.lam], masters[a.Q]) for n, a in layers.items()}
     write_peft_adapter(
-        Path(folder), factors, config, base_model, prompt=prompt, fan_in_fan_out=any_transposed(layers)
+        Path(folder),
+        factors,
+        config,
+        base_model,
+        prompt=prompt,
+        prompt_date=prompt_date,
+        fan_in_fan_out=any_transposed(layers),
     )
     return {name: matrix.lam.tolist() for name, matrix in factors.items()}

@@ -28,7 +28,8 @@ from flexlora_ds.schedule import describe, due_steps
 from launch.command import NOT_BEGUN, known_failures
 from launch.data.batches import GlobalBatch
 from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
-from launch.distributed.agreement import on_all_ranks
+from launch.data.template_date import resolve_template_date
+from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
 from launch.engine.settled import Settled
@@ -55,7 +56,8 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
     tokenizer = load_tokenizer_of(options)
     process = join_processes()
     watcher.follow(process)
-    vocabulary = settled.skeleton.vocabulary
+    settled = settled.dated(on_rank_zero(process, lambda: resolve_template_date(options, tokenizer)))
+    options, vocabulary = settled.options, settled.skeleton.vocabulary
     data = on_all_ranks(process, lambda: prepare_data(options, tokenizer, vocabulary))
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)

@@ -7,8 +7,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep.json_items import iter_objects
 from data_prep.published.files import Published
-from data_prep.records import iter_objects
 
 
 class Verdict(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data_prep.chat_template import as_day
 from data_prep.prompt import PROMPTS
 from eval.model.language_model import LanguageModel
 from eval.model.merging import merge_adapter
@@ -16,6 +17,7 @@ from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
 from flexlora_ds.base_model.precision import TORCH_DTYPES, resolve_dtype
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import read_json_object
+from flexlora_ds.peft_format import PROMPT_FILE
 from flexlora_ds.peft_reading.attach import attach_adapter
 
 
@@ -54,14 +56,34 @@ def load(options: Options, device: torch.device) -> LanguageModel:
 
 def recorded_prompt(adapter: str | None) -> str | None:
     """The prompt style that the training run wrote next to the adapter (`prompt.json`), if it did."""
-    path = Path(adapter) / "prompt.json" if adapter is not None else None
-    if path is None or not path.exists():
+    path, said = _prompt_file(adapter)
+    if path is None:
         return None
-    remedy = 'write {"prompt": "alpaca"} or "llm_adapters" there'
-    style = read_json_object(path, remedy).get("prompt")
+    style = said.get("prompt")
     if not isinstance(style, str) or style not in PROMPTS:
-        raise UserError(f"{path} names no known prompt style", mend=remedy)
+        raise UserError(
+            f"{path} names no known prompt style", mend='write {"prompt": "alpaca"} or "llm_adapters" there'
+        )
     return style
+
+
+def recorded_date(adapter: str | None) -> str | None:
+    """The date that the chat template was given in training, if it asked for one. UserError where it is no date."""
+    path, said = _prompt_file(adapter)
+    if said.get("date") is None:
+        return None
+    day = as_day(said["date"])
+    if day is None:
+        raise UserError("the date is none", str(path), "write it as YYYY-MM-DD")
+    return day
+
+
+def _prompt_file(adapter: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The file beside the adapter, and the object in it; None and empty where there is none."""
+    path = Path(adapter) / PROMPT_FILE if adapter is not None else None
+    if path is None or not path.exists():
+        return None, {}
+    return path, read_json_object(path, 'write {"prompt": "alpaca"} there, or the style of its training')
 
 
 def resolve_prompt(requested: str, adapter: str | None) -> tuple[str, str | None]:

@@ -17,13 +17,14 @@ NOTES = "adapter"
 
 
 def adapter_notes(
-    config: FlexLoRAConfig, base_model: str, prompt: str, *, fan_in_fan_out: bool
+    config: FlexLoRAConfig, base_model: str, prompt: str, *, prompt_date: str | None, fan_in_fan_out: bool
 ) -> dict[str, Any]:
-    """What an adapter needs beside its tensors; JSON. The last is as in `write_peft_adapter`."""
+    """What an adapter needs beside its tensors; JSON. The last two are as in `write_peft_adapter`."""
     return {
         "config": config.to_dict(),
         "base_model": base_model,
         "prompt": prompt,
+        "prompt_date": prompt_date,
         "fan_in_fan_out": fan_in_fan_out,
     }
 
@@ -48,6 +49,7 @@ def read_checkpoint_adapter(folder: Path) -> LoraAdapter:
         config,
         notes["base_model"],
         prompt=notes["prompt"],
+        prompt_date=notes.get("prompt_date"),
         fan_in_fan_out=bool(notes.get("fan_in_fan_out")),
     )
 

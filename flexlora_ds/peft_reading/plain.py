@@ -48,7 +48,8 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
         default_alpha=float(config["lora_alpha"]),
         dropout=config.get("lora_dropout") or 0.0,
         notes=_read_beside(folder / METHOD_FILE),
-        prompt=_prompt(folder / PROMPT_FILE),
+        prompt=_text_beside(folder / PROMPT_FILE, "prompt"),
+        prompt_date=_text_beside(folder / PROMPT_FILE, "date"),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         base_weights=base_weights,
         folder=folder,
@@ -70,11 +71,11 @@ def _read_beside(path: Path) -> dict[str, Any]:
     return read_json_object(path, "write it again, or remove it") if path.exists() else {}
 
 
-def _prompt(path: Path) -> str | None:
-    prompt = _read_beside(path).get("prompt")
-    if prompt is not None and not isinstance(prompt, str):
-        raise UserError("the prompt is no text", str(path), "write it again, or remove it")
-    return prompt
+def _text_beside(path: Path, key: str) -> str | None:
+    text = _read_beside(path).get(key)
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"the {key} is no text", str(path), "write it again, or remove it")
+    return text
 
 
 def _matrices(

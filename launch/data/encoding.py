@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from data_prep.chat import as_chat, encode_chats
+from data_prep.chat_template import ChatTemplate
 from data_prep.prompt import CHAT, encode_answers, encode_prompts, evaluation_prompt, training_text
 from data_prep.records import Entry, Record
 from flexlora_ds.errors import UserError
@@ -20,21 +21,31 @@ from launch.data.examples import Examples
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from data_prep.messages import ChatRecord
+
+
+VERSION = 2
+"""Rises whenever the same records get other tokens, or others of them are learnt."""
 
 _CHUNK = 4096  # records per call of the tokenizer: bounds the memory held as Python lists
+_CHUNK_CHARACTERS = 4 << 20  # and what the tokenizer itself holds, some 160 bytes for each
 
-Encoded: TypeAlias = "tuple[list[int], list[bool]]"
-"""The token ids of one record, the end token included, and which of them are answers."""
+Encoded: TypeAlias = "tuple[list[int], list[bool], list[bool]]"
+"""The token ids of one record, the end token included; which of them are answers; which are never learnt."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How records become examples; the name of the data file is for messages."""
+    """How records become examples; the name of the data file is for messages.
+
+    `day`: the date that a chat template is given, where it asks for one.
+    """
 
     prompt: str
     cutoff_len: int
     train_on_inputs: bool
     place: str = "data"
+    day: str | None = None
 
 
 def tokenise(
@@ -49,7 +60,8 @@ def tokenise(
     of the answer + EOS, so that training and evaluation agree by construction. `llm_adapters`: the published
     training string tokenised as a whole + EOS; the loss starts after as many tokens as the string without its
     answer has (LLM-Adapters' finetune.py, `generate_and_tokenize_prompt`), whether or not these tokens are
-    the same. `chat`: the tokenizer's chat template; every answer with its end mark is learnt.
+    the same. `chat`: the tokenizer's chat template; every answer with its end mark is learnt. A message of weight 0
+    is never learnt.
 
     `progress` hears how many records are done. Raises UserError where there is no record, or where the tokenizer has
     no end token; UserError where it has no chat template that takes the chats.
@@ -61,11 +73,11 @@ def tokenise(
     dropped: list[int] = []
 
     def kept() -> Iterator[tuple[int, Any, Any]]:
-        for record_id, (ids, answers) in enumerate(_encoded(entries, tokenizer, how, progress)):
+        for record_id, (ids, answers, silent) in enumerate(_encoded(entries, tokenizer, how, progress)):
             if len(ids) > how.cutoff_len:
                 dropped.append(record_id)
                 continue
-            learnt = np.ones(len(ids), np.bool_) if how.train_on_inputs else np.asarray(answers, np.bool_)
+            learnt = np.logical_not(silent) if how.train_on_inputs else np.asarray(answers, np.bool_)
             yield record_id, np.asarray(ids, np.int32), learnt
 
     examples = Examples.pack(kept())
@@ -92,14 +104,37 @@ def _encoded(
     how: Encoding,
     progress: Callable[[int], None],
 ) -> Iterator[Encoded]:
-    for first in range(0, len(entries), _CHUNK):
-        chunk = entries[first : first + _CHUNK]
-        if how.prompt == CHAT or "messages" in chunk[0]:
-            yield from _encode_chats(chunk, tokenizer, partial(_place, how.place, first))
+    as_chats = how.prompt == CHAT or "messages" in entries[0]
+    template = ChatTemplate(tokenizer, how.day) if as_chats else None
+    for first, chunk in _chunks(entries):
+        place = partial(_place, how.place, first)
+        if template is not None:
+            yield from _encode_chats(chunk, template, place)
         else:
             encode = _encode_whole if how.prompt == "llm_adapters" else _encode_by_parts
-            yield from encode(cast("Sequence[Record]", chunk), tokenizer, how.prompt)
+            yield from encode(cast("Sequence[Record]", chunk), tokenizer, how.prompt, place)
         progress(first + len(chunk))
+
+
+def _chunks(entries: Sequence[Entry]) -> Iterator[tuple[int, Sequence[Entry]]]:
+    """The records in pieces that the tokenizer takes at once, each with the index of its first."""
+    first = characters = 0
+    for index, entry in enumerate(entries):
+        length = _length(entry)
+        if index > first and (index == first + _CHUNK or characters + length > _CHUNK_CHARACTERS):
+            yield first, entries[first:index]
+            first, characters = index, 0
+        characters += length
+    yield first, entries[first:]
+
+
+def _length(entry: Entry) -> int:
+    """Characters, about: what a record says."""
+    if "messages" in entry:
+        return sum(len(turn["content"]) for turn in cast("ChatRecord", entry)["messages"])
+    history = sum(len(text) for pair in entry.get("history", ()) for text in pair)
+    texts = (entry["instruction"], entry["input"], entry["output"], entry.get("system", ""))
+    return history + sum(map(len, texts))
 
 
 def _place(file: str, first: int, index: int) -> str:
@@ -107,10 +142,11 @@ def _place(file: str, first: int, index: int) -> str:
 
 
 def _encode_by_parts(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, style: str
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, style: str, place: Callable[[int], str]
 ) -> list[Encoded]:
+    parts = _training_texts(records, style, place)
     prompts = encode_prompts(tokenizer, [evaluation_prompt(record, style) for record in records])
-    answers = encode_answers(tokenizer, [training_text(record, style)[1] for record in records])
+    answers = encode_answers(tokenizer, [answer for _, answer in parts])
     eos = tokenizer.eos_token_id
     return [
         _answered([*prompt, *answer, eos], len(prompt))
@@ -118,8 +154,10 @@ def _encode_by_parts(
     ]
 
 
-def _encode_whole(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, style: str) -> list[Encoded]:
-    parts = [training_text(record, style) for record in records]
+def _encode_whole(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, style: str, place: Callable[[int], str]
+) -> list[Encoded]:
+    parts = _training_texts(records, style, place)
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in parts])
     wholes = encode_prompts(tokenizer, [prompt + answer for prompt, answer in parts])
     eos = tokenizer.eos_token_id
@@ -130,19 +168,32 @@ def _encode_whole(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase,
     ]
 
 
+def _training_texts(
+    records: Sequence[Record], style: str, place: Callable[[int], str]
+) -> list[tuple[str, str]]:
+    texts = []
+    for index, record in enumerate(records):
+        try:
+            texts.append(training_text(record, style))
+        except UserError as error:
+            raise error.at(place(index)) from None
+    return texts
+
+
 def _encode_chats(
-    entries: Sequence[Entry], tokenizer: PreTrainedTokenizerBase, place: Callable[[int], str]
+    entries: Sequence[Entry], template: ChatTemplate, place: Callable[[int], str]
 ) -> list[Encoded]:
-    eos = tokenizer.eos_token_id
+    eos = template.tokenizer.eos_token_id
     encoded = []
-    for pieces in encode_chats(tokenizer, [as_chat(entry) for entry in entries], place):
+    for pieces in encode_chats(template, [as_chat(entry) for entry in entries], place):
         ids = [token for piece in pieces for token in piece.ids]
         answers = [piece.answer for piece in pieces for _ in piece.ids]
+        silent = [piece.silent for piece in pieces for _ in piece.ids]
         if ids[-1] != eos:  # a template whose answers have another end mark, or none
-            ids, answers = [*ids, eos], [*answers, True]
-        encoded.append((ids, answers))
+            ids, answers, silent = [*ids, eos], [*answers, True], [*silent, False]
+        encoded.append((ids, answers, silent))
     return encoded
 
 
 def _answered(ids: list[int], given: int) -> Encoded:
-    return ids, [False] * given + [True] * (len(ids) - given)
+    return ids, [False] * given + [True] * (len(ids) - given), [False] * len(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from flexlora_ds.progress_bar import ProgressBar
 from flexlora_ds.schedule import resolve_calendar
 from launch.data.batch_layout import BatchLayout
 from launch.data.batches import ProcessShare, TrainingBatches, ValidationBatches, total_steps
-from launch.data.encoding import Encoding, all_cores, tokenise
+from launch.data.encoding import VERSION, Encoding, all_cores, tokenise
 from launch.data.examples import TokenisedData, arrange
 from launch.data.token_cache import Tokenised, cached, content_key
 from launch.data.vocabulary import require_known_tokens
@@ -49,11 +50,18 @@ def prepare_data(
         RunError: the cache of tokenised data cannot be written.
     """
     path = require_data(options)
-    how = Encoding(options.prompt, options.cutoff_len, options.train_on_inputs, place=str(path))
-    settings = {"prompt": how.prompt, "cutoff_len": how.cutoff_len, "train_on_inputs": how.train_on_inputs}
+    day = options.prompt_date
+    how = Encoding(options.prompt, options.cutoff_len, options.train_on_inputs, place=str(path), day=day)
+    settings = {
+        "prompt": how.prompt,
+        "cutoff_len": how.cutoff_len,
+        "train_on_inputs": how.train_on_inputs,
+        "encoding": VERSION,
+        "date": day,
+    }
 
     def make() -> Tokenised:
-        entries = load_entries(path)
+        entries = load_entries(path, note=_say)
         with all_cores(), ProgressBar("tokenising", len(entries), "records", delayed=True) as bar:
             return tokenise(entries, tokenizer, how, bar.show)
 
@@ -66,6 +74,10 @@ def prepare_data(
     if options.method == "flexlora":
         resolve_calendar(steps_of(options, data), options.to_flexlora_config())
     return data
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def resolve_prompt(options: TrainOptions) -> TrainOptions:

@@ -16,7 +16,7 @@ from flexlora_ds.controller import RankController
 from flexlora_ds.files.safetensors_file import save_tensors
 from flexlora_ds.files.text import write_text_atomically
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
-from flexlora_ds.peft_format import PROMPT_FILE
+from flexlora_ds.peft_format import PROMPT_FILE, prompt_note
 from flexlora_ds.rank_change import RankChange
 from flexlora_ds.saving import save_adapter
 from launch.data.batches import MicroBatch
@@ -119,8 +119,14 @@ class FlexLoRA:
 
     def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
         """Write P diag(λ) Q of every matrix, from the fp32 masters, as a LoRA with rank and alpha patterns."""
-        engine, prompt = self.controller.engine, self.options.prompt
-        return save_adapter(engine, folder, self.config, base_model=base_model, prompt=prompt)
+        return save_adapter(
+            self.controller.engine,
+            folder,
+            self.config,
+            base_model=base_model,
+            prompt=self.options.prompt,
+            prompt_date=self.options.prompt_date,
+        )
 
 
 class PeftLoRA:
@@ -203,7 +209,7 @@ class PeftLoRA:
             config.base_model_name_or_path, config.inference_mode = base_model, True
             save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config.save_pretrained(folder)
-            prompt = json.dumps({"prompt": self.options.prompt})
+            prompt = json.dumps(prompt_note(self.options.prompt, self.options.prompt_date))
             write_text_atomically(folder / PROMPT_FILE, prompt + "\n")
         return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.data.batch_layout import BatchLayout
@@ -44,4 +44,13 @@ class Settled:
             f"micro-batch {layout.micro_batch_size} × accumulation {layout.accumulation_steps} × "
             f"processes {layout.processes}{' (given)' if 'micro_batch_size' in self.given else ''}"
         )
-        return ", ".join([precision, attention, packed, batch, *others, f"prompt {self.options.prompt}"])
+        day = f" of {self.options.prompt_date}" if self.options.prompt_date else ""
+        return ", ".join([precision, attention, packed, batch, *others, f"prompt {self.options.prompt}{day}"])
+
+    def dated(self, day: str) -> Settled:
+        """The same with the value of `template_date`, which the processes agree on."""
+        return replace(
+            self,
+            options=self.options.replace(template_date=day),
+            repeatable=self.repeatable.replace(template_date=day),
+        )

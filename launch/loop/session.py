@@ -142,6 +142,7 @@ def begin(
             controller.config,
             options.model,
             options.prompt,
+            prompt_date=options.prompt_date,
             fan_in_fan_out=any_transposed(controller.layers),
         ),
     }

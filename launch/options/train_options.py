@@ -95,6 +95,8 @@ class TrainOptions(FlexLoRAConfig):
 
     prompt: Annotated[Prompt, EXAMPLES, MUST_MATCH] = "alpaca"
     """The prompt around a record; llm_adapters is the published one, chat the tokenizer's template (as for chats)."""
+    template_date: Annotated[str, EXAMPLES, MUST_MATCH] = "auto"
+    """The date that a chat template is given, where it asks for one: YYYY-MM-DD; auto is the day a run first began."""
     cutoff_len: Annotated[Positive, EXAMPLES, MUST_MATCH] = 256
     """Tokens in an example at most; longer records are dropped and counted, never shortened."""
     train_on_inputs: Annotated[bool, EXAMPLES, MUST_MATCH] = False
@@ -139,6 +141,11 @@ class TrainOptions(FlexLoRAConfig):
         super().__post_init__()
         if not self.out:
             object.__setattr__(self, "out", f"runs/{Path(self.recipe).stem}")
+
+    @property
+    def prompt_date(self) -> str | None:
+        """The date that the chat template is given; None where it asks for none, or the day is not settled yet."""
+        return None if self.template_date == "auto" else self.template_date
 
     def place(self, key: str) -> str:
         """Where the value of a key was given, for a message's parentheses."""

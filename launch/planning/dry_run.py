@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.data.examples import IGNORED, TokenisedData
 from launch.data.prepare import load_tokenizer_of, prepare_data, steps_of
+from launch.data.template_date import resolve_template_date
 from launch.distributed.process import world_size_of_environment
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_plan import memory_of
@@ -27,9 +28,10 @@ def dry_run(options: TrainOptions) -> None:
         UserError, RunError: what would also stop the run itself.
     """
     settled = settle(options, world_size_of_environment())
+    tokenizer = load_tokenizer_of(settled.options)
+    settled = settled.dated(resolve_template_date(settled.options, tokenizer))
     options, layout, skeleton = settled.repeatable, settled.layout, settled.skeleton
     plan = memory_of(settled)
-    tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer, skeleton.vocabulary)
     steps = steps_of(options, data)
     begins = expect_start(settled.options, Identity.of(settled.options, None, data.train.digest(), steps))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import data_prep.records as records_module
+import data_prep.json_items as json_items
 from data_prep.records import is_chat, iter_records, load_entries, load_records
 from flexlora_ds.errors import UserError
 
@@ -33,7 +33,7 @@ def lines(*values: Any) -> str:
 def test_formats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, packed: bool, chunk: int
 ) -> None:
-    monkeypatch.setattr(records_module, "_CHUNK", chunk)
+    monkeypatch.setattr(json_items, "_CHUNK", chunk)
     rng = random.Random(5)
     wanted = [{**GOOD, "instruction": 'q "]}, [{\\ ü' + "x" * rng.randrange(40)} for _ in range(30)]
     text = {
@@ -86,7 +86,6 @@ def test_the_first_malformed_record_is_named(tmp_path: Path, bad: Any, message: 
         (json.dumps([GOOD]) + "x", 2),
         (lines(GOOD) + '{"instruction": \n' + lines(GOOD), 2),
         ("hello", 1),
-        (lines(GOOD).encode() + b'{"instruction": "\xff"}', 2),
         (gzip.compress(lines(*[GOOD] * 5).encode())[:-9], 6),
         ("[" * 100_000, 1),
     ],
@@ -96,15 +95,13 @@ def test_what_is_no_json_is_named(tmp_path: Path, text: str | bytes, number: int
     with pytest.raises(UserError, match="not valid JSON") as error:
         load_records(path)
     place = str(error.value).partition("broken, record ")[2]
-    seen = int(place.split(")")[0])
-    early = isinstance(text, bytes)  # a fault of the encoding shows before its record is reached
-    assert seen <= number if early else seen == number
+    assert int(place.split(")")[0]) == number
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_records(tmp_path / "none.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not an ordinary file"):
         load_records(tmp_path)
     for text in ("", " \n", "[]"):
         with pytest.raises(UserError, match="holds no records"):
@@ -136,7 +133,7 @@ def test_one_function_reads_records_and_chats(tmp_path: Path, packed: bool, arra
         (chat("user"), "not an assistant's answer"),
         (chat("tool", "assistant"), "unknown role 'tool'"),
         ({"messages": [{"role": "user"}]}, "record 2, message 1"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "'content' is list"),
+        ({"messages": [{"role": "user", "content": 5}]}, "'content' is int"),
         (GOOD, "'messages' is missing"),
     ],
 )

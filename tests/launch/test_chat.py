@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.chat import as_chat, as_record, chat_pieces, chat_prompts
-from data_prep.records import ChatRecord, Entry, Record
+from data_prep.chat import as_chat, as_record, chat_pieces, encode_questions
+from data_prep.chat_template import ChatTemplate
+from data_prep.messages import ChatRecord
+from data_prep.records import Entry, Record
 from flexlora_ds.errors import UserError
 from launch.data.encoding import Encoding, tokenise
 from launch.data.examples import IGNORED, Example
@@ -67,9 +69,11 @@ def test_the_answers_and_their_ends_are_learnt_and_nothing_else(template: str, e
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, BARE])
 def test_evaluation_asks_with_the_ids_that_training_reads(template: str) -> None:
     tokenizer = make_tokenizer(template)
-    (prompt,) = chat_prompts(tokenizer, [CHAT], str)
+    answer = CHAT["messages"][-1]["content"]
+    (asked_with,) = encode_questions(ChatTemplate(tokenizer), [CHAT], [[answer]], str)
+    prompt, (candidate,) = asked_with.prompt, asked_with.candidates
     ids = example_of(CHAT, tokenizer).input_ids
-    assert ids[: len(prompt)] == list(prompt)
+    assert ids[: len(prompt) + len(candidate)] == [*prompt, *candidate]
     asked = tokenizer.apply_chat_template(CHAT["messages"][:-1], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(prompt) == asked
     assert ids.count(tokenizer.bos_token_id) == int(template == TRIMMING)
@@ -106,7 +110,10 @@ def test_a_chat_over_the_cutoff_is_dropped() -> None:
     [
         (None, "no chat template"),
         (STRICT, r"refuses it: System role not supported \(chats\.jsonl, record 2\)"),
-        (MOVING, r"changes earlier text .* of message 3 .*chats\.jsonl, record 2\); split the chat"),
+        (
+            MOVING,
+            r"leaves out what message 1 \(system\) says .*chats\.jsonl, record 2\); put it into the first",
+        ),
     ],
 )
 def test_what_a_template_cannot_do_is_the_users_error(template: str | None, message: str) -> None:
@@ -118,7 +125,7 @@ def test_what_a_template_cannot_do_is_the_users_error(template: str | None, mess
 
 def test_pieces_join_to_what_the_template_writes() -> None:
     tokenizer = make_tokenizer()
-    pieces = chat_pieces(tokenizer, CHAT["messages"])
+    pieces = chat_pieces(ChatTemplate(tokenizer), CHAT["messages"])
     assert "".join(piece.text for piece in pieces) + "\n" == tokenizer.apply_chat_template(
         CHAT["messages"], tokenize=False
     )
