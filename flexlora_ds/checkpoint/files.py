@@ -22,7 +22,7 @@ from typing import Any
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.folders import bring_to_disk
 from flexlora_ds.files.hashing import sha256_of
-from flexlora_ds.files.ownership import holds_only, remove_if_ours
+from flexlora_ds.files.ownership import holds_only, remove_if_ours, set_aside
 from flexlora_ds.files.text import replace_text
 
 FORMAT = 1
@@ -94,7 +94,7 @@ def begin(root: Path, step: int) -> Path:
         if _LATEST_PART.fullmatch(rest.name) and rest.is_file():
             rest.unlink()
         if _SCRATCH.fullmatch(rest.name) and not remove_if_ours(rest, _OURS):
-            rest.rename(_free_name(rest.with_name(f"set_aside_{rest.name.lstrip('.')}")))
+            set_aside(rest)
     part = root / f".{folder_name(step)}.part"
     part.mkdir()
     return part
@@ -153,7 +153,7 @@ def _remove(folder: Path) -> None:
         with contextlib.suppress(OSError):
             remove_if_ours(doomed, _OURS)
     else:
-        folder.rename(_free_name(folder.with_name(f"set_aside_{folder.name}")))
+        set_aside(folder)
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
@@ -164,9 +164,7 @@ def set_aside_after(root: Path, step: int) -> list[Path]:
     aside = []
     for folder in checkpoints_in(root):
         if step_of(folder) > step:
-            target = _free_name(folder.with_name(f"set_aside_{folder.name}"))
-            folder.rename(target)
-            aside.append(target)
+            aside.append(set_aside(folder))
     return aside
 
 
@@ -240,12 +238,3 @@ def _digest(body: Any) -> str:
 
 def _point_at(folder: Path) -> None:
     replace_text(folder.with_name(LATEST), folder.name + "\n")
-
-
-def _free_name(path: Path) -> Path:
-    number = 2
-    free = path
-    while os.path.lexists(free):
-        free = path.with_name(f"{path.name}_{number}")
-        number += 1
-    return free

@@ -77,3 +77,14 @@ def remove_if_ours(folder: Path, names: re.Pattern[str]) -> bool:
     if holds_only(folder, names):
         shutil.rmtree(folder)
     return not os.path.lexists(folder)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is not ours, so that its name is free; the new name, `set_aside_…`. Raises OSError."""
+    target = path.with_name(f"set_aside_{path.name.lstrip('.')}")
+    free, number = target, 2
+    while os.path.lexists(free):
+        free = target.with_name(f"{target.name}_{number}")
+        number += 1
+    path.rename(free)
+    return free

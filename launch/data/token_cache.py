@@ -1,8 +1,9 @@
 """Tokenised data on disk: made once on a machine, found again by content, mapped into memory by every process.
 
 An entry is a folder named by a hash of all that its content depends on. It is written aside and renamed, so a folder
-with that name is whole. Who makes it holds a lock that the kernel releases when its process dies; the others wait for
-the lock and then find the entry.
+with that name was whole once. Every use compares its files with the sizes and SHA-256 that were written last: an entry
+that was damaged since is made anew. Who makes it holds a lock that the kernel releases when its process dies; the
+others wait for the lock and then find the entry.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
 import socket
 import sys
 import tempfile
@@ -20,10 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from flexlora_ds.command import is_rank_zero
 from flexlora_ds.errors import RunError
-from flexlora_ds.files.folders import bring_to_disk
 from flexlora_ds.files.hashing import sha256_of
 from flexlora_ds.files.lock import locked
+from flexlora_ds.files.ownership import remove_if_ours, set_aside
+from flexlora_ds.files.reading import JSON_FAULTS
+from flexlora_ds.files.sealed import broken_seal, seal_folder
 from launch.data.examples import Examples
 
 if TYPE_CHECKING:
@@ -36,6 +40,8 @@ FOLDER = "FLEXLORA_CACHE"
 _FORMAT = 1
 _LIBRARIES = ("tokenizers", "transformers")
 _CHUNK = 1 << 22  # bytes
+_OURS = re.compile(r"(tokens|learnt|examples)\.npy|(dropped|seal)\.json")
+"""The files of an entry."""
 
 Tokenised: TypeAlias = "tuple[Examples, tuple[int, ...]]"
 """The examples, and the ids of the records that were dropped."""
@@ -91,35 +97,44 @@ def cached(key: str, make: Callable[[], Tokenised]) -> Tokenised:
 def _make(root: Path, key: str, make: Callable[[], Tokenised]) -> Tokenised:
     """Make the entry, as the one process of this machine that does."""
     host = socket.gethostname()
-    for left in (root / key, *root.glob(f"{key}.{host}.*.part")):  # damaged, or of a killed process
-        shutil.rmtree(left, ignore_errors=True)
+    entry = root / key
+    if os.path.lexists(entry):
+        _say(f"warning: tokenised data is damaged, it is made anew: {broken_seal(entry)} ({entry})")
+    for left in (entry, *root.glob(f"{key}.{host}.*.part")):  # damaged, or of a killed process
+        if not remove_if_ours(left, _OURS):
+            set_aside(left)
     examples, dropped = make()
     part = root / f"{key}.{host}.{os.getpid()}.part"
     try:
         part.mkdir()
         examples.save(part)
         (part / "dropped.json").write_text(json.dumps(dropped))
-        for path in part.iterdir():
-            bring_to_disk(path)
+        seal_folder(part)
         with contextlib.suppress(OSError):  # another machine was quicker, in a folder that both see
-            part.rename(root / key)
+            part.rename(entry)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return _open(root / key) or (examples, dropped)
+        remove_if_ours(part, _OURS)
+    return _open(entry) or (examples, dropped)
 
 
 def _open(folder: Path) -> Tokenised | None:
-    """The entry, or None where there is none or it is damaged."""
+    """The entry, every byte of it checked, or None where there is none or it is damaged."""
+    if not folder.exists() or broken_seal(folder) is not None:
+        return None
     try:
         dropped = tuple(json.loads((folder / "dropped.json").read_text()))
         return Examples.open(folder), dropped
-    except (OSError, ValueError):
+    except (OSError, *JSON_FAULTS):
         return None
 
 
+def _say(text: str) -> None:
+    if is_rank_zero():
+        print(text, file=sys.stderr, flush=True)
+
+
 def _say_waiting(holder: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"waiting for {holder}, which tokenises the same data", file=sys.stderr, flush=True)
+    _say(f"waiting for {holder}, which tokenises the same data")
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from flexlora_ds.errors import RunError, UserError
-from launch.data import token_cache
+from flexlora_ds.files import sealed
 from launch.data.examples import Examples
 from launch.data.token_cache import Tokenised, cached, content_key
 from tests.helpers.chat_templates import BARE, make_tokenizer
+from tests.helpers.checkpoint_samples import DAMAGE, flip_byte
 
 KEY = "0123"
 OPTIONS = {"prompt": "alpaca", "cutoff_len": 256}
@@ -127,7 +128,7 @@ def _make_and_die(where: str, moment: int) -> None:
     elif where == "writing":
         np.save = killed(np.save)
     else:
-        token_cache.bring_to_disk = killed(token_cache.bring_to_disk)  # type: ignore[assignment]
+        sealed.bring_to_disk = killed(sealed.bring_to_disk)  # type: ignore[assignment]
     cached(KEY, make)
 
 
@@ -168,11 +169,47 @@ def test_who_waits_for_a_killed_maker_makes_it(folder: Path, tmp_path: Path) -> 
     assert waiting.exitcode == 0 and (tmp_path / "log").read_text() == "made\n"
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "learnt.npy", "examples.npy", "dropped.json"])
-def test_a_damaged_entry_is_made_again(folder: Path, name: str) -> None:
+FILES = ["tokens.npy", "learnt.npy", "examples.npy", "dropped.json", "seal.json"]
+
+
+def test_every_damage_to_every_file_is_found_said_and_made_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flipped bit in the values, too: the lengths fit, and the run would learn other targets."""
     cached(KEY, make)
-    path = folder / KEY / name
-    path.write_bytes(path.read_bytes()[:-1])
+    assert sorted(path.name for path in (folder / KEY).iterdir()) == sorted(FILES)
+    for name, (kind, damage) in itertools.product(FILES, DAMAGE.items()):
+        damage(folder / KEY / name)
+        assert is_right(cached(KEY, make)) and is_right(cached(KEY, never)), (name, kind)
+        said = capsys.readouterr().err
+        harmless = kind == "a link" or (name == "seal.json" and "one byte" in kind)  # its final line feed
+        assert "tokenised data is damaged, it is made anew" in said or harmless, (name, kind)
+        assert said.count("\n") <= 1, (name, kind)
+
+
+def test_a_flipped_bit_of_every_value_is_found(folder: Path) -> None:
+    cached(KEY, make)
+    path = folder / KEY / "tokens.npy"
+    for position in range(128, path.stat().st_size, 997):
+        flip_byte(position)(path)
+        assert is_right(cached(KEY, make)), position
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "mine"])
+def test_something_else_in_an_entry_stays_and_does_not_hinder_a_run(folder: Path, kind: str) -> None:
+    cached(KEY, make)
+    (folder / KEY / "tokens.npy").unlink()
+    place = folder / KEY / ("mine" if kind == "mine" else "tokens.npy")
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "mine": Path.touch}[kind](place)
+    assert is_right(cached(KEY, make)) and is_right(cached(KEY, never))
+    assert (folder / f"set_aside_{KEY}" / place.name).exists()
+    (folder / KEY / "mine").touch()
+    assert is_right(cached(KEY, never))
+
+
+def test_an_entry_from_before_entries_were_sealed_is_made_again(folder: Path) -> None:
+    cached(KEY, make)
+    (folder / KEY / "seal.json").unlink()
     assert is_right(cached(KEY, make)) and is_right(cached(KEY, never))
 
 
