@@ -23,7 +23,7 @@ from flexlora_ds.errors import RunError
 from flexlora_ds.files.folders import bring_to_disk
 from flexlora_ds.files.hashing import sha256_of
 from flexlora_ds.files.ownership import holds_only, remove_if_ours, set_aside
-from flexlora_ds.files.text import replace_text
+from flexlora_ds.files.text import replace_content
 
 FORMAT = 1
 """The version of the layout; a reader refuses any other."""
@@ -237,4 +237,4 @@ def _digest(body: Any) -> str:
 
 
 def _point_at(folder: Path) -> None:
-    replace_text(folder.with_name(LATEST), folder.name + "\n")
+    replace_content(folder.with_name(LATEST), f"{folder.name}\n".encode())

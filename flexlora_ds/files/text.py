@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.folders import bring_to_disk
@@ -21,19 +21,24 @@ def write_text_atomically(path: Path, text: str) -> None:
 
     The folder is made if it is missing. Raises RunError where the file cannot be written.
     """
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """As `write_text_atomically`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, text)
+        replace_content(path, content)
     except OSError as error:
         raise RunError(f"cannot write: {error.strerror}", str(path), "free some space and resume") from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """As `write_text_atomically`, in a folder that is there. Raises OSError."""
+def replace_content(path: Path, content: bytes) -> None:
+    """As `write_bytes_atomically`, in a folder that is there. Raises OSError."""
     part, file = _open_part(path)
     try:
         with file:
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -56,13 +61,13 @@ def remove_parts(folder: Path, names: Collection[str]) -> None:
             part.unlink(missing_ok=True)
 
 
-def _open_part(path: Path) -> tuple[Path, TextIO]:
+def _open_part(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside `path`: never one that is there, and never what a link in its place leads to."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     for number in itertools.count():
         part = path.with_name(f".{path.name}.{os.getpid()}{f'-{number}' if number else ''}.part")
         try:
-            return part, os.fdopen(os.open(part, flags, 0o666), "w", encoding="utf-8")
+            return part, os.fdopen(os.open(part, flags, 0o666), "wb")
         except FileExistsError:
             continue
     raise AssertionError("unreachable")

@@ -30,7 +30,7 @@ from launch.run_folder.claim import claim_run_folder
 from launch.run_folder.compatibility import Base, Identity
 from launch.run_folder.folder import RunFolder, library_versions
 from launch.run_folder.lock import one_run_in
-from launch.run_folder.resume import Start
+from launch.run_folder.resume import LOG_SEALS, Start
 from launch.run_folder.saver import Saver
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def begin(
 
     def notes() -> dict[str, Any]:
         """What a checkpoint says beside the engine's state."""
-        return {**fixed, "journal": log.state_dict(), "guard": guard.state_dict()}
+        return {**fixed, "journal": log.state_dict(), "guard": guard.state_dict(), LOG_SEALS: folder.seals()}
 
     every, keep = options.save_every, options.keep_checkpoints
     saver = Saver(folder, process, engine, controller, notes, every=every, keep=keep, last=steps)

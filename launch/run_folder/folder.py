@@ -25,23 +25,8 @@ from flexlora_ds.files.text import write_text_atomically
 from launch.run_folder.claim import WRITTEN, require_no_other
 from launch.run_folder.json_files import JsonLines, to_json
 from launch.run_folder.lock import LOCK_FILE
+from launch.run_folder.rows import METRICS, RANK_CHANGE, VALIDATION
 
-RANK_CHANGE_KEYS = (
-    "step",
-    "adjust_size",
-    "importance",
-    "score_margin",
-    "pruned",
-    "expanded",
-    "prune_age",
-    "ranks",
-    "total_rank",
-    "trainable_params",
-    "loss_before",
-    "loss_after",
-    "spectrum_error",
-    "seconds",
-)
 _LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
 
@@ -100,12 +85,21 @@ class RunFolder:
     def __init__(self, path: str | Path, *, is_rank_zero: bool = True) -> None:
         self.path = Path(path)
         self.is_rank_zero = is_rank_zero
-        self.metrics = JsonLines(self.path / "metrics.jsonl", is_rank_zero)
-        self.rank_changes = JsonLines(self.path / "ranks.jsonl", is_rank_zero)
-        self.validation = JsonLines(self.path / "validation.jsonl", is_rank_zero)
+        self.metrics = JsonLines(self.path / "metrics.jsonl", is_rank_zero, METRICS)
+        self.rank_changes = JsonLines(self.path / "ranks.jsonl", is_rank_zero, RANK_CHANGE)
+        self.validation = JsonLines(self.path / "validation.jsonl", is_rank_zero, VALIDATION)
         self.fault: RunError | None = None
         """Why a log could not be written; the processes agree on it between two steps (`StopAgreement.before_step`)."""
         self._validated: int | None = None
+
+    @property
+    def logs(self) -> tuple[JsonLines, ...]:
+        """The files that grow line by line."""
+        return self.metrics, self.rank_changes, self.validation
+
+    def seals(self) -> dict[str, Any]:
+        """By name, what each log holds so far: a part of a checkpoint."""
+        return {lines.path.name: lines.seal() for lines in self.logs}
 
     @property
     def checkpoints(self) -> Path:
@@ -168,10 +162,12 @@ class RunFolder:
         """Remove the files of an earlier run that completed no checkpoint: nothing of it gets mixed in."""
         if self.is_rank_zero:
             remove_entries(self.path, [name for name in WRITTEN if name != "options.yaml"])
+        for lines in self.logs:
+            lines.start_anew()
 
     def continue_after(self, step: int) -> None:
         """Shorten the JSON-lines files to `step`: the steps after it will be run, and written, again."""
-        for lines in (self.metrics, self.rank_changes, self.validation):
+        for lines in self.logs:
             lines.truncate_after(step)
 
     def raise_fault(self) -> None:
@@ -186,7 +182,7 @@ class RunFolder:
             RunError: one of them lacks a line. OSError: the disk refuses.
         """
         self.raise_fault()
-        for lines in (self.metrics, self.rank_changes, self.validation):
+        for lines in self.logs:
             if self.is_rank_zero and lines.path.exists():
                 bring_to_disk(lines.path)
 
@@ -213,8 +209,8 @@ class RunFolder:
         self._validated = step
 
     def log_rank_change(self, change: Mapping[str, Any]) -> None:
-        """Append a line to ranks.jsonl: RANK_CHANGE_KEYS in their order, then what else there is."""
-        self._log(self.rank_changes, {key: change[key] for key in RANK_CHANGE_KEYS} | dict(change))
+        """Append a line to ranks.jsonl: its keys in their order, then what else there is."""
+        self._log(self.rank_changes, {key: change[key] for key in RANK_CHANGE} | dict(change))
 
     def _log(self, lines: JsonLines, row: Mapping[str, Any]) -> None:
         """Append a line; after one that failed none follows, so that no log has a gap."""

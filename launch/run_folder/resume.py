@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,11 @@ from launch.run_folder.folder import RunFolder
 
 NOTES = ("identity", "journal", "guard")
 """What a run says in its checkpoints beside the engine's state (`launch.loop.session.begin`)."""
+
+_MEND_LOG = "restore it; or copy the checkpoint to a place of its own, and resume from there in another out"
+
+LOG_SEALS = "logs"
+"""What each log holds up to the checkpoint; of runs before it was noted, nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,26 @@ def _require_notes(checkpoint: Checkpoint) -> None:
         )
 
 
+def _require_logs(checkpoint: Checkpoint, out: Path) -> list[str]:
+    """Compare the logs beside a checkpoint with what it says of them; what is to be said.
+
+    A checkpoint that was copied somewhere without its run has none beside it: a run from there begins new ones.
+
+    Raises:
+        RunError: a log is not the one that the checkpoint goes with. UserError: it is no ordinary file.
+    """
+    beside = RunFolder(checkpoint.folder.parent.parent)
+    seals = checkpoint.run.get(LOG_SEALS, {})
+    elsewhere = beside.path.resolve() != out.resolve()
+    if elsewhere and not any(os.path.lexists(lines.path) for lines in beside.logs):
+        return [f"warning: no logs beside {checkpoint.folder}: those of this run begin after its step"]
+    for lines in beside.logs:
+        if lines.path.name in seals:
+            lines.require(seals[lines.path.name], _MEND_LOG)
+        lines.read()
+    return []
+
+
 def expect_start(options: TrainOptions, identity: Identity) -> list[str]:
     """What a run would say of where it begins, without writing to its folder: for a dry run.
 
@@ -118,6 +144,7 @@ def _look(
         _require_notes(chosen)
         differences = identity.compare(chosen)
         messages = [*messages, f"continuing after step {chosen.step} ({chosen.folder})"]
+        messages += _require_logs(chosen, folder.path)
         messages += [f"warning: other options than before: {', '.join(differences)}"] if differences else []
     return chosen, origin, messages
 

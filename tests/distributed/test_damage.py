@@ -14,6 +14,8 @@ from unittest.mock import patch
 import pytest
 
 from flexlora_ds.checkpoint import files
+from flexlora_ds.errors import CommandError
+from flexlora_ds.files.ownership import remove
 from tests.helpers import eval_tiny, training
 from tests.helpers.checkpoint_samples import DAMAGE, Payload, reseal
 from tests.helpers.processes import Processes
@@ -230,4 +232,88 @@ def test_a_folder_in_which_none_was_ever_completed_starts_anew_and_says_so(
     (out / "checkpoints" / ".step_00000007.part").mkdir(parents=True)
     said = run_training(two_processes, saving_arguments(place, out, "zero2"))
     assert "no checkpoint was ever completed here: starting anew" in said
+    assert_same_run(out, whole)
+
+
+LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
+
+
+def flip_a_digit(path: Path) -> None:
+    """Another loss in the first row: still JSON, and of the same length."""
+    line, rest = path.read_text().split("\n", 1)
+    place = line.index("loss") + line[line.index("loss") :].index(".") + 1
+    path.write_text(line[:place] + str((int(line[place]) + 1) % 10) + line[place + 1 :] + "\n" + rest)
+
+
+LOG_DAMAGE = {
+    **{kind: damage for kind, damage in DAMAGE.items() if kind not in ("a link", "one byte short")},
+    "a digit": flip_a_digit,
+    "a row less": lambda path: path.write_text("".join(path.read_text().splitlines(True)[1:])),
+    "a row twice": lambda path: path.write_text(path.read_text().split("\n")[0] + "\n" + path.read_text()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path))[1],
+    "a folder": lambda path: (path.unlink(), path.mkdir())[1],
+}
+
+
+def every_log_damage(words: list[str]) -> list[list[Any]]:
+    """[log, kind, what is said of it] for every damage to every log, by the search for the place to begin."""
+    from launch.data.prepare import load_tokenizer_of, prepare_data
+    from launch.distributed.process import join_processes
+    from launch.loop.session import identify
+    from launch.options.train_options import parse_options
+    from launch.run_folder.resume import expect_start
+
+    options, process = parse_options(words), join_processes()
+    identity, found = identify(options, prepare_data(options, load_tokenizer_of(options)), process), []
+    if not process.is_rank_zero:
+        return []
+    for name in LOGS:
+        path = Path(options.out) / name
+        whole = path.read_bytes()
+        for kind, damage in LOG_DAMAGE.items():
+            damage(path)
+            try:
+                found.append([name, kind, str(expect_start(options, identity))])
+            except CommandError as error:
+                found.append([name, kind, str(error)])
+            remove(path)
+            path.write_bytes(whole)
+    found.append(["", "whole", str(expect_start(options, identity))])
+    return found
+
+
+def test_every_damage_to_a_log_before_the_checkpoint_is_refused_by_name(
+    place: Place, out: Path, two_processes: Processes
+) -> None:
+    found, _ = two_processes.run(every_log_damage, saving_arguments(place, out, "zero2"), timeout=300)
+    assert len(found) == 3 * len(LOG_DAMAGE) + 1
+    for name, kind, said in found[:-1]:
+        assert name in said and "continuing" not in said, (name, kind, said)
+    assert "continuing after step 16" in found[-1][2]
+
+
+def test_a_damaged_log_is_one_line_and_a_checkpoint_copied_without_logs_continues(
+    place: Place, out: Path, tmp_path: Path, two_processes: Processes
+) -> None:
+    flip_a_digit(out / "ranks.jsonl")
+    line = refused(two_processes, saving_arguments(place, out, "zero2"))
+    assert "the log was changed: its first 3 rows are not those before the checkpoint" in line
+    assert "ranks.jsonl" in line and "copy the checkpoint to a place of its own" in line
+    copied = shutil.copytree(out / "checkpoints" / BEFORE, tmp_path / "alone" / "checkpoints" / BEFORE)
+    words = saving_arguments(place, tmp_path / "next", "zero2", resume=copied)
+    said = run_training(two_processes, words)
+    assert "no logs beside" in said and "continuing after step 14" in said
+    assert [row["step"] for row in training.read_lines(tmp_path / "next" / "metrics.jsonl")] == [15, 16]
+
+
+def test_a_checkpoint_from_before_logs_were_noted_still_resumes(
+    place: Place, whole: Path, out: Path, two_processes: Processes
+) -> None:
+    shutil.rmtree(out / "checkpoints" / LAST)
+    folder = out / "checkpoints" / BEFORE
+    state = json.loads((folder / "state.json").read_text())
+    del state["run"]["logs"]
+    files.write_json(folder / "state.json", state)
+    reseal(folder)
+    assert "continuing after step 14 " in run_training(two_processes, saving_arguments(place, out, "zero2"))
     assert_same_run(out, whole)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from flexlora_ds.checkpoint.files import keep_newest
 from flexlora_ds.errors import RunError, UserError
 from launch.options.train_options import TrainOptions
 from launch.run_folder.claim import claim_run_folder
-from launch.run_folder.folder import RANK_CHANGE_KEYS, RunFolder, StepMetrics, Summary, trainable_params_mean
+from launch.run_folder.folder import RunFolder, StepMetrics, Summary, trainable_params_mean
 from launch.run_folder.json_files import JsonLines, to_json
-from tests.helpers.checkpoint_samples import save_checkpoint
+from launch.run_folder.rows import RANK_CHANGE
+from tests.helpers.checkpoint_samples import flip_byte, save_checkpoint
 
 
 def step_metrics(step: int, **changes: Any) -> StepMetrics:
@@ -38,7 +42,10 @@ def step_metrics(step: int, **changes: Any) -> StepMetrics:
 
 
 def rank_change(step: int, trainable: int = 1000) -> dict[str, Any]:
-    return dict.fromkeys(RANK_CHANGE_KEYS, 0) | {"step": step, "trainable_params": trainable}
+    values: dict[str, Any] = dict.fromkeys(RANK_CHANGE, 0)
+    for key in ("pruned", "expanded", "prune_age"):
+        values[key] = []
+    return values | {"importance": {}, "ranks": {}, "step": step, "trainable_params": trainable}
 
 
 def summary(**changes: Any) -> Summary:
@@ -83,7 +90,7 @@ def test_the_contracts_files_and_keys(folder: RunFolder) -> None:
     contract = "step epoch loss orth lr grad_norm tokens tokens_per_s step_s peak_mem_gb total_rank skipped"
     assert list(metrics) == contract.split()
     assert strict_lines(folder.path / "validation.jsonl") == [{"step": 10, "loss": 1.25}]
-    assert list(strict_lines(folder.path / "ranks.jsonl")[0]) == [*RANK_CHANGE_KEYS, "warnings"]
+    assert list(strict_lines(folder.path / "ranks.jsonl")[0]) == [*RANK_CHANGE, "warnings"]
     written = json.loads((folder.path / "summary.json").read_text())
     assert written["trainable_params"] == {"final": 990, "mean": 995.5}
     assert set(written["versions"]) == {"python", "flexlora", "torch", "deepspeed", "transformers", "peft"}
@@ -137,11 +144,81 @@ def test_a_torn_last_line_is_forgotten(folder: RunFolder) -> None:
     assert [row["step"] for row in strict_lines(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("line", ["{torn", "[1]", '{"loss": 1}'])
+BAD_LINES = {
+    "torn": "{torn",
+    "a list": "[1]",
+    "no step": '{"loss": 1}',
+    "empty": "",
+    "deep": "[" * 100_000,
+    "digits": '{"step": ' + "1" * 5000 + "}",
+    "latin-1": '{"step": "\xe9"}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
 def test_a_damaged_line_is_named(folder: RunFolder, line: str) -> None:
-    folder.metrics.path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2"):
+    folder.log_step(step_metrics(1))
+    folder.metrics.path.write_bytes(folder.metrics.path.read_bytes() + line.encode("latin-1") + b"\n")
+    folder.log_step(step_metrics(3))
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2") as caught:
         folder.metrics.read()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["1", True, -1, 1.5, None, [1], {}, 10**400])
+def test_a_value_of_another_type_is_named(folder: RunFolder, value: Any) -> None:
+    for name, wrong in (("step", value), ("tokens", value), ("skipped", 0), ("loss", "1"), ("lr", [1.0])):
+        folder.metrics.path.write_text(json.dumps(asdict(step_metrics(1)) | {name: wrong}) + "\n")
+        with pytest.raises(RunError, match=rf"{name} has a value that no run writes .*, line 1"):
+            folder.metrics.read()
+
+
+def test_a_pipe_in_a_logs_place_is_refused_by_readers_and_writers(folder: RunFolder) -> None:
+    os.mkfifo(folder.metrics.path)
+    with pytest.raises(UserError, match=r"not an ordinary file \(.*metrics\.jsonl"):
+        folder.metrics.read()
+    folder.log_step(step_metrics(1))
+    with pytest.raises(RunError, match=r"cannot write: No such device or address \(.*metrics\.jsonl"):
+        folder.raise_fault()
+
+
+def test_the_rows_up_to_a_checkpoint_are_compared_byte_by_byte(folder: RunFolder) -> None:
+    for step in range(1, 8):
+        folder.log_step(step_metrics(step))
+    lines, path = folder.metrics, folder.metrics.path
+    seal, whole = lines.seal(), path.read_bytes()
+    assert seal == {"rows": 7, "sha256": hashlib.sha256(whole).hexdigest()}
+    folder.log_step(step_metrics(8))
+    lines.require(seal, "restore it")
+    for position in range(0, len(whole), 41):
+        flip_byte(position)(path)
+        with pytest.raises(
+            RunError, match=r"the log (has lost rows|was changed).*metrics\.jsonl.*restore it"
+        ):
+            lines.require(seal, "restore it")
+        flip_byte(position)(path)
+    for kept in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(RunError, match=r"has lost rows: . are left of the 7"):
+            lines.require(seal, "restore it")
+    path.unlink()
+    with pytest.raises(RunError, match="has lost rows: 0 are left"):
+        lines.require(seal, "restore it")
+    path.write_bytes(whole.replace(b"\n", b"\n\n", 3))
+    with pytest.raises(RunError, match=r"was changed.*metrics\.jsonl, line 2\)"):
+        lines.require(seal, "restore it")
+
+
+def test_the_count_goes_on_after_a_resume(folder: RunFolder) -> None:
+    for step in range(1, 10):
+        folder.log_step(step_metrics(step))
+    again = RunFolder(folder.path)
+    again.continue_after(4)
+    again.log_step(step_metrics(5))
+    content = again.metrics.path.read_bytes()
+    assert again.seals()["metrics.jsonl"] == {"rows": 5, "sha256": hashlib.sha256(content).hexdigest()}
+    again.start_anew()
+    assert again.seals()["metrics.jsonl"] == {"rows": 0, "sha256": hashlib.sha256().hexdigest()}
 
 
 def test_a_run_that_never_saved_starts_anew(folder: RunFolder) -> None:

@@ -1,0 +1,95 @@
+"""What a row of each log holds: by key, which values it may have. What a file says is looked at before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+LARGEST = 1 << 53
+"""Whole numbers above it are no floating-point numbers, as plots need them."""
+
+Check: TypeAlias = "Callable[[Any], bool]"
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0 on; a truth value is none."""
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def is_number(value: Any) -> bool:
+    """A finite number, or null: one that was not finite when it was written."""
+    if type(value) is int:
+        return abs(value) <= LARGEST
+    return value is None or (type(value) is float and math.isfinite(value))
+
+
+def is_bool(value: Any) -> bool:
+    """true or false."""
+    return isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    """A string."""
+    return isinstance(value, str)
+
+
+def list_of(check: Check) -> Check:
+    """A list of such values."""
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def object_of(check: Check) -> Check:
+    """An object of such values."""
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+VALIDATION: Mapping[str, Check] = {"step": is_count, "loss": is_number}
+
+METRICS: Mapping[str, Check] = {
+    **VALIDATION,
+    "epoch": is_number,
+    "orth": is_number,
+    "lr": is_number,
+    "grad_norm": is_number,
+    "tokens": is_count,
+    "tokens_per_s": is_number,
+    "step_s": is_number,
+    "peak_mem_gb": is_number,
+    "total_rank": is_count,
+    "skipped": is_bool,
+}
+
+RANK_CHANGE: Mapping[str, Check] = {
+    "step": is_count,
+    "adjust_size": is_count,
+    "importance": object_of(is_number),
+    "score_margin": is_number,
+    "pruned": list_of(is_text),
+    "expanded": list_of(is_text),
+    "prune_age": list_of(is_count),
+    "ranks": object_of(is_count),
+    "total_rank": is_count,
+    "trainable_params": is_count,
+    "loss_before": is_number,
+    "loss_after": is_number,
+    "spectrum_error": is_number,
+    "seconds": is_number,
+}
+"""The keys in the order of ranks.jsonl; `RankChange` of the library says what they mean."""
+
+SOMETIMES: Mapping[str, Check] = {"warnings": list_of(is_text), "sigma": object_of(is_number)}
+"""Keys that a row may lack."""
+
+
+def fault_of(row: Any, kind: Mapping[str, Check]) -> str | None:
+    """What is wrong with a row; None for nothing. Keys that are not known say nothing."""
+    if not isinstance(row, dict):
+        return "not an object"
+    for key, check in kind.items():
+        if key not in row:
+            return f"{key} is missing"
+        if not check(row[key]):
+            return f"{key} has a value that no run writes"
+    odd = [key for key, check in SOMETIMES.items() if key in row and not check(row[key])]
+    return f"{odd[0]} has a value that no run writes" if odd else None
