@@ -11,10 +11,14 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flexlora_ds.errors import RunError
+
+_NO_LOCK_FILE = "a link, or something else than an ordinary file, in the place of a lock file"
 _PAUSE = 0.2  # seconds
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -29,12 +33,30 @@ def locked(
         path: the file; it names its holder, for the messages of others.
         busy: called with the holder's name where another process has the lock: it raises to refuse, or returns to wait.
         patience: seconds to wait before `busy` is called.
+
+    Raises:
+        RunError: a link, or something else than an ordinary file, is in its place. OSError: it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open_lock(path)
     try:
         yield take_lock(descriptor, busy, patience)
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """The file itself: what a link in its place leads to would lose its content to the holder's name."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise RunError(_NO_LOCK_FILE, str(path), "remove it") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunError(_NO_LOCK_FILE, str(path), "remove it")
+    return descriptor
 
 
 def take_lock(descriptor: int, busy: Callable[[str], None], patience: float = 0.0) -> bool:

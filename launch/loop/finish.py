@@ -14,10 +14,11 @@ def finish(session: Session) -> None:
     """Write what a run leaves behind; collective.
 
     Raises:
-        RunError: the disk refuses; on all processes alike.
+        RunError: the disk refuses, or the run folder is another now; on all processes alike.
     """
     process, folder = session.process, session.folder
     session.saver.save(session.done)
+    on_rank_zero(process, folder.require_present)  # the adapter's folder would be made anew
     spectra = on_all_ranks(process, lambda: session.method.save(folder.adapter, session.options.model))
     session.log.progress.close()
 

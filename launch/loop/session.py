@@ -93,8 +93,12 @@ def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
     folder = RunFolder(options.out, is_rank_zero=process.is_rank_zero)
     on_rank_zero(process, lambda: folder.prepare(options.resume))
     with ExitStack() as held:
-        on_rank_zero(process, lambda: held.enter_context(one_run_in(folder.path)))
-        on_rank_zero(process, lambda: claim_run_folder(folder.path))
+
+        def hold() -> None:
+            folder.require_present = held.enter_context(one_run_in(folder.path))
+            claim_run_folder(folder.path)
+
+        on_rank_zero(process, hold)
         yield folder
 
 

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ class RunFolder:
         self.validation = JsonLines(self.path / "validation.jsonl", is_rank_zero, VALIDATION)
         self.fault: RunError | None = None
         """Why a log could not be written; the processes agree on it between two steps (`StopAgreement.before_step`)."""
+        self.require_present: Callable[[], None] = lambda: None
+        """Raises RunError where the folder is no more the one in which the run took its lock."""
         self._validated: int | None = None
 
     @property
@@ -179,9 +181,10 @@ class RunFolder:
         """Bring the JSON-lines files to the disk: they must not end before a checkpoint that continues them.
 
         Raises:
-            RunError: one of them lacks a line. OSError: the disk refuses.
+            RunError: one of them lacks a line, or the folder is another now. OSError: the disk refuses.
         """
         self.raise_fault()
+        self.require_present()
         for lines in self.logs:
             if self.is_rank_zero and lines.path.exists():
                 bring_to_disk(lines.path)
@@ -216,12 +219,14 @@ class RunFolder:
         """Append a line; after one that failed none follows, so that no log has a gap."""
         if self.fault is None:
             try:
+                self.require_present()
                 lines.append(row)
             except RunError as error:
                 self.fault = error
 
     def _write(self, name: str, text: str) -> None:
         if self.is_rank_zero:
+            self.require_present()
             write_text_atomically(self.path / name, text)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -14,8 +16,11 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def one_run_in(folder: Path) -> Iterator[None]:
+def one_run_in(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the folder's lock; on a file system without locks there is none.
+
+    Yields:
+        What raises RunError where the folder is no more the one in which the lock was taken.
 
     Raises:
         RunError: another process holds it; it is named.
@@ -29,4 +34,26 @@ def one_run_in(folder: Path) -> Iterator[None]:
         )
 
     with locked(folder / LOCK_FILE, refuse):
-        yield
+        begun = _identity(folder)
+
+        def require() -> None:
+            if _identity(folder) != begun:
+                raise RunError(
+                    "the run folder was moved, removed or replaced while the run wrote to it",
+                    str(folder),
+                    "put it back and start again: the run continues after its last checkpoint",
+                )
+
+        yield require
+
+
+def _identity(folder: Path) -> tuple[object, ...] | None:
+    """Which folder a path leads to: whether by a link, and which file its lock is.
+
+    The lock file is open while the run lives, so no other file gets its number.
+    """
+    try:
+        found = [os.lstat(folder), os.lstat(folder / LOCK_FILE)]
+    except OSError:
+        return None
+    return stat.S_IFMT(found[0].st_mode), *((s.st_dev, s.st_ino) for s in found)

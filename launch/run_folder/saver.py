@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.state import Snapshot, take_snapshot
+from flexlora_ds.errors import RunError
 from launch.distributed.agreement import gather_results, on_rank_zero
 from launch.distributed.process import Process
 from launch.run_folder.folder import RunFolder
@@ -98,11 +99,11 @@ class Saver:
         """Copy the state after `step` and write it while training goes on; waits for an earlier save first.
 
         Raises:
-            RunError: the disk refuses, on any process.
+            RunError: the disk refuses, on any process, or the run folder is another now.
         """
         self.complete()
         # All write into the folder that process 0 makes.
-        part = Path(on_rank_zero(self._process, lambda: str(files.begin(self._folder.checkpoints, step))))
+        part = Path(on_rank_zero(self._process, lambda: self._part(step)))
         snapshot = take_snapshot(self._engine, step, controller=self._controller, run=self._run())
         self._writing = _Writing(part, snapshot)
         self.saved = step
@@ -123,18 +124,29 @@ class Saver:
         if writing is None:
             return
         try:
-            written = gather_results(self._process, writing.result)  # each process wrote files of its own
+            # Each process wrote files of its own.
+            written = gather_results(self._process, lambda: self._written(writing))
         except Exception:
             files.discard(writing.part)
             raise
         entries = [files.FileEntry(**entry) for share in written for entry in share]
         on_rank_zero(self._process, lambda: self._commit(writing.part, entries))  # one manifest, one rename
 
+    def _part(self, step: int) -> str:
+        self._folder.require_present()
+        return str(files.begin(self._folder.checkpoints, step))
+
+    def _written(self, writing: _Writing) -> list[dict[str, Any]]:
+        try:
+            return writing.result()
+        finally:
+            self._folder.require_present()  # why it could not be written, where this is why
+
     def _commit(self, part: Path, entries: list[files.FileEntry]) -> None:
         try:
             self._folder.sync()
             files.commit(part, entries)
-        except OSError:
+        except (OSError, RunError):
             files.discard(part)
             raise
         files.keep_newest(self._folder.checkpoints, self._keep)

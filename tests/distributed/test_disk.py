@@ -9,11 +9,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from flexlora_ds.checkpoint import files
 from tests.helpers import training
+from tests.helpers.moved_folders import MOVES
 from tests.helpers.processes import Processes
 from tests.helpers.resumed_runs import assert_same_run, run_training, saving_arguments, uninterrupted_run
 from tests.helpers.training import Place
@@ -119,3 +121,49 @@ def test_a_full_disk(
     ballast.unlink()
     run_training(two_processes, saving_arguments(place, out, "zero2"))
     assert_same_run(out, whole)
+
+
+def while_the_folder_is_moved(words: list[str], kind: str, step: int) -> dict[str, Any]:
+    """The training command; before the line of `step` in the log, something happens to its folder."""
+    from launch.loop.run_log import RunLog
+
+    (out,) = (Path(word.partition("=")[2]) for word in words if word.startswith("--out="))
+    say = RunLog.step
+
+    def moving(log: RunLog, batch: Any, *rest: Any) -> None:
+        if batch.step == step and log.folder.is_rank_zero:
+            MOVES[kind](out)
+        say(log, batch, *rest)
+
+    with patch.object(RunLog, "step", moving):
+        return training.command(words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("renamed", {}),
+        ("replaced by a link to itself", {"log_every": 100}),  # noticed by the next save
+        *(
+            pytest.param(kind, {"log_every": every}, marks=pytest.mark.full)
+            for kind in MOVES
+            for every in (1, 100)
+        ),
+        pytest.param("removed", {"log_every": 100, "save_every": 0}, marks=pytest.mark.full),
+    ],
+)
+def test_a_run_whose_folder_is_another_now_ends_and_makes_none_anew(
+    kind: str, options: dict[str, Any], place: Place, tmp_path: Path, two_processes: Processes
+) -> None:
+    out = tmp_path / "run"
+    words = saving_arguments(place, out, "zero2", **options)
+    results = two_processes.run(while_the_folder_is_moved, words, kind, 9)
+    assert [r["code"] for r in results] == [1, 1], results[0]["stderr"]
+    lines = [line for r in results for line in r["stderr"].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "the run folder was moved, removed or replaced" in lines[0]
+    assert str(out) in lines[0] and "Traceback" not in results[0]["stderr"]
+    assert out.exists() == (kind not in ("renamed", "removed"))
+    assert not (out / "summary.json").exists() and not (out / "adapter").exists()
+    if kind == "renamed" and not options:
+        (tmp_path / "moved").rename(out)
+        assert "continuing after step 7 " in run_training(two_processes, words)

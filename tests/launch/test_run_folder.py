@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from launch.options.train_options import TrainOptions
 from launch.run_folder.claim import claim_run_folder
 from launch.run_folder.folder import RunFolder, StepMetrics, Summary, trainable_params_mean
 from launch.run_folder.json_files import JsonLines, to_json
+from launch.run_folder.lock import one_run_in
 from launch.run_folder.rows import RANK_CHANGE
 from tests.helpers.checkpoint_samples import flip_byte, save_checkpoint
+from tests.helpers.moved_folders import MOVES
 
 
 def step_metrics(step: int, **changes: Any) -> StepMetrics:
@@ -261,6 +264,23 @@ def test_a_folder_of_checkpoints_that_are_not_ours_can_hold_a_run(tmp_path: Path
     save_checkpoint(run.checkpoints, 3)
     keep_newest(run.checkpoints, 1)
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_folder_that_is_another_now_gets_no_more_lines(
+    folder: RunFolder, move: Callable[[Path], object]
+) -> None:
+    with one_run_in(folder.path) as folder.require_present:
+        folder.log_step(step_metrics(1))
+        folder.raise_fault()
+        move(folder.path)
+        folder.log_step(step_metrics(2))
+        for ask in (folder.raise_fault, folder.sync, lambda: folder.write_summary(summary())):
+            with pytest.raises(RunError, match="the run folder was moved, removed or replaced"):
+                ask()
+    left = [path for path in (folder.path, folder.path.with_name("moved")) if path.exists()]
+    assert all([row["step"] for row in RunFolder(path).metrics.read()] == [1] for path in left)
+    assert not any((path / "summary.json").exists() for path in left)
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:

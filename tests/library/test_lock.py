@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from flexlora_ds.errors import RunError
 from flexlora_ds.files.lock import locked
 
 HOLD = """
 import pathlib, sys
+from flexlora_ds.errors import RunError
 from flexlora_ds.files.lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print(flush=True)
@@ -55,3 +58,17 @@ def test_without_locks_all_go_on(number: int, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fcntl, "flock", without)
     with locked(tmp_path / "lock", refuse) as held:
         assert not held
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_what_is_no_file_in_the_locks_place_is_named_and_kept(tmp_path: Path, kind: str) -> None:
+    path, mine = tmp_path / ".lock", tmp_path / "mine"
+    if kind == "link":
+        mine.write_text("mine")
+    if "link" in kind:
+        path.symlink_to(mine)
+    else:
+        (Path.mkdir if kind == "folder" else os.mkfifo)(path)
+    with pytest.raises(RunError, match=r"in the place of a lock file \(.*\.lock\); remove it"), locked(path):
+        pass
+    assert (mine.read_text() == "mine") if kind == "link" else not mine.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         write_text_atomically(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_link_in_the_place_of_the_part_is_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / f".latest.{os.getpid()}.part").symlink_to(mine)
+    (tmp_path / f".latest.{os.getpid()}-1.part").mkdir()
+    write_text_atomically(tmp_path / "latest", "new")
+    assert (tmp_path / "latest").read_text() == "new" and mine.read_text() == "mine"
+    assert not (tmp_path / "latest").is_symlink()
