@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def train(processes: Processes, place: Place, out: Path, stage: int, **options: Any) -> Path:
-    for found in processes.run(with_logits, place.arguments(out, stage, **OPTIONS, **options)):
+    for found in processes.run(with_logits, place.arguments(out, stage, **{**OPTIONS, **options})):
         assert found["code"] == 0, found["stderr"]
     return out
 
@@ -126,3 +126,27 @@ def test_packing_that_mixes_examples_ends_the_run_before_its_first_step(
             "error: the model does not keep packed examples apart under attention eager"
         )
         assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "lora"}, {"init": "gradient"}, {"gradient_checkpointing": True}],
+    ids=["lora", "gradient", "recomputed"],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "phi"])
+def test_other_ways_to_train_are_alike_at_every_stage(
+    kind: str,
+    changes: dict[str, Any],
+    one_process: Processes,
+    two_processes: Processes,
+    place: Place,
+    tmp_path: Path,
+) -> None:
+    base = write_model(tmp_path / "base", kind)
+    asked = {"model": base, "dropout": 0.0, **changes}
+    whole = train(one_process, place, tmp_path / "whole", 0, **asked)
+    parted = train(two_processes, place, tmp_path / "parted", 3, **asked)
+    assert training.losses(parted) == pytest.approx(training.losses(whole), rel=1e-5)
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), parted / "adapter")
+    assert apart(logits(by_peft), load_file(parted / TRAINING_LOGITS)["logits"]) < 1e-5
