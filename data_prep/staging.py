@@ -88,7 +88,7 @@ def staging(out: Path) -> Path:
 
 def commit(out: Path, manifest: dict[str, Any]) -> None:
     """Put the staged files in place; remove files that the old manifest lists and the new one does not."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (out / _BUILDING / MANIFEST).write_text(text, encoding="utf-8")
     (out / _BUILDING).rename(out / _READY)
     _move(out)

@@ -225,7 +225,7 @@ class FlexLoRAConfig:
 
     def to_json(self) -> str:
         """All options as indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> FlexLoRAConfig:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.errors import UserError
+from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import replacing_folder
 from flexlora_ds.files.safetensors_file import save_tensors
 
@@ -159,6 +159,7 @@ def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = matrix.B.detach().cpu().contiguous()
     for name, weight in adapter.base_weights.items():
         tensors[f"{PREFIX}{name}.base_layer.weight"] = weight.detach().cpu().contiguous()
+    require_finite(tensors, str(folder))
     with replacing_folder(folder, owned=ADAPTER_FILES) as fresh:
         save_tensors(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_json(fresh / CONFIG_FILE, _peft_config(adapter))
@@ -210,7 +211,7 @@ def _plain(number: float) -> float | int:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def max_relative_difference(one: LoraAdapter, other: LoraAdapter) -> float:
@@ -230,3 +231,12 @@ def finite(adapter: LoraAdapter) -> bool:
     """Whether every number of the adapter is finite."""
     numbers = [tensor for matrix in adapter.matrices.values() for tensor in (matrix.B, matrix.A)]
     return all(bool(torch.isfinite(tensor).all()) for tensor in [*numbers, *adapter.base_weights.values()])
+
+
+def require_finite(tensors: Mapping[str, Tensor], place: str) -> None:
+    """Raise RunError naming the first tensor that holds a number that is not finite: it is never written."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"{name} holds numbers that are not finite", place, "the training diverged: lower lr"
+            )

@@ -37,7 +37,7 @@ def save_adapter(
         λ of every matrix on process 0, empty on the others.
 
     Raises:
-        UserError: the engine's model has no adapters.
+        UserError: the engine's model has no adapters. RunError: one holds numbers that are not finite.
     """
     layers = adapters(engine.module)
     if not layers:

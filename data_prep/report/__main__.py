@@ -135,7 +135,8 @@ def _run(args: argparse.Namespace) -> None:
     shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
     (out / "report.md").write_text(f"{title}{text}{shown}", encoding="utf-8")
     document = {"settings": settings, "files": summaries}
-    (out / "report.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    written = json.dumps(document, indent=2, allow_nan=False)
+    (out / "report.json").write_text(written + "\n", encoding="utf-8")
     print(f"{text}\nlengths in {unit} ({args.prompt} prompt); wrote {out}/report.md and the pictures")
 
 

@@ -16,7 +16,7 @@ from flexlora_ds.controller import RankController
 from flexlora_ds.files.safetensors_file import save_tensors
 from flexlora_ds.files.text import write_text_atomically
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
-from flexlora_ds.peft_format import PROMPT_FILE, prompt_note
+from flexlora_ds.peft_format import PROMPT_FILE, prompt_note, require_finite
 from flexlora_ds.rank_change import RankChange
 from flexlora_ds.saving import save_adapter
 from launch.data.batches import MicroBatch
@@ -204,6 +204,7 @@ class PeftLoRA:
             if self.engine.global_rank == 0:
                 tensors[named[p].replace(".default.", ".")] = value.detach().cpu().clone().contiguous()
         if self.engine.global_rank == 0:
+            require_finite(tensors, str(folder))
             folder.mkdir(parents=True, exist_ok=True)
             config = self.engine.module.peft_config["default"]
             config.base_model_name_or_path, config.inference_mode = base_model, True

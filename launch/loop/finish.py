@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.signals import stop_line
+from launch.loop.outcome import require_success
 from launch.loop.run_log import peak_memory_gb
 from launch.loop.session import Session
 from launch.report.build import build_report
@@ -14,9 +15,11 @@ def finish(session: Session) -> None:
     """Write what a run leaves behind; collective.
 
     Raises:
-        RunError: the disk refuses, or the run folder is another now; on all processes alike.
+        RunError: the run is no success, its adapter holds numbers that are not finite, the disk refuses, or the run
+            folder is another now; on all processes alike. No adapter is written then.
     """
     process, folder = session.process, session.folder
+    require_success(session)
     session.saver.save(session.done)
     on_rank_zero(process, folder.require_present)  # the adapter's folder would be made anew
     spectra = on_all_ranks(process, lambda: session.method.save(folder.adapter, session.options.model))

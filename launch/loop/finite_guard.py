@@ -36,7 +36,14 @@ class FiniteGuard:
         self._seen: list[tuple[MicroBatch, Tensor, Tensor | None]] = []
         self._skipped = int(engine.skipped_steps)
         self.in_a_row = 0
+        self.last: MicroBatch | None = None
+        """The micro-batch that this process looked at last."""
         skip_non_finite(engine)
+
+    @property
+    def skipped(self) -> int:
+        """How many updates of the run were skipped so far."""
+        return self._skipped
 
     def state_dict(self) -> dict[str, int]:
         """For the checkpoint; JSON."""
@@ -50,6 +57,7 @@ class FiniteGuard:
     def checked(self, loss: Tensor, batch: MicroBatch) -> Tensor:
         """The loss; one that is not finite gives gradients of NaN (an infinite loss alone may have finite ones)."""
         self._close_last()
+        self.last = batch
         finite = torch.isfinite(loss.detach())
         self._seen.append((batch, finite, None))
         return loss * torch.where(finite, 1.0, float("nan"))

@@ -46,6 +46,8 @@ class Validator:
         self._interrupted = interrupted
         self._every = every
         self._last = last
+        self.last_loss: float | None = None
+        """The loss written last in this session."""
         self._head = head_of(engine.module)
 
     def __bool__(self) -> bool:
@@ -88,6 +90,7 @@ class Validator:
         if self:
             loss = self()
             if not self._interrupted():
+                self.last_loss = loss
                 self._folder.log_validation(step, loss)
 
     def _due(self, step: int) -> bool:

@@ -113,3 +113,74 @@ def test_skips_of_the_loss_scale_are_distinguished(
     assert [r["code"] for r in results] == [0, 0], results[0]["stderr"]
     assert "step 5: the gradient overflowed fp16; update skipped, loss scale now" in results[0]["stderr"]
     assert "not finite" not in results[0]["stderr"]
+
+
+def ended_without_success(out: Path, result: dict[str, Any], words: str) -> None:
+    """Exit code 1 and one line; nothing that says 'trained'."""
+    assert result["code"] == 1, result["stderr"]
+    errors = [line for line in result["stderr"].splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and words in errors[0], result["stderr"]
+    assert "Traceback" not in result["stderr"]
+    assert not (out / "adapter").exists() and not (out / "summary.json").exists()
+    assert not list((out / "checkpoints").glob("step_*")) if (out / "checkpoints").exists() else True
+
+
+@pytest.mark.parametrize(
+    ("steps", "poison", "kind", "words"),
+    [
+        (3, [3], "infinite loss", "the last loss is not finite (step 3)"),
+        (2, [1, 2], "gradient", "every update was skipped, so nothing was learnt (2 steps)"),
+        pytest.param(1, [1], "infinite loss", "every update was skipped", marks=pytest.mark.full),
+    ],
+)
+def test_a_run_that_learnt_nothing_or_ends_in_nan_is_no_success(
+    steps: int,
+    poison: list[int],
+    kind: str,
+    words: str,
+    place: Place,
+    tmp_path: Path,
+    two_processes: Processes,
+) -> None:
+    out = tmp_path / "run"
+    arguments = place.arguments(out, stage=2, max_steps=steps, adjust_size=0, val_size=0, save_every=0)
+    results = two_processes.run(poisoned, arguments, poison, 1, kind, timeout=300)
+    assert results[1]["code"] == 1 and "error:" not in results[1]["stderr"]
+    ended_without_success(out, results[0], words)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 1, "val_size": 0, "method": "lora"},
+        {"max_steps": 2},
+        pytest.param({"max_steps": 1}, marks=pytest.mark.full),
+        pytest.param({"max_steps": 1, "val_size": 0}, marks=pytest.mark.full),
+        pytest.param({"max_steps": 2, "val_size": 0, "stage": 3}, marks=pytest.mark.full),
+        pytest.param({"max_steps": 1, "val_size": 0, "dtype": "bf16"}, marks=pytest.mark.full),
+        pytest.param({"max_steps": 12}, marks=pytest.mark.full),
+    ],
+)
+def test_a_learning_rate_beyond_all_numbers_is_no_success(
+    options: dict[str, Any], place: Place, tmp_path: Path, one_process: Processes
+) -> None:
+    """The last training loss may be that of the weights before; what the last update left is looked at too."""
+    out = tmp_path / "run"
+    given = {"adjust_size": 0, "warmup_steps": 0, "save_every": 0, **options}
+    arguments = place.arguments(out, **{"stage": 2, **given}, lr=1e20)
+    (result,) = one_process.run(training.command, arguments, timeout=300)
+    ended_without_success(out, result, "not finite")
+
+
+def test_an_adapter_of_nan_is_never_written(tmp_path: Path) -> None:
+    from flexlora_ds import FlexLoRAConfig
+    from flexlora_ds.errors import RunError
+    from flexlora_ds.peft_format import AdapterFactors, write_peft_adapter
+
+    factors = AdapterFactors(torch.ones(4, 2), torch.tensor([1.0, 1e20]), torch.full((2, 4), 1e20))
+    write_peft_adapter(tmp_path / "adapter", {"layer": factors}, FlexLoRAConfig(rank=2), "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    worse = factors._replace(P=torch.full((4, 2), 1e20))  # P λ is beyond fp32
+    with pytest.raises(RunError, match=r"layer\.lora_B\.weight holds numbers that are not finite"):
+        write_peft_adapter(tmp_path / "adapter", {"layer": worse}, FlexLoRAConfig(rank=2), "base")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
