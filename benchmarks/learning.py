@@ -40,6 +40,7 @@ LORA = "LoRA"
 SETTINGS: dict[str, dict[str, object]] = {
     LORA: {"method": "lora"},
     "default": {},
+    "gradient": {"init": "gradient"},
     "lambda-8": {"lambda_lr": 8},
     "lambda-60": {"lambda_lr": 60},
     "eta-0.2": {"orth_weight": 0.2},
