@@ -3,7 +3,7 @@
     python -m benchmarks.learning --model MODEL --data RECORDS [--seeds 1,2,3] [--settings NAME,NAME] [--jobs 2]
                                   [--out runs/learning] [any option of launch/train.py, for all runs]
 
-Each run is `launch/train.py` at fixed ranks with one process. Runs of a seed share records, their order and dropout
+Each run is `launch/train.py` with one process, at fixed ranks or growing once (`grow`). Runs of a seed share records, their order and dropout
 masks, so settings are compared within a seed. The table has the mean over seeds of: the mean training loss over
 thirds of the run, the validation loss at its middle and its end, the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, how far λ
 are from the true singular values, and the rank correlation of the matrices' entropies by λ and by the true ones. In
@@ -37,6 +37,11 @@ from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.importance import exact_spectrum, score_matrices, spectrum_error
 
 LORA = "LoRA"
+GROWING = {
+    "rank": 4, "alpha": 8, "max_rank": 8, "direction": "expand", "adjust_size": 10_000, "schedule": "constant",
+    "adjust_start": 19, "adjust_interval": 1,
+}  # fmt: skip
+"""From rank 4 to 8 in every matrix, one direction a step after steps 20 to 23, then fixed."""
 SETTINGS: dict[str, dict[str, object]] = {
     LORA: {"method": "lora"},
     "default": {},
@@ -48,6 +53,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     "norm": {"orth_form": "norm", "orth_weight": 0.1},
     "squared": {"orth_form": "squared", "orth_weight": 0.1},
     "none": {"orth_weight": 0},
+    "grow": GROWING,
+    "grow-orthogonal": {**GROWING, "new_direction": "orthogonal"},
+    "grow-gradient": {**GROWING, "new_direction": "gradient"},
 }
 """What each changes in the defaults (`lambda_lr: auto`, `orth_form: decoupled`, `orth_weight: 0.05`)."""
 
