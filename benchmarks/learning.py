@@ -3,12 +3,12 @@
     python -m benchmarks.learning --model MODEL --data RECORDS [--seeds 1,2,3] [--settings NAME,NAME] [--jobs 2]
                                   [--out runs/learning] [any option of launch/train.py, for all runs]
 
-Each run is `launch/train.py` with one process, at fixed ranks or growing once (`grow`). Runs of a seed share records, their order and dropout
-masks, so settings are compared within a seed. The table has the mean over seeds of: the mean training loss over
-thirds of the run, the validation loss at its middle and its end, the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, how far λ
-are from the true singular values, and the rank correlation of the matrices' entropies by λ and by the true ones. In
-brackets: the smallest and largest over the seeds of the difference to LoRA's validation loss. A run that has
-finished is not repeated.
+Each run is `launch/train.py` with one process, at fixed ranks or growing once (`grow`). Runs of a seed share
+records, their order and dropout masks, so settings are compared within a seed. The table has the mean over seeds of:
+the mean training loss over thirds of the run, the validation loss at its middle and its end, the mean of ‖PᵀP − I‖_F
+and ‖QQᵀ − I‖_F, how far λ are from the true singular values, and the rank correlation of the matrices' entropies by
+λ and by the true ones. In brackets: the smallest and largest over the seeds of the difference to LoRA's validation
+loss. A run that has finished is not repeated.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Take an adapter out of a run or a checkpoint: as it is, at one uniform rank for servers, or merged into its base.
 
     python -m flexlora_ds.export --run RUN | --checkpoint DIR --to peft|peft-uniform|merged --out DIR
+                                 [--rank_budget N | --parameters N | --energy SHARE]
 
 Every export is read back and compared with its source, its logits on the base too, before it appears under --out.
 """
@@ -19,9 +20,16 @@ from torch import nn
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer, native_dtype
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
-from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.command import CommandParser, one_line, run_parsed
 from flexlora_ds.errors import RunError, UserError
-from flexlora_ds.export_checks import Check, check_adapter, check_merged, check_merged_logits, check_update
+from flexlora_ds.export_checks import (
+    Check,
+    check_adapter,
+    check_merged,
+    check_merged_logits,
+    check_reading,
+    check_update,
+)
 from flexlora_ds.files.folders import replacing_folder, require_new
 from flexlora_ds.merging import merge
 from flexlora_ds.peft_format import (
@@ -35,6 +43,7 @@ from flexlora_ds.peft_format import (
     write_peft_adapter,
 )
 from flexlora_ds.peft_reading.plain import read_peft_adapter
+from flexlora_ds.truncation import Size, Truncated, truncate
 
 __all__ = [
     "AdapterFactors",
@@ -48,6 +57,8 @@ __all__ = [
     "write_peft_adapter",
 ]
 
+_LONGEST_COUNT = 18
+"""Digits of a number of directions or parameters."""
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for `max_lora_rank`."""
 
@@ -153,6 +164,20 @@ def _parser() -> CommandParser:
         required=True,
         help="an adapter with each matrix at its own rank, one at a single rank for servers, or a whole model",
     )
+    smaller = parser.add_mutually_exclusive_group()
+    smaller.add_argument(
+        "--rank_budget", type=_count, help="keep at most this many directions over all matrices"
+    )
+    smaller.add_argument("--parameters", type=_count, help="keep at most this many parameters")
+    smaller.add_argument(
+        "--energy", type=_share, help="keep this share of the singular values' squares, such as 0.95"
+    )
+    parser.add_argument(
+        "--min_rank",
+        type=_count,
+        default=1,
+        help="of a smaller adapter: directions that every matrix keeps; 0 may leave matrices out (default 1)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new or empty")
     parser.add_argument("--base", help="the base model, if it is not where the run found it")
     parser.add_argument(
@@ -172,6 +197,8 @@ def _export(options: argparse.Namespace) -> str:
             mend="its training diverged",
         )
     _hide_progress_bars()
+    smaller = _smaller(adapter, options)
+    adapter = adapter if smaller is None else smaller.adapter
     ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
     checks: tuple[Check, ...]
     lines = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
@@ -189,7 +216,8 @@ def _export(options: argparse.Namespace) -> str:
     else:
         checks = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
         lines[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
-    return "\n".join([*lines, *(f"checked: {check}" for check in checks)])
+    said = [] if smaller is None else [smaller.line()]
+    return "\n".join([*lines, *said, *(f"checked: {check}" for check in checks)])
 
 
 def _read(options: argparse.Namespace) -> LoraAdapter:
@@ -200,6 +228,33 @@ def _read(options: argparse.Namespace) -> LoraAdapter:
             f"--checkpoint {options.checkpoint} is no folder", mend="give checkpoints/step_… of a run"
         )
     return read_checkpoint_adapter(options.checkpoint)
+
+
+def _smaller(adapter: LoraAdapter, options: argparse.Namespace) -> Truncated | None:
+    """The adapter at the size that the options ask for; None: as it is."""
+    if options.rank_budget is options.parameters is options.energy is None:
+        return None
+    size = Size(options.rank_budget, options.parameters, options.energy, options.min_rank)
+    smaller = truncate(adapter, size)
+    if adapter.folder is not None:  # what comes from a checkpoint is no other program's to read
+        check_reading(adapter, options.base or adapter.base_model).require(options.out)
+    return smaller
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > _LONGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r} is not a whole number")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r} is not a number above 0 and at most 1")
+    return value
 
 
 def _hide_progress_bars() -> None:

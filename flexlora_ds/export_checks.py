@@ -60,6 +60,22 @@ def check_adapter(adapter: LoraAdapter, folder: Path, base: str) -> Check:
     Raises:
         UserError: no base, or one that the adapter does not fit.
     """
+    model, dtype = _base_of(adapter, base)
+    expected = source_logits(model, adapter)
+    return _logits_check(adapted_logits(model, folder), expected, dtype)
+
+
+def check_reading(adapter: LoraAdapter, base: str) -> Check:
+    """The logits of the base with an adapter as it was read, beside those that PEFT gets from the same folder.
+
+    Raises:
+        UserError: as `check_adapter`.
+    """
+    model, dtype = _base_of(adapter, base)
+    return _logits_check(_read_logits(model, adapter), source_logits(model, adapter), dtype)
+
+
+def _base_of(adapter: LoraAdapter, base: str) -> tuple[PreTrainedModel, torch.dtype]:
     if not base:
         raise UserError("the adapter does not say which base it is for", mend="name its base with --base")
     try:
@@ -69,8 +85,7 @@ def check_adapter(adapter: LoraAdapter, folder: Path, base: str) -> Check:
         raise UserError(
             error.fault, error.place, "the export is checked on its base: name it with --base"
         ) from None
-    expected = source_logits(model, adapter)
-    return _logits_check(adapted_logits(model, folder), expected, dtype)
+    return model, dtype
 
 
 def source_logits(model: PreTrainedModel, adapter: LoraAdapter) -> Tensor:
@@ -79,6 +94,10 @@ def source_logits(model: PreTrainedModel, adapter: LoraAdapter) -> Tensor:
         adapted_weight(model, name, matrix)
     if adapter.folder is not None:
         return adapted_logits(model, adapter.folder)
+    return _read_logits(model, adapter)
+
+
+def _read_logits(model: PreTrainedModel, adapter: LoraAdapter) -> Tensor:
     hooks = [
         model.get_submodule(name).register_forward_hook(_adds(matrix))
         for name, matrix in adapter.matrices.items()

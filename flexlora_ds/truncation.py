@@ -69,7 +69,7 @@ def truncate(adapter: LoraAdapter, size: Size) -> Truncated:
     whole = sum(float(part.sigma.square().sum()) for part in parts.values())
     kept = sum(float(part.sigma[: ranks[name]].square().sum()) for name, part in parts.items())
     return Truncated(
-        replace(adapter, matrices=matrices),
+        replace(adapter, matrices=matrices, folder=None),  # that folder holds the whole
         (sum(ranks.values()), sum(before.values())),
         (sum(ranks[n] * costs[n] for n in ranks), sum(before[n] * costs[n] for n in before)),
         kept / whole if whole else 1.0,

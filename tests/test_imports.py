@@ -49,6 +49,7 @@ FLOORS = {
             "gradient",
             "rank_warnings",
             "saving",
+            "truncation",
         ),
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),

@@ -290,6 +290,49 @@ def test_command_writes_and_reports_its_check(
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("to", ["peft", "peft-uniform", "merged"])
+@pytest.mark.parametrize(
+    "size", [["--rank_budget", "40"], ["--energy", "0.5"], ["--rank_budget=3", "--min_rank=0"]]
+)
+def test_a_smaller_adapter_in_every_form(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, size: list[str]
+) -> None:
+    """Each is checked on the base like a whole one; the kept energy is that of the written update."""
+    assert main(["--run", str(run), "--to", to, "--out", str(tmp_path / "out"), *size]) == 0
+    printed = capsys.readouterr().out
+    kept = re.search(
+        r"kept (\d+) of \d+ directions, .* parameters \([\d.]+%\), ([\d.]+)% of the energy", printed
+    )
+    assert kept is not None and "checked: " in printed
+    if to == "peft":
+        before, after = (read_peft_adapter(folder).matrices for folder in (run / "adapter", tmp_path / "out"))
+        assert sum(matrix.rank for matrix in after.values()) == int(kept[1])
+        energies = [sum(float(m.delta().square().sum()) for m in found.values()) for found in (after, before)]
+        assert energies[0] / energies[1] == pytest.approx(float(kept[2]) / 100, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--rank_budget", "1"],
+            r"1 is below rank 1 in every matrix, which is \d+ \(--rank_budget\); give at least \d+",
+        ),
+        (["--parameters", "5"], r"5 is below rank 1 in every matrix"),
+        (["--energy", "1.5"], "'1.5' is not a number above 0 and at most 1"),
+        (["--energy", "nan"], "'nan' is not a number above 0"),
+        (["--rank_budget", "9" * 300], "is not a whole number"),
+        (["--rank_budget", "4", "--energy", "0.5"], "not allowed with argument"),
+    ],
+)
+def test_a_size_that_cannot_be_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    line = fails(["--run", str(run), "--to", "peft", "--out", str(tmp_path / "out"), *words], capsys, 2)
+    assert re.search(said, line)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])
 def test_rank_to_allow_in_the_server(rank: int, allowed: int | None) -> None:
     assert server_rank(rank) == allowed
