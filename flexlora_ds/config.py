@@ -70,7 +70,7 @@ class FlexLoRAConfig:
     given_as_text: ClassVar[bool] = False
     """Whether values may be words of a command line."""
 
-    rank: Annotated[Positive, ADAPTER, MUST_MATCH] = 8
+    rank: Annotated[int, Bounds(least=1, most=65_536), ADAPTER, MUST_MATCH] = 8
     """Rank of every matrix at the start. The scale is alpha / rank for the run, whatever ranks become."""
     alpha: Annotated[AboveZero, ADAPTER, MUST_MATCH] = 16.0
     """Numerator of the scale."""
@@ -130,7 +130,7 @@ class FlexLoRAConfig:
     """Batches whose gradient `init gradient` looks at, twice; the model's output stays as it is."""
     init_std: Annotated[Literal["unit"] | AboveZero, ADAPTER] = "unit"
     """Standard deviation of a Gaussian P and Q; unit gives every direction an expected norm of 1."""
-    lambda_lr: Annotated[Auto | AboveZero, ADAPTER] = "auto"
+    lambda_lr: Annotated[Auto | Annotated[float, Bounds(above=0, most=10**6)], ADAPTER] = "auto"
     """Learning rate of λ as a multiple of lr: auto is √min(in, out) of the layer, 1 is the paper's."""
     weight_decay: Annotated[NotNegative, ADAPTER] = 0.0
     """Decoupled weight decay, of λ only (method lora: of all that it trains)."""

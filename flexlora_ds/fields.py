@@ -37,7 +37,11 @@ class Bounds:
     def __str__(self) -> str:
         low = (("of at least", self.least), ("above", self.above))
         high = (("at most", self.most), ("below", self.below))
-        return " and ".join(f"{word} {end:g}" for word, end in low + high if math.isfinite(end))
+        return " and ".join(f"{word} {_shown_end(end)}" for word, end in low + high if math.isfinite(end))
+
+
+def _shown_end(end: float) -> str:
+    return f"{end:,}" if isinstance(end, int) else f"{end:g}"
 
 
 class OnResume(Enum):
@@ -176,6 +180,8 @@ def nearest(word: str, known: Iterable[str], foreign: Mapping[str, str] | None =
 _MISFIT = object()
 _LONGEST_QUOTE = 200
 """Characters of a refused value in a message."""
+_LARGEST_FLOAT = 3.4e38
+"""Of what fp32 holds; NaN is not below it."""
 _WORD_SIZE = Bounds(least=-(2**63), below=2**63)
 """The whole numbers that torch, numpy and files hold."""
 _KIND_WORDS: Mapping[Any, str] = {
@@ -236,7 +242,7 @@ def _as_number(value: object, kind: type[int] | type[float], text: bool) -> obje
         number = kind(value)
     except (ValueError, OverflowError):
         return _MISFIT
-    fits = _WORD_SIZE.holds(number) if kind is int else math.isfinite(number)
+    fits = _WORD_SIZE.holds(number) if kind is int else abs(number) <= _LARGEST_FLOAT
     return number if fits else _MISFIT
 
 

@@ -23,6 +23,10 @@ _SHAPES: dict[str, Callable[[Fraction], Fraction]] = {
 }
 
 
+MOST_CHANGES = 100_000
+"""Rank changes of a run; their sizes are listed beforehand."""
+
+
 @dataclass(frozen=True)
 class Calendar:
     """The resolved calendar, in steps: a change may fall strictly between `start` and `end`."""
@@ -54,7 +58,8 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
     They keep the proportions of the paper's run: 5,000, 5,000 and 1,000 of its 31,931 steps.
 
     Raises:
-        UserError: the run has no step, or its freeze precedes its start (unless ranks never change).
+        UserError: the run has no step; or, unless ranks never change, its freeze precedes its start or there are more
+            than `MOST_CHANGES`.
     """
     if total_steps < 1:
         raise UserError(f"a run of {total_steps} steps has no calendar", "total steps", "give at least 1")
@@ -69,6 +74,13 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
             f"the freeze begins at step {calendar.end}, before the start at step {calendar.start}",
             f"keys adjust_start, adjust_freeze; the run has {total_steps} steps",
             "lower one of them",
+        )
+    changes = max(0, calendar.end - calendar.start) // calendar.interval
+    if config.adjust_size > 0 and changes > MOST_CHANGES:
+        raise UserError(
+            f"{changes:,} rank changes are more than {MOST_CHANGES:,}",
+            f"key adjust_interval; the run has {total_steps:,} steps",
+            "raise it",
         )
     return calendar
 

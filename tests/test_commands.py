@@ -98,6 +98,7 @@ def test_the_first_process_reports_what_all_meet_and_each_what_nobody_foresaw(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert exit_code_of(broken(UserError("all meet it")), []) == 2
     assert capsys.readouterr().err == ""
     assert exit_code_of(broken(ZeroDivisionError("one meets it")), []) == 1

@@ -71,6 +71,7 @@ def prepare_data(
     )
     if vocabulary is not None:
         require_known_tokens(data, tokenizer, vocabulary, str(path))
+    _require_batch(options, len(data.train))
     if options.method == "flexlora":
         resolve_calendar(steps_of(options, data), options.to_flexlora_config())
     return data
@@ -78,6 +79,16 @@ def prepare_data(
 
 def _say(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def _require_batch(options: TrainOptions, records: int) -> None:
+    """Refuse an update that would see the records more often than the whole run is to see them."""
+    if options.batch_size > records * max(1.0, options.epochs):
+        raise UserError(
+            f"batch_size {options.batch_size:,} is more than {options.epochs:g} epochs of {records:,} records",
+            options.place("batch_size"),
+            "lower it",
+        )
 
 
 def resolve_prompt(options: TrainOptions) -> TrainOptions:

@@ -61,7 +61,7 @@ def build_engine(
     fuse_gradient_checks(engine)
     _try_packing(engine, settled, process)
     # PEFT's own dropout; FlexLoRA's masks have named seeds.
-    torch.manual_seed(options.seed * 1009 + process.rank)
+    torch.manual_seed((options.seed * 1009 + process.rank) % 2**64)
     return engine, method
 
 

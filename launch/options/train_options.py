@@ -17,7 +17,6 @@ from flexlora_ds.config import (
     ADAPTER,
     OPTIMIZATION,
     RANK_CHANGES,
-    AboveZero,
     Auto,
     Count,
     FlexLoRAConfig,
@@ -26,7 +25,7 @@ from flexlora_ds.config import (
     Positive,
 )
 from flexlora_ds.errors import UserError
-from flexlora_ds.fields import Group, OnResume, OptionSpec, option_specs
+from flexlora_ds.fields import Bounds, Group, OnResume, OptionSpec, option_specs
 from launch.options.sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -74,15 +73,15 @@ class TrainOptions(FlexLoRAConfig):
     method: Annotated[Method, ADAPTER, MUST_MATCH] = "flexlora"
     """What is trained: FlexLoRA, or PEFT's LoRA in the same loop for comparison."""
 
-    epochs: Annotated[AboveZero, OPTIMIZATION, MAY_CHANGE] = 3.0
+    epochs: Annotated[float, Bounds(above=0, most=10**6), OPTIMIZATION, MAY_CHANGE] = 3.0
     """Passes over the training records; parts of one are allowed."""
-    max_steps: Annotated[Positive | None, OPTIMIZATION, MAY_CHANGE] = None
+    max_steps: Annotated[Annotated[int, Bounds(least=1, most=10**12)] | None, OPTIMIZATION, MAY_CHANGE] = None
     """Stop after this many steps, whatever epochs says."""
-    batch_size: Annotated[Positive, OPTIMIZATION, MUST_MATCH] = 16
+    batch_size: Annotated[int, Bounds(least=1, most=10**6), OPTIMIZATION, MUST_MATCH] = 16
     """Records in one update: micro-batch × accumulation × processes."""
     micro_batch_size: Annotated[Positive | Auto, OPTIMIZATION, MAY_CHANGE] = "auto"
     """Records that a process computes at once; auto is the largest that fits the memory estimate."""
-    lr: Annotated[AboveZero, OPTIMIZATION] = 3e-4
+    lr: Annotated[float, Bounds(above=0, most=1e30), OPTIMIZATION] = 3e-4
     """Learning rate after the warm-up."""
     lr_schedule: Annotated[LrSchedule, OPTIMIZATION] = "linear"
     """How lr falls after the warm-up, counted in applied updates."""

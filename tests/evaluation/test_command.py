@@ -131,6 +131,7 @@ def test_ctrl_c_is_said_by_one_process(
 
     monkeypatch.setattr("eval.run.evaluate", interrupted)
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--model", "m", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == ("" if rank else "error: interrupted; start again\n")
 

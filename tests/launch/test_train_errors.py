@@ -100,6 +100,11 @@ def test_an_unknown_key_of_a_recipe_names_its_line(refused: Callable[..., str], 
         ("dropout", 1.5, "below 1"),
         ("lr", -1, "above 0"),
         ("min_rank", 9, "rank"),
+        ("lr", "1e300", "at most 1e+30"),
+        ("batch_size", 10_000_000, "at most 1,000,000"),
+        ("rank", "9" * 400, "a whole number"),
+        ("max_steps", "9" * 5_000, "a whole number"),
+        ("data", "a\nerror: forged", "no training data at a error: forged (--data"),
     ],
 )
 def test_a_value_that_is_not_allowed(
@@ -218,6 +223,20 @@ def test_records_that_are_all_too_long(refused: Callable[..., str]) -> None:
     assert "cutoff_len" in refused(cutoff_len=8)
 
 
+def test_a_batch_of_more_than_all_epochs(refused: Callable[..., str]) -> None:
+    assert "batch_size 106 is more than 3 epochs of 35 records (--batch_size" in refused(batch_size=106)
+
+
+def test_a_change_after_every_step_of_a_long_run(refused: Callable[..., str]) -> None:
+    line = refused(max_steps=10**12, adjust_interval=1)
+    assert "rank changes are more than 100,000 (key adjust_interval; the run has 1,000,000,000,000" in line
+
+
+def test_an_expression_that_backtracks_without_end(refused: Callable[..., str]) -> None:
+    line = refused(target_modules="([a-z._0-9]+)+X")
+    assert "not matched within 2 s of computing and 1 GiB: '([a-z._0-9]+)+X' (target_modules)" in line
+
+
 def test_a_validation_that_leaves_nothing_to_train_on(refused: Callable[..., str]) -> None:
     assert "val_size 40" in refused(val_size=40)
 
@@ -289,7 +308,7 @@ runpy.run_path("launch/train.py", run_name="__main__")
 @pytest.mark.parametrize("module", ["launch.options.command_line", "yaml", "torch", "launch.loop.session"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ctrl_c_while_the_run_is_being_imported_is_one_line(module: str, rank: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", STOPPED_AT_AN_IMPORT, module]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 130
@@ -330,6 +349,16 @@ def test_a_calendar_without_a_change_is_a_warning(process: Processes, place: Pla
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rank_changes"] == 0
     assert any("no rank change" in text for text in summary["warnings"])
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, pytest.param(18_281_975_792_576_859, marks=pytest.mark.full)])
+@pytest.mark.parametrize("method", ["flexlora", pytest.param("lora", marks=pytest.mark.full)])
+def test_the_largest_seed_trains(
+    process: Processes, place: Place, tmp_path: Path, method: str, seed: int
+) -> None:
+    arguments = place.arguments(tmp_path / "out", seed=seed, method=method, max_steps=1, adjust_size=0)
+    (result,) = process.run(training.command, arguments)
+    assert result["code"] == 0, result["stderr"]
 
 
 def test_other_processes_leave_quietly(process: Processes, place: Place, tmp_path: Path) -> None:
