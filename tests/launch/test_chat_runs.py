@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eval.__main__ import main as evaluate
+from eval.predictions import PredictionFolder
+from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
+from flexlora_ds.export import read_peft_adapter
 from tests.helpers import eval_tiny, training
-from tests.helpers.chat_templates import make_tokenizer
+from tests.helpers.chat_templates import DATED, make_tokenizer
 from tests.helpers.processes import Processes
 from tests.helpers.training import Place
 
@@ -71,6 +76,46 @@ def test_chats_are_learnt_and_asked(place: Place, one_process: Processes, tmp_pa
 def test_the_base_is_asked_through_the_template_too(place: Place, tmp_path: Path) -> None:
     found = results(place, tmp_path / "eval", "--mode", "score")
     assert found["settings"]["prompt"] == "chat" and found["tasks"]["boolq"]["unanswered"] == 0
+
+
+def test_a_run_has_one_date_also_on_another_day(place: Place, one_process: Processes, tmp_path: Path) -> None:
+    dated = Place(tmp_path)
+    shutil.copytree(place.model, dated.model)
+    make_tokenizer(DATED, eos_token="<|im_end|>").save_pretrained(dated.model)
+    how = {"data": place.data, "adjust_size": 0, "val_every": 0, "save_every": 1, "micro_batch_size": 1}
+    begun = dated.arguments(tmp_path / "run", max_steps=1, template_date="2024-02-03", **how)
+    continued = dated.arguments(tmp_path / "run", max_steps=2, **how)
+    for arguments in (begun, continued):
+        (done,) = one_process.run(training.command, arguments)
+        assert done["code"] == 0, done["stderr"]
+    assert "continuing after step 1" in done["stderr"] and "prompt chat of 2024-02-03" in done["stderr"]
+    assert "template_date: '2024-02-03'" in (tmp_path / "run" / "options.yaml").read_text()
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "prompt.json").read_text()) == {"prompt": "chat", "date": "2024-02-03"}
+    assert read_peft_adapter(adapter).prompt_date == "2024-02-03"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert read_checkpoint_adapter(checkpoint).prompt_date == "2024-02-03"
+    (refused,) = one_process.run(training.command, [*continued, "--template_date", "2024-02-04"])
+    assert refused["code"] == 1 and "template_date is 2024-02-03 in it" in refused["stderr"]
+    (refused,) = one_process.run(training.command, [*continued, "--template_date", "tomorrow"])
+    assert refused["code"] == 2 and "template_date 'tomorrow' is no date" in refused["stderr"]
+    asked = [
+        "--model",
+        str(dated.model),
+        "--data",
+        str(place.root / "data"),
+        "--tasks",
+        "boolq",
+        "--limit",
+        "1",
+    ]
+    for out, more, day in (
+        ("adapted", ["--adapter", str(adapter)], "2024-02-03"),
+        ("base", [], date.today().isoformat()),
+    ):
+        assert evaluate([*asked, "--out", str(tmp_path / out), *more]) == 0
+        assert json.loads((tmp_path / out / "settings.json").read_text())["template_date"] == day
+        assert PredictionFolder(tmp_path / out).template_date() == day
 
 
 def test_without_a_template_both_commands_say_so(
