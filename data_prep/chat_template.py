@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import date
 from itertools import pairwise
@@ -18,7 +19,7 @@ _MARK = "FLXMARK{}X"
 
 _CLOCK = "strftime_now"
 """The function of transformers by which a template asks for today's date."""
-_DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of strftime, in glibc
+_DIRECTIVE = re.compile("%[-_0^#]?[a-zA-Z]")
 _TEXT, _PARTS = "text", "parts"
 
 
@@ -131,18 +132,22 @@ def _given_day(source: str, day: str | None) -> str:
     """The template with a clock of its own that stands at `day`.
 
     transformers passes only plain data to a template, so the function is a macro of the template itself: the format
-    with every directive replaced. The line feed after it is taken away by jinja (`trim_blocks`).
+    with every directive replaced that the template holds. Jinja takes away the line feed after it (`trim_blocks`).
     """
     if _CLOCK not in source:
         return source
     moment = date.fromisoformat(day or today())
     replaced = "".join(
         f".replace({json.dumps(directive)}, {json.dumps(moment.strftime(directive))})"
-        for directive in (f"%{flag}{letter}" for letter in _DIRECTIVES for flag in ("", "-"))
+        for directive in sorted(set(_DIRECTIVE.findall(source)))
     )
     # A doubled percent sign is none of a directive.
-    body = f'format.replace("%%", "\\0"){replaced}.replace("\\0", "%")'
-    return f"{{% macro {_CLOCK}(format) %}}{{{{ {body} }}}}{{% endmacro %}}\n{source}"
+    written = f'{{% set said = format.replace("%%", "\0"){replaced} %}}'
+    unknown = (
+        '{% if "%" in said %}{{ raise_exception("it makes the format of a date: " + format) }}{% endif %}'
+    )
+    ended = '{{ said.replace("\0", "%") }}'
+    return f"{{% macro {_CLOCK}(format) %}}{written}{unknown}{ended}{{% endmacro %}}\n{source}"
 
 
 def _as(form: str, content: str) -> Any:

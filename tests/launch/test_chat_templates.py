@@ -249,3 +249,9 @@ def test_a_template_is_given_one_date(form: str) -> None:
     today = tokenizer.apply_chat_template(ONE, tokenize=False)
     assert text == today.replace(date.today().strftime(form), date.fromisoformat(DAY).strftime(form))
     assert asks_for_day(tokenizer) and not asks_for_day(make_tokenizer(CHATML))
+
+
+def test_a_format_made_of_pieces_is_refused() -> None:
+    template = "{{ strftime_now('%' + 'd') }}" + CHATML
+    with pytest.raises(UserError, match="refuses it: it makes the format of a date: %d"):
+        ChatTemplate(make_tokenizer(template), DAY).render(ONE)

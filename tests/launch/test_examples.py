@@ -14,6 +14,7 @@ from data_prep.records import Record
 from eval.items import Question
 from eval.items import tokenise as tokenise_questions
 from flexlora_ds.errors import UserError
+from launch.data import encoding
 from launch.data.encoding import Encoding, tokenise
 from launch.data.examples import IGNORED, Examples, TokenisedData, arrange, split
 
@@ -182,3 +183,15 @@ def test_nothing_to_train_on_is_the_users_error() -> None:
         split(prepare(records).train, -1, 0)
     with pytest.raises(UserError, match="end-of-sequence"):
         tokenise(records, make_tokenizer(eos=None), Encoding("alpaca", 9, False))
+
+
+@pytest.mark.parametrize("style", ["alpaca", "llm_adapters"])
+def test_long_records_are_tokenised_a_few_at_a_time(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [make_record(words) for words in (3, 30, 1, 2, 500, 1)]
+    how = Encoding(style, 9_999, train_on_inputs=False)
+    wanted, _ = tokenise(records, make_tokenizer(), how)
+    monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", 100)
+    asked: list[int] = []
+    found, _ = tokenise(records, make_tokenizer(), how, asked.append)
+    assert list(found) == list(wanted)
+    assert asked[-1] == 6 and len(asked) > 3
