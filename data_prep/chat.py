@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 from data_prep.chat_template import ChatTemplate
@@ -156,6 +157,23 @@ def _with_space(template: ChatTemplate, messages: Sequence[Message], start: int,
         return start
     prompt = template.generation_prompt(messages[:-1])
     return max(len(before), len(prompt) if whole[:start].startswith(prompt) else 0)
+
+
+def prompt_note(template: ChatTemplate) -> str | None:
+    """One line where a prompt is not the template's generation prompt: whoever asks the model elsewhere needs it."""
+    asked: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        before = template.before_content(asked, 1)
+        given = template.generation_prompt(asked[:1])
+    except UserError:  # such chats may not occur, and are named where they do
+        return None
+    if before.startswith(given):
+        between = before[len(given) :].strip(" ")
+        said = f"the chat template writes {between!r} before an answer: it is part of the prompt"
+        return said if between else None
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, given, strict=False))
+    left_out = given[sum(1 for _ in alike) :]
+    return f"the chat template does not write {left_out!r} before an answer: it is no part of the prompt"
 
 
 def encode_chats(

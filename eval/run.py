@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_prep.chat_template import asks_for_day, today
+from data_prep.chat import prompt_note
+from data_prep.chat_template import ChatTemplate, asks_for_day, today
 from data_prep.prompt import CHAT
 from eval.answering.backends import Answering, Backend, open_backend
 from eval.answering.batching import Batch, order_batches, plan_batches
@@ -51,6 +52,8 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     folder = PredictionFolder(options.out)
     if team.is_rank_zero:
         _print_note(warning and f"warning: {warning}")
+        if style == CHAT:
+            _print_note(prompt_note(ChatTemplate(backend.tokenizer, day)))
         folder.lock()
         folder.check_settings(settings)
         folder.merge_logs(tasks.values())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.chat import prompt_note
+from data_prep.chat_template import ChatTemplate
 from data_prep.prompt import CHAT
 from data_prep.records import is_chat, load_entries
 from flexlora_ds.base_model.loading import load_tokenizer
@@ -62,6 +64,9 @@ def prepare_data(
 
     def make() -> Tokenised:
         entries = load_entries(path, note=_say)
+        said = prompt_note(ChatTemplate(tokenizer, day)) if options.prompt == CHAT else None
+        if said:
+            _say(said)
         with all_cores(), ProgressBar("tokenising", len(entries), "records", delayed=True) as bar:
             return tokenise(entries, tokenizer, how, bar.show)
 

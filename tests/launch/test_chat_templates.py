@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.chat import Piece, chat_pieces, encode_questions
+from data_prep.chat import Piece, chat_pieces, encode_questions, prompt_note
 from data_prep.chat_template import ChatTemplate, asks_for_day
 from data_prep.messages import ChatRecord, Message
 from flexlora_ds.errors import UserError
@@ -237,6 +237,21 @@ def test_a_message_of_weight_0_is_never_learnt() -> None:
     # What follows the last answer that is learnt is not read at all.
     first = say(("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), m4=0)
     assert learnt_text(first, inputs=False) == f"_a1{END}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML, None),
+        (INST, None),
+        (THINKING, r"writes '<think>\n\n</think>\n\n' before an answer: it is part"),
+        (CHANNELS, "writes '<|channel|>final<|message|>' before an answer: it is part"),
+        (REASONING, r"does not write '<think>\n' before an answer: it is no part"),
+    ],
+)
+def test_a_prompt_that_is_not_the_generation_prompt_is_said(template: str, said: str | None) -> None:
+    found = prompt_note(ChatTemplate(make_tokenizer(template)))
+    assert found is None if said is None else found is not None and said in found
 
 
 @pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%A, %-d. %B %y", "100%%d on %j"])
