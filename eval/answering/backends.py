@@ -12,7 +12,7 @@ from eval.answering.answerer import Answerer
 from eval.answering.batching import Batch
 from eval.answering.vllm_backend import VllmAnswerer, start_vllm
 from eval.items import Item, TaskItems
-from eval.model.loading import load, resolve_attention
+from eval.model.loading import load
 from eval.options import Options
 from eval.predictions import Prediction
 from eval.protocols import Protocol as EvaluationProtocol
@@ -59,7 +59,7 @@ def _with_transformers(options: Options, device: torch.device) -> Backend:
         settings={
             "revision": getattr(lm.model.config, "_commit_hash", None),
             "dtype": str(dtype).removeprefix("torch."),
-            "attention": resolve_attention(options.attention, dtype, lm.device),
+            "attention": lm.config._attn_implementation,
         },
         vocabulary=lm.vocabulary,
         answerer=lambda protocol, tasks: Answerer(lm, protocol, tasks),

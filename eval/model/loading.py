@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from data_prep.prompt import PROMPTS
 from eval.model.language_model import LanguageModel
 from eval.model.merging import merge_adapter
 from eval.options import Options
-from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
+from flexlora_ds.base_model.attention_support import supported_attention
+from flexlora_ds.base_model.loading import load_causal_lm, load_skeleton, load_tokenizer
 from flexlora_ds.base_model.precision import TORCH_DTYPES, resolve_dtype
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import read_json_object
@@ -21,16 +23,28 @@ from flexlora_ds.peft_format import PROMPT_FILE
 from flexlora_ds.peft_reading.attach import attach_adapter
 
 
-def resolve_attention(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """`auto` is flash attention where it is installed and supported, else PyTorch's own."""
+def resolve_attention(name: str, dtype: torch.dtype, device: torch.device, supported: Collection[str]) -> str:
+    """`auto` is flash attention where it is installed and supported, PyTorch's own where the model has it, else eager.
+
+    Args:
+        name: as asked for, transformers' names.
+        supported: what the model's class has.
+
+    Raises:
+        UserError: the model has not what was asked for.
+    """
     if name != "auto":
+        if name not in supported:
+            raise UserError(f"this model has no attention {name}", "--attention", "choose auto or eager")
         return name
     can_flash = (
         device.type == "cuda"
         and dtype != torch.float32
         and importlib.util.find_spec("flash_attn") is not None
     )
-    return "flash_attention_2" if can_flash else "sdpa"
+    if can_flash and "flash_attention_2" in supported:
+        return "flash_attention_2"
+    return "sdpa" if "sdpa" in supported else "eager"
 
 
 def load(options: Options, device: torch.device) -> LanguageModel:
@@ -40,7 +54,9 @@ def load(options: Options, device: torch.device) -> LanguageModel:
     model: Any = load_causal_lm(
         options.model,
         dtype=dtype,
-        attention=resolve_attention(options.attention, dtype, device),
+        attention=resolve_attention(
+            options.attention, dtype, device, supported_attention(load_skeleton(options.model))
+        ),
         device=device,
     )
     if options.adapter is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -206,10 +206,26 @@ def gaussian(rows: int, columns: int, std: float, rng: torch.Generator) -> Tenso
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers that can be adapted, Conv1D among them: all but the output head, in module order."""
+    """Names of the linear layers that can be adapted, Conv1D among them: all but the output head, in module order.
+
+    Of a model that takes more than text, those of its decoder of text: nothing else is trained on text.
+    """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
-    return [n for n, m in model.named_modules() if is_linear(m) and m is not head and n]
+    inside = _text_decoder(model)
+    return [
+        n for n, m in model.named_modules() if is_linear(m) and m is not head and n and n.startswith(inside)
+    ]
+
+
+def _text_decoder(model: nn.Module) -> str:
+    """What begins the names inside the decoder of text; empty where a model is nothing else."""
+    config: Any = getattr(model, "config", None)
+    find_text, find_decoder = getattr(config, "get_text_config", None), getattr(model, "get_decoder", None)
+    if not callable(find_text) or not callable(find_decoder) or find_text(decoder=True) is config:
+        return ""
+    decoder = find_decoder()
+    return next((f"{n}." for n, m in model.named_modules() if m is decoder and n), "")
 
 
 def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:

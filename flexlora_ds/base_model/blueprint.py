@@ -53,7 +53,7 @@ def build(
 def blueprint(
     name: str, config: Any, dtype: torch.dtype | None = None, *, tied: bool = True
 ) -> PreTrainedModel:
-    """The model of a configuration on the meta device.
+    """The model of a configuration on the meta device; a causal language model, as text needs.
 
     Args:
         name: the model's, for messages.
@@ -61,10 +61,18 @@ def blueprint(
         tied: whether tensors are tied as the configuration says.
 
     Raises:
-        UserError: the configuration describes no model.
+        UserError: the configuration describes no model, or one of another kind.
     """
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
+        raise UserError(
+            f"model {name} is of type {config.model_type}, of which transformers has no causal language model",
+            "config.json",
+            "name a model that continues text alone",
+        )
     with ExitStack() as stack:
         stack.enter_context(_described(name))
         stack.enter_context(torch.device("meta"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from flexlora_ds.base_model.precision import Dtype
+from flexlora_ds.base_model.source import LONGEST_TEXT
+from flexlora_ds.command import one_line
 from flexlora_ds.config import Auto
 from flexlora_ds.errors import UserError
 from launch.model.liger import LLAMA_LIKE
@@ -55,16 +57,18 @@ def resolve_attention(
     place: str,
     machine: Machine,
     works: Callable[[], bool],
+    supported: Collection[str] = ("eager", "sdpa", "flash_attention_2"),
 ) -> Attention:
-    """The kernels by our names; `auto` takes flash where it is installed, then varlen where it `works`, else sdpa.
+    """The kernels by our names; `auto` takes flash where it is installed, then varlen where it `works`, sdpa, eager.
 
     Args:
         packed: whether examples will be packed; varlen gains nothing where they are padded.
         place: where `asked` was given, for messages.
         works: whether varlen computes what sdpa does here; called only where it might be taken.
+        supported: what the model's class has, under transformers' names.
 
     Raises:
-        UserError: flash or varlen was asked for where it cannot run.
+        UserError: the model has not what was asked for, or flash or varlen cannot run here.
     """
     half = dtype != "fp32"
     can_flash = machine.gpu and half and machine.flash
@@ -83,9 +87,13 @@ def resolve_attention(
             "choose auto",
         )
     if asked != "auto":
+        if ATTENTION_NAMES[asked] not in supported:
+            raise UserError(f"this model has no attention {asked}", place, "choose auto or eager")
         return asked
-    if can_flash:
+    if can_flash and ATTENTION_NAMES["flash"] in supported:
         return "flash"
+    if ATTENTION_NAMES["sdpa"] not in supported:
+        return "eager"
     return "varlen" if packed is not False and can_varlen and works() else "sdpa"
 
 
@@ -121,10 +129,7 @@ def torch_varlen(dtype: str) -> Varlen | None:
         varlen = working_varlen(varlen_attn, _device(), kind)
         reason = "its results are not those of sdpa"
     except Exception as error:  # whatever it is: there are other kernels
-        varlen, reason = (
-            None,
-            f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}",
-        )
+        varlen, reason = None, f"{type(error).__name__}: {one_line(str(error), LONGEST_TEXT) or 'no text'}"
     if varlen is None:
         warnings.warn(
             f"torch's variable-length attention is left out, which is slower: {reason}", stacklevel=2

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexlora_ds.adapter.layer import check_rank, linear_names, linear_shapes, match_modules
+from flexlora_ds.base_model.attention_support import supported_attention
 from flexlora_ds.base_model.loading import load_skeleton
 from flexlora_ds.base_model.own_dropout import own_dropout
 from flexlora_ds.base_model.vocabulary import Vocabulary
@@ -34,6 +35,13 @@ class Skeleton:
     """Whether it can keep packed examples apart, as far as its class and configuration say."""
     remarks: tuple[str, ...] = ()
     """What of the base a run does without, one line each."""
+    attention: frozenset[str] = frozenset({"eager", "sdpa", "flash_attention_2"})
+    """The kernels that its class can compute with, under transformers' names."""
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder of text, where others stand beside it: its sizes are the run's."""
+        return self.config.get_text_config(decoder=True)
 
 
 def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int | None = None) -> Skeleton:
@@ -58,6 +66,7 @@ def read_skeleton(model: str, target_modules: tuple[str, ...], limited_rank: int
         vocabulary=Vocabulary.of(base),
         separable=_separable(base),
         remarks=(*_dropout_remark(base), *_experts_remark(base, target_modules)),
+        attention=supported_attention(base),
     )
 
 

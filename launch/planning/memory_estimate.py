@@ -33,18 +33,25 @@ class ModelShape:
         Where one is missing, the plain transformer's proportion stands in (4 · hidden, as many key-value
         heads as heads), so an unusual model gets a rougher estimate and no error.
         """
-        hidden = int(config.hidden_size)
-        heads = int(config.num_attention_heads)
-        head_size = getattr(config, "head_dim", None) or hidden // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        hidden = _number(config, "hidden_size", 4096)
+        heads = _number(config, "num_attention_heads", 1)
+        head_size = _number(config, "head_dim", hidden // heads)
+        kv_heads = _number(config, "num_key_value_heads", heads)
         return cls(
             base_parameters=base_parameters,
-            layers=int(config.num_hidden_layers),
+            layers=_number(config, "num_hidden_layers", 1),
             hidden_size=hidden,
-            intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-            kv_size=int(kv_heads * head_size),
-            vocab_size=int(config.vocab_size),
+            intermediate_size=_number(config, "intermediate_size", 4 * hidden),
+            kv_size=kv_heads * head_size,
+            vocab_size=_number(config, "vocab_size", 0),
         )
+
+
+def _number(config: Any, name: str, otherwise: int) -> int:
+    """A size of a configuration; of one that differs from layer to layer, the largest."""
+    found = getattr(config, name, None)
+    values = found if isinstance(found, (list, tuple)) else [found]
+    return max((int(value) for value in values if isinstance(value, int)), default=0) or otherwise
 
 
 @dataclass(frozen=True)

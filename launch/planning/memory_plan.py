@@ -47,7 +47,7 @@ class MemoryPlan:
         copies = options.dropout > 0 and options.method == "lora"  # FlexLoRA's node keeps no dropped copy
         inputs = sum(into for _, into in skeleton.shapes.values()) if copies else 0
         return estimate_memory(
-            ModelShape.from_config(skeleton.config, skeleton.parameters),
+            ModelShape.from_config(skeleton.text_config, skeleton.parameters),
             setting,
             trainable_parameters(skeleton.shapes, options.rank, with_lambda=options.method == "flexlora"),
             micro_batch * options.cutoff_len,
@@ -58,7 +58,7 @@ class MemoryPlan:
         """Tokens whose logits exist at once; None if those of the whole micro-batch do."""
         if not computes_losses(self.skeleton.config, fp16=self.dtype == "fp16"):
             return None
-        return chunk_rows(self.skeleton.config.vocab_size)
+        return chunk_rows(self.skeleton.vocabulary.outputs)
 
     @property
     def limit(self) -> float | None:

@@ -55,7 +55,9 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     layout = MemoryPlan(options, dtype, world_size, source.settings, skeleton, checkpointing).layout()
     computation = _computation(options, dtype, skeleton, checkpointing)
     repeatable = options.replace(dtype=dtype, gradient_checkpointing=checkpointing)
-    ds_config = resolve_ds_config(source, repeatable, layout, dtype, hidden_size=skeleton.config.hidden_size)
+    ds_config = resolve_ds_config(
+        source, repeatable, layout, dtype, hidden_size=getattr(skeleton.text_config, "hidden_size", None)
+    )
     adam = adam_settings(source, options)
     require_stage(
         options.compile, stage=ds_config["zero_optimization"]["stage"], place=options.place("compile")
@@ -86,6 +88,7 @@ def _computation(options: TrainOptions, dtype: Dtype, skeleton: Skeleton, checkp
         packed=options.padding_free,
         place=options.place("attention"),
         machine=machine,
+        supported=skeleton.attention,
         works=lambda: torch_varlen(dtype) is not None,
     )
     packed = resolve_packed(

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from eval.model.loading import load
+from eval.options import Options
+from flexlora_ds.errors import UserError
+from flexlora_ds.export import read_peft_adapter
 from tests.helpers import training
 from tests.helpers.processes import Processes
 from tests.helpers.training import Place
@@ -61,3 +66,74 @@ def test_a_head_of_its_own_gives_the_same_losses_at_every_stage(
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     run(one_process, place, tmp_path / "tied", 0, model=base)
     assert abs(training.losses(tmp_path / "tied")[0] - first) > 0.1
+
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 420, "max_position_embeddings": 512, "initializer_range": 0.15,
+}  # fmt: skip
+_GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
+_EYE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**_GROUPED, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        "vision_config": {**_EYE, "intermediate_size": 32, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4, "image_token_index": 419, "boi_token_index": 418, "eoi_token_index": 417,
+    },
+    "fuyu": {
+        **_SIZES, "text_config": {**_SIZES, "model_type": "persimmon"}, "image_size": 28, "patch_size": 14,
+    },
+    "got_ocr2": {
+        "text_config": {**_GROUPED, "model_type": "qwen2"},
+        "vision_config": {
+            **_EYE, "image_size": 64, "patch_size": 16, "mlp_dim": 16, "output_channels": 8,
+            "global_attn_indexes": [0], "window_size": 2,
+        },
+        "image_token_index": 419,
+    },
+}  # fmt: skip
+"""Models that take images too; their configuration of text stands inside another."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k == "gemma3" else pytest.mark.full) for k in WRAPPERS]
+)
+def test_of_a_model_of_more_than_text_the_decoder_of_text_is_trained(
+    kind: str, one_process: Processes, two_processes: Processes, place: Place, tmp_path: Path
+) -> None:
+    base = write_model(tmp_path / "base", kind, **WRAPPERS[kind])
+    changing = {"max_steps": 6, "adjust_size": 2, "adjust_start": 1, "adjust_freeze": 1, "adjust_interval": 2}
+    run(one_process, place, tmp_path / "whole", 0, model=base, lr=2e-2, **changing)
+    run(two_processes, place, tmp_path / "parted", 3, model=base, lr=2e-2, **changing)
+    expected = training.losses(tmp_path / "whole")
+    assert training.losses(tmp_path / "parted") == pytest.approx(expected, rel=1e-5)
+    ranks = training.ranks(tmp_path / "whole")[-1]
+    assert ranks and all(name.startswith("model.language_model.") for name in ranks)
+    adapter = tmp_path / "whole" / "adapter"
+    assert read_peft_adapter(adapter).matrices.keys() == ranks.keys()
+    evaluated = load(Options(str(base), str(adapter), dtype="fp32"), torch.device("cpu"))
+    plain = load(Options(str(base), dtype="fp32"), torch.device("cpu"))
+    ids = torch.arange(12).view(1, 12) + 5
+    with torch.no_grad():
+        assert not torch.allclose(evaluated.model(ids).logits, plain.model(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", pytest.param("gptj", marks=pytest.mark.full)])
+def test_attention_auto_ends_in_what_the_model_has(
+    kind: str, one_process: Processes, place: Place, tmp_path: Path
+) -> None:
+    """These have no sdpa."""
+    changes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4} if kind == "gptj" else {}
+    base = write_model(tmp_path / "base", kind, **changes)
+    assert "fp32 (given), eager, padded" in run(one_process, place, tmp_path / "auto", 0, model=base)
+    run(one_process, place, tmp_path / "eager", 0, model=base, attention="eager")
+    assert training.losses(tmp_path / "auto") == training.losses(tmp_path / "eager")
+    (found,) = one_process.run(
+        training.command, place.arguments(tmp_path / "sdpa", 0, **TWO_STEPS, model=base, attention="sdpa")
+    )
+    assert found["code"] == 2 and "this model has no attention sdpa" in found["stderr"]
+    assert found["stderr"].count("error:") == 1 and "choose auto or eager" in found["stderr"]
+    lm = load(Options(str(base), dtype="fp32"), torch.device("cpu"))
+    assert lm.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"no attention sdpa \(--attention\)"):
+        load(Options(str(base), attention="sdpa"), torch.device("cpu"))
