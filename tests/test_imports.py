@@ -196,6 +196,18 @@ def test_nothing_unpickles(folder: str) -> None:
         assert all(ast.unparse(k.value) == "False" for k in allowed), path
 
 
+@pytest.mark.parametrize("package", OURS)
+def test_code_that_comes_with_a_model_is_never_let_in(package: str) -> None:
+    """Where it is not said, transformers asks on the terminal."""
+    for module, path in FILES.items():
+        if not module.startswith(package):
+            continue
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if re.match(r"Auto\w+\.from_(pretrained|config)$", ast.unparse(call.func)):
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert said.get("trust_remote_code") == "False", f"{path}, line {call.lineno}"
+
+
 def test_every_third_party_package_is_declared() -> None:
     """What the packages and the benchmarks import stands in pyproject.toml, as a dependency or as an extra."""
     project = (ROOT / "pyproject.toml").read_text().split("[tool.setuptools", 1)[0]

@@ -137,7 +137,6 @@ def _load_whole(
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attention,
-        "trust_remote_code": False,
         **_gguf_argument(source),
     }
     if source.gguf_file is None:
@@ -146,7 +145,9 @@ def _load_whole(
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     if device is not None and torch.device(device).type != "cpu":
         arguments["device_map"] = {"": device}
-    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False, **arguments
+    )
     require_complete(source, report["missing_keys"])
     if source.gguf_file is not None:
         _forget_quantization(loaded)

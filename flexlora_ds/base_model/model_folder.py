@@ -13,7 +13,8 @@ from flexlora_ds.files.reading import read_json_object
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONVERTER = (
-    "convert them once: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
+    "convert them once: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
+    "trust_remote_code=False)"
     ".save_pretrained('{folder}')\""
 )
 _COUNTED = re.compile(r"layer|block|expert|depth|stage")
@@ -122,7 +123,9 @@ def _without_safetensors(name: str, folder: Path) -> UserError:
             pickled[0],
             _CONVERTER.format(folder=folder),
         )
-    return UserError(f"model {name} has no {_SINGLE} and no {_INDEX}", str(folder), "fetch it again")
+    return UserError(
+        f"model {name} has no {_SINGLE} and no {_INDEX}", str(folder), "fetch it again, or name one that has"
+    )
 
 
 def _require_model_alone(name: str, folder: Path) -> None:

@@ -109,7 +109,7 @@ def train_tokenizer(folder: Path, sentences: list[str], vocab_size: int) -> PreT
     _llama_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())).save_pretrained(
         folder
     )
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _llama_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> LlamaTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -41,6 +42,20 @@ def test_an_adapter_beside_the_model_ends_an_evaluation(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "holds an adapter beside the model" in error and "--adapter" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 10**12}, {"num_hidden_layers": 100_000}, {"vocab_size": -3}]
+)
+def test_absurd_sizes_end_an_evaluation(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, int]
+) -> None:
+    model = Path(shutil.copytree(place / "model", tmp_path / "model"))
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | changes))
+    assert main(["--model", f"{model}", "--data", f"{place}/data", "--out", f"{tmp_path}/out"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(model) in error and "fetch the model again" in error
 
 
 def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(place: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,38 @@ def test_what_would_stop_the_run_stops_the_dry_run(
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert words in printed.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 10**12}, "config.json makes it (420, 1000000000000)"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers is above 2,000"),
+        ({"vocab_size": 421}, "but config.json makes it (421, 32)"),
+        ({"vocab_size": "many"}, "describes no model"),
+        ({}, "holds an adapter beside the model"),
+    ],
+)
+def test_a_base_that_would_stop_the_run_stops_the_dry_run_with_the_same_line(
+    place: Place,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    base = Path(shutil.copytree(place.model, tmp_path / "base"))
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | changes))
+    if not changes:
+        (base / "adapter_config.json").write_text("{}")
+    said = []
+    for dry_run in ("true", "false"):
+        assert train.main(place.arguments(tmp_path / "out", model=base, dry_run=dry_run)) == 2
+        said.append(capfd.readouterr().err)
+    assert said[0] == said[1] and words in said[0] and said[0].count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("world_size", [2])
