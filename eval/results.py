@@ -12,6 +12,7 @@ from eval.items import TaskItems
 from eval.predictions import Prediction
 from eval.protocols import Protocol
 from flexlora_ds.files.markdown import markdown_table
+from flexlora_ds.plain_text import markdown_text
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,6 @@ def table(summary: Mapping[str, Any], protocol: Protocol) -> str:
     rows.append(("**average**", *average))
     subject = summary["model"] + (f" + {summary['adapter']}" if summary["adapter"] else "")
     limited = f", first {settings['limit']} items of each task" if settings["limit"] else ""
-    head = (
-        f"**{subject}**\n\nProtocol `{protocol.label}`: {protocol.summary}. Prompt `{settings['prompt']}`, "
-    )
-    head += f"{settings['dtype']}{limited}.\n"
+    head = f"**{markdown_text(subject)}**\n\nProtocol `{protocol.label}`: {protocol.summary}. "
+    head += f"Prompt `{settings['prompt']}`, {settings['dtype']}{limited}.\n"
     return head + "\n" + markdown_table(("task", "accuracy %", "chance %", "unanswered", "items"), rows)

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from flexlora_ds.errors import CommandError, RunError, UserError
+from flexlora_ds.plain_text import one_line as one_line
 
 _SIGNALLED = 128
 """Plus the signal's number, as shells have it."""
@@ -168,17 +169,6 @@ def reported_error(error: Exception) -> CommandError:
     last = traceback.extract_tb(error.__traceback__)[-1:]
     place = f"{Path(last[0].filename).name}, line {last[0].lineno}" if last else ""
     return RunError(f"{type(error).__name__}: {_one_line(error)}", place, "--debug true shows where")
-
-
-def one_line(text: str, longest: int = 2_000) -> str:
-    """Text as one line for a terminal: line feeds become spaces, control characters and surrogates escapes.
-
-    Of what is longer than `longest` characters the middle is left out, so that fault and remedy both stay.
-    """
-    line = " ".join(text.split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    half = longest // 2
-    return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
 
 
 def _is_foreseen(error: Exception) -> bool:

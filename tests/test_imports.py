@@ -54,7 +54,7 @@ FLOORS = {
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files", "command"),
-        ("fields", "patterns"),
+        ("fields", "patterns", "plain_text"),
         ("errors", "rounding", "progress_bar", "orientation"),
     ),
 }

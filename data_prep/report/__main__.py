@@ -18,6 +18,7 @@ from data_prep.report.plots import plot_all
 from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
+from flexlora_ds.plain_text import markdown_text
 
 _DESCRIPTION = """\
 Report on a data folder: for every train.json and test.json (and the corpus) duplicates, lengths and
@@ -104,7 +105,9 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 def _row(name: str, summary: dict[str, Any]) -> tuple[str, ...]:
     records = summary["records"]
     top = sorted(summary["answers"].items(), key=lambda item: -item[1])
-    shares = ", ".join(f"{answer or '(none)'} {100 * number / records:.0f} %" for answer, number in top[:5])
+    shares = ", ".join(
+        f"{markdown_text(answer) or '(none)'} {100 * number / records:.0f} %" for answer, number in top[:5]
+    )
     numbers = (
         f"{records:,}",
         f"{summary['duplicates']:,}",
@@ -115,7 +118,7 @@ def _row(name: str, summary: dict[str, Any]) -> tuple[str, ...]:
         f"{summary['length_max']:,}",
         f"{summary['over_cutoff']:,}",
     )
-    return (name, *numbers, shares + (", …" if len(top) > 5 else ""))
+    return (markdown_text(name), *numbers, shares + (", …" if len(top) > 5 else ""))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -131,9 +134,10 @@ def _run(args: argparse.Namespace) -> None:
     out = args.out or args.data / "report"
     out.mkdir(parents=True, exist_ok=True)
     pictures = plot_all(measures, out, unit, args.cutoff)
-    title = f"# {args.data}\n\nLengths in {unit}, prompt style {args.prompt}, cutoff {args.cutoff}.\n\n"
+    title = f"# {markdown_text(str(args.data))}\n\n"
+    title += f"Lengths in {unit}, prompt style {args.prompt}, cutoff {args.cutoff}.\n\n"
     shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
-    (out / "report.md").write_text(f"{title}{text}{shown}", encoding="utf-8")
+    (out / "report.md").write_text(f"{title}{text}{shown}", encoding="utf-8", errors="backslashreplace")
     document = {"settings": settings, "files": summaries}
     written = json.dumps(document, indent=2, allow_nan=False)
     (out / "report.json").write_text(written + "\n", encoding="utf-8")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_prep.report.measure import Measures
+from flexlora_ds.plain_text import PLOT_TEXT, printable
 
 _COLOURS = ("#3b6ea5", "#e08e45", "#5a9367", "#b0455a", "#8a7cb4")
 
@@ -20,13 +22,14 @@ def plot_all(measures: Mapping[str, Measures], folder: Path, unit: str, cutoff: 
         task, _, kind = name.rpartition("/")
         if task:
             tasks.setdefault(task, {})[kind.removesuffix(".json")] = found
-    figures = {
-        "lengths.png": _lengths(tasks, unit, cutoff),
-        "answers.png": _answers(tasks),
-        "overlaps.png": _overlaps(tasks),
-    }
-    for file, figure in figures.items():
-        figure.savefig(folder / file, dpi=110)
+    with rc_context(PLOT_TEXT):
+        figures = {
+            "lengths.png": _lengths(tasks, unit, cutoff),
+            "answers.png": _answers(tasks),
+            "overlaps.png": _overlaps(tasks),
+        }
+        for file, figure in figures.items():
+            figure.savefig(folder / file, dpi=110)
     return [folder / file for file in figures]
 
 
@@ -40,7 +43,7 @@ def _lengths(tasks: Mapping[str, Mapping[str, Measures]], unit: str, cutoff: int
     labels, rows = [], []
     for task, kinds in tasks.items():
         for kind, found in kinds.items():
-            labels.append(f"{task} {kind}")
+            labels.append(printable(f"{task} {kind}"))
             rows.append(found.lengths)
     axes.boxplot(rows, orientation="horizontal", whis=(0, 95), showfliers=False, widths=0.7)
     axes.set_yticks(range(1, len(labels) + 1), labels)
@@ -67,14 +70,14 @@ def _answers(tasks: Mapping[str, Mapping[str, Measures]]) -> Figure:
                     axes.text(
                         left + share / 2,
                         len(labels),
-                        answer,
+                        printable(answer),
                         ha="center",
                         va="center",
                         fontsize=7,
                         color="white",
                     )
                 left += share
-            labels.append(f"{task} {kind}")
+            labels.append(printable(f"{task} {kind}"))
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -97,7 +100,7 @@ def _overlaps(tasks: Mapping[str, Mapping[str, Measures]]) -> Figure:
             label=label,
         )
         axes.bar_label(bars, [f"{share:.2f} %" for share in shares], fontsize=7, padding=2)
-    axes.set_yticks(range(len(tests)), list(tests))
+    axes.set_yticks(range(len(tests)), [printable(task) for task in tests])
     axes.invert_yaxis()
     axes.set_xlim(0, max(1.0, 1.2 * axes.get_xlim()[1]))
     axes.set_xlabel("test instructions that occur in training, %")

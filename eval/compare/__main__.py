@@ -20,6 +20,7 @@ from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.files.text import write_text_atomically
+from flexlora_ds.plain_text import legend_label, markdown_text
 
 _SEED = re.compile(r"seed[-_=]?\d+")
 _MAY_DIFFER = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
@@ -81,8 +82,9 @@ def report(settings: Sequence[Setting], paper: bool, beside: Sequence[Setting] =
         rows.append(("agreement %", *agreements, *("" for _ in beside)))
     header = ["accuracy %"]
     for setting in settings:
-        header += [setting.name] if setting is settings[0] else [setting.name, f"− {settings[0].name}"]
-    header += [setting.name for setting in beside]
+        named = markdown_text(setting.name)
+        header += [named] if setting is settings[0] else [named, f"− {markdown_text(settings[0].name)}"]
+    header += [markdown_text(setting.name) for setting in beside]
     text = "# Comparison\n\n" + markdown_table(tuple(header), rows) + "\n" + _notes(settings, beside, tasks)
     return text + (_paper_rows(tasks) if paper else "")
 
@@ -119,14 +121,16 @@ def _notes(settings: Sequence[Setting], beside: Sequence[Setting], tasks: Sequen
         lines.append("±: standard deviation over seeds. The intervals hold for these seeds.")
     for setting in shown:
         for run in setting.runs:
-            lines.append(f"{setting.name}: {_subject(run)}")
+            lines.append(f"{markdown_text(setting.name)}: {_subject(run)}")
     protocols = {run.summary["protocol"] for setting in settings for run in setting.runs}
     if len(protocols) > 1:
         lines.append(
             f"**Of different protocols ({', '.join(sorted(protocols))}): not comparable as they stand.**"
         )
     if beside:
-        lines.append(f"Beside the others, without a difference: {', '.join(s.name for s in beside)}.")
+        lines.append(
+            f"Beside the others, without a difference: {', '.join(markdown_text(s.name) for s in beside)}."
+        )
     if len(tasks) < max(len(run.predictions) for setting in shown for run in setting.runs):
         lines.append(f"Only the tasks that all have: {', '.join(tasks)}.")
     return "".join(f"* {line}\n" for line in lines)
@@ -136,7 +140,7 @@ def _subject(run: Run) -> str:
     summary, settings = run.summary, run.summary["settings"]
     adapter = f" + {summary['adapter']}" if summary["adapter"] else ""
     how = f"`{summary['protocol']}`, prompt `{settings['prompt']}`, {settings['dtype']}"
-    return f"{how}, {summary['model']}{adapter} ({run.folder})"
+    return f"{how}, " + markdown_text(f"{summary['model']}{adapter} ({run.folder})")
 
 
 def _paper_rows(tasks: Sequence[str]) -> str:
@@ -171,7 +175,7 @@ def _draw(settings: Sequence[Setting], path: Path) -> None:
         values = [100 * setting.accuracy(task) for task in tasks]
         values.append(sum(values) / len(values))
         places = [place + index * width for place in range(len(names))]
-        axes.bar(places, values, width, label=setting.name)
+        axes.bar(places, values, width, label=legend_label(setting.name))
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names, rotation=20)
     axes.set_ylabel("accuracy %")
     axes.set_ylim(0, 100)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from flexlora_ds.command import one_line, reported_error
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.signals import stop_line
 from launch.loop.outcome import require_success
@@ -30,10 +33,18 @@ def finish(session: Session) -> None:
         if spectra:
             folder.write_spectra(spectra)
         folder.write_summary(summary_of(session, "finished"))
-        report = build_report(folder.path)
-        print(f"adapter: {folder.adapter}\nreport: {report}", flush=True)
+        print(f"adapter: {folder.adapter}\n{report_line(folder.path)}", flush=True)
 
     on_rank_zero(process, write)
+
+
+def report_line(run: Path) -> str:
+    """Build the report; where it is, or why there is none: a run that has its adapter and summary has not failed."""
+    try:
+        return f"report: {build_report(run)}"
+    except Exception as error:
+        fault = one_line(str(reported_error(error)))
+        return f"warning: no report: {fault}; python -m launch.report {run} builds it again"
 
 
 def stop(session: Session, reason: str | None) -> None:

@@ -26,6 +26,7 @@ from flexlora_ds.config import (
 )
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import Bounds, Group, OnResume, OptionSpec, option_specs
+from flexlora_ds.plain_text import printable
 from launch.options.sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -162,7 +163,9 @@ class TrainOptions(FlexLoRAConfig):
 
     def to_yaml(self) -> str:
         """All options under their headings; as a recipe the text repeats the run."""
-        lines = [f"# Made from {self.recipe}; repeat with --recipe <this file> --out <another folder>."]
+        lines = [
+            f"# Made from {printable(self.recipe)}; repeat with --recipe <this file> --out <another folder>."
+        ]
         for group, specs in by_group():
             lines += ["", f"# {group.title}"]
             for spec in specs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexlora_ds.errors import RunError
-from flexlora_ds.files.text import write_text_atomically
+from flexlora_ds.files.text import write_bytes_atomically
 from launch.report.page import page
 from launch.report.plots import draw_loss, draw_rank_heatmap, draw_singular_values
 from launch.report.run_data import read_run
@@ -24,7 +24,7 @@ def build_report(path: str | Path) -> Path:
         folder.mkdir(exist_ok=True)
         plots = {"Loss": folder / "loss.png"}
         draw_loss(run, plots["Loss"])
-        if run.changes or run.spectra:
+        if any(run.rank_history()[1].values()):
             plots["Ranks"] = folder / "rank_heatmap.png"
             draw_rank_heatmap(run, plots["Ranks"])
         if run.spectra:
@@ -33,5 +33,6 @@ def build_report(path: str | Path) -> Path:
     except OSError as error:
         raise RunError(f"cannot write: {error.strerror}", str(folder), "free some space") from error
     index = folder / "index.html"
-    write_text_atomically(index, page(run, {title: plot.read_bytes() for title, plot in plots.items()}))
+    text = page(run, {title: plot.read_bytes() for title, plot in plots.items()})
+    write_bytes_atomically(index, text.encode(errors="backslashreplace"))
     return index

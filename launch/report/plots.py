@@ -16,12 +16,14 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from flexlora_ds.plain_text import PLOT_TEXT
 from flexlora_ds.rounding import ceil_div
 from launch.report.run_data import OTHERS, RunData, group_by_kind, layer_label
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, RED, TEAL = "#2b6cb0", "#dd6b20", "#c53030", "#2c7a7b"
 _STYLE = {
+    **PLOT_TEXT,
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.files.reading import MIB, read_json_object, read_text
+from flexlora_ds.plain_text import printable
+from launch.options.yaml_text import read_entries
 from launch.run_folder.folder import RunFolder
+from launch.run_folder.rows import SUMMARY, Check, fault_of, is_number, list_of, object_of
 
 OTHERS = "others"
+_MEND = "restore the file, or remove it"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 Row = dict[str, Any]
@@ -60,22 +65,29 @@ class RunData:
 
 
 def read_run(path: str | Path) -> RunData:
-    """Read a run folder. Raises UserError where there is no run, RunError where a file of it is damaged."""
+    """Read a run folder. Raises UserError where there is no run, RunError where a file of it is damaged.
+
+    A device or a named pipe in the place of a log is a UserError.
+    """
     folder = RunFolder(path, is_rank_zero=False)
     metrics = folder.metrics.read()
     if not metrics:
         raise UserError(
             "no run to report on: metrics.jsonl is missing or empty", str(path), "give a run folder"
         )
-    options = folder.path / "options.yaml"
+    changes = folder.rank_changes.read()
+    _require_same_matrices(changes, folder.rank_changes.path)
+    spectra = _read_object(
+        folder.path / "spectra.json", {"spectra": object_of(list_of(is_number))}, "spectra"
+    )
     return RunData(
-        name=folder.path.resolve().name,
-        options=yaml.safe_load(options.read_text(encoding="utf-8")) if options.exists() else {},
-        summary=_read_json(folder.path / "summary.json"),
+        name=printable(folder.path.resolve().name),
+        options=_read_options(folder.options),
+        summary=_read_object(folder.path / "summary.json", SUMMARY),
         metrics=metrics,
-        changes=folder.rank_changes.read(),
+        changes=changes,
         validation=folder.validation.read(),
-        spectra=_read_json(folder.path / "spectra.json"),
+        spectra={name: [math.nan if x is None else x for x in values] for name, values in spectra.items()},
     )
 
 
@@ -111,11 +123,41 @@ def _short_name(template: str, templates: Iterable[str]) -> str:
     return template
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _require_same_matrices(changes: list[Row], path: Path) -> None:
+    for row in changes:
+        if row["ranks"].keys() != changes[0]["ranks"].keys():
+            raise RunError(
+                f"the ranks after step {row['step']} are of other matrices than those before",
+                str(path),
+                "restore the file",
+            )
+
+
+@contextmanager
+def _damage_of_the_run() -> Iterator[None]:
+    """What would be a user's fault in a file of theirs is damage in one that a run wrote."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"not valid JSON: {error}", str(path), "remove the file") from None
-    return dict(value)
+        yield
+    except UserError as error:
+        raise RunError(error.fault, error.place, error.mend) from None
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        return {}
+    with _damage_of_the_run():
+        text = read_text(path, _MEND, limit=MIB)
+        return {entry.key: entry.value() for entry in read_entries(text, str(path))}
+
+
+def _read_object(path: Path, kind: Mapping[str, Check], key: str | None = None) -> dict[str, Any]:
+    """A JSON object whose values are as `kind` says of those that are there; with `key`, of the object itself."""
+    if not os.path.lexists(path):
+        return {}
+    with _damage_of_the_run():
+        value = read_json_object(path, _MEND)
+    there = value if key is None else {key: value}
+    fault = fault_of(there, {name: check for name, check in kind.items() if name in there})
+    if fault is not None:
+        raise RunError(f"not written by a run: {fault}", str(path), _MEND)
+    return value

@@ -29,9 +29,14 @@ def is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def is_rank(value: Any) -> bool:
+    """A count that a matrix may have as its rank."""
+    return is_count(value) and value < 1 << 31
+
+
 def is_text(value: Any) -> bool:
-    """A string."""
-    return isinstance(value, str)
+    """A string that can be written as UTF-8: one with half of a surrogate pair cannot."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def list_of(check: Check) -> Check:
@@ -41,7 +46,9 @@ def list_of(check: Check) -> Check:
 
 def object_of(check: Check) -> Check:
     """An object of such values."""
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+    return lambda value: (
+        isinstance(value, dict) and all(map(is_text, value)) and all(map(check, value.values()))
+    )
 
 
 VALIDATION: Mapping[str, Check] = {"step": is_count, "loss": is_number}
@@ -68,7 +75,7 @@ RANK_CHANGE: Mapping[str, Check] = {
     "pruned": list_of(is_text),
     "expanded": list_of(is_text),
     "prune_age": list_of(is_count),
-    "ranks": object_of(is_count),
+    "ranks": object_of(is_rank),
     "total_rank": is_count,
     "trainable_params": is_count,
     "loss_before": is_number,
@@ -80,6 +87,22 @@ RANK_CHANGE: Mapping[str, Check] = {
 
 SOMETIMES: Mapping[str, Check] = {"warnings": list_of(is_text), "sigma": object_of(is_number)}
 """Keys that a row may lack."""
+
+
+SUMMARY: Mapping[str, Check] = {
+    "state": is_text,
+    "steps": is_count,
+    "final_loss": is_number,
+    "wall_seconds": is_number,
+    "tokens": is_count,
+    "tokens_per_s": is_number,
+    "peak_mem_gb": is_number,
+    "trainable_params": object_of(is_number),
+    "rank_changes": is_count,
+    "warnings": list_of(is_text),
+    "versions": object_of(is_text),
+}
+"""The keys of summary.json; one of an older run may lack some."""
 
 
 def fault_of(row: Any, kind: Mapping[str, Check]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from launch.data.batches import ProcessShare, TrainingBatches
+from launch.loop import finish
+from launch.loop.finish import report_line
 from launch.loop.session import Session
 from tests.helpers.numbered_examples import PAD, make_examples
 
@@ -49,3 +52,18 @@ def test_a_step_that_fails_is_not_done_and_leaves_no_thread() -> None:
             next(batch.micro_batches)
             _ = 1 // (batch.step - 2)
     assert running.done == 1 and threading.enumerate() == before
+
+
+def test_a_report_that_cannot_be_made_is_a_warning_of_a_run_that_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    line = report_line(tmp_path)
+    assert line.startswith("warning: no report: not a row of a run") and "metrics.jsonl, line 1" in line
+    assert f"python -m launch.report {tmp_path}" in line and "\n" not in line
+
+    def broken(_: object) -> Path:
+        raise ValueError("$x$\nParseException")
+
+    monkeypatch.setattr(finish, "build_report", broken)
+    assert "warning: no report: ValueError: $x$ ParseException" in report_line(tmp_path)

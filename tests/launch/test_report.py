@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from flexlora_ds.errors import CommandError
+from flexlora_ds.files.ownership import remove
 from launch.report.__main__ import main
 from launch.report.build import build_report
 from launch.report.page import page
@@ -204,3 +209,157 @@ def test_smoothing_keeps_a_line_and_does_not_lag() -> None:
     noisy = np.random.default_rng(0).normal(size=3000)
     assert smooth(noisy)[100:].std() < 0.2
     assert len(smooth([])) == 0
+
+
+HOSTILE = "</script><script>alert('x')</script>\"'&{{7*7}}{%x%}$5_to_$9|`[a](javascript:b)"
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    1.5,
+    10**400,
+    1e308,
+    "x",
+    "\ud800",
+    [],
+    ["x"],
+    [None],
+    {},
+    {"x": []},
+    {"x": "y"},
+]
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values inside a JSON value."""
+    yield place
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(inner)[: 2 if len(place) == 1 else None]:
+        yield from places(item, (*place, key))
+
+
+def changed(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """A copy with another value, or without one (`...`), at a place."""
+    if not place:
+        return new
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    if new is ... and len(place) == 1:
+        del copied[place[0]]
+    else:
+        copied[place[0]] = changed(value[place[0]], place[1:], new)
+    return copied
+
+
+def mutations(path: Path) -> Iterator[tuple[str, str]]:
+    """What was changed in a JSON or JSON-lines file, and its text then."""
+    first, *rest = path.read_text().split("\n")
+    for place in places(json.loads(first)):
+        for new in [..., *WRONG] if place else WRONG:
+            text = "\n".join([json.dumps(changed(json.loads(first), place, new)), *rest])
+            yield f"{path.name} {place} {new!r:.20}", text
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.full)])
+def test_a_report_on_files_of_other_types_is_made_or_refused_in_one_line(tmp_path: Path, every: int) -> None:
+    run = write_run(tmp_path / "run")
+    run.metrics.path.write_text("\n".join(run.metrics.path.read_text().split("\n")[:2]) + "\n")
+    tried = refused = 0
+    for name in ("summary.json", "spectra.json", "metrics.jsonl", "ranks.jsonl", "validation.jsonl"):
+        path = run.path / name
+        whole = path.read_text()
+        path.write_text(json.dumps(json.loads(whole)) if name.endswith("n") else whole)
+        for what, text in list(mutations(path))[::every]:
+            path.write_text(text)
+            tried += 1
+            try:
+                page(read_run(run.path), {})
+            except CommandError as error:
+                refused += 1
+                assert name in str(error) and len(str(error)) < 500, what
+        path.write_text(whole)
+    assert tried > 800 / every and refused > tried / 2
+
+
+BAD_TEXTS = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b"1" * 5_000,
+    b"null\n",
+    b"!!python/object:os.system x: 1\n",
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["summary.json", "spectra.json", "options.yaml", "metrics.jsonl", "ranks.jsonl"]
+)
+def test_what_is_no_such_file_is_one_line(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    run.metrics.path.write_text(run.metrics.path.read_text().split("\n")[0] + "\n")  # quick to draw
+    for text in BAD_TEXTS:
+        (run.path / name).write_bytes(text + b"\n")
+        try:
+            page(read_run(run.path), {})
+        except CommandError as error:
+            assert name in str(error) or "metrics.jsonl is missing or empty" in str(error), text[:20]
+            assert len(str(error)) < 500
+        else:
+            assert text == b"" and name == "options.yaml"
+    (run.path / name).unlink()
+    for make in (os.mkfifo, Path.mkdir):
+        make(run.path / name)
+        assert main([str(run.path)]) in (1, 2)
+        said = capsys.readouterr().err
+        assert name in said and said.count("\n") == 1 and "--debug" not in said
+        remove(run.path / name)
+
+
+def test_hostile_text_in_every_field_of_every_file_is_never_markup(tmp_path: Path) -> None:
+    """Where a field holds text, the page shows it; where it holds something else, the file is refused."""
+    run = write_run(tmp_path / "run", changes=1)
+    run.write_options(
+        "".join(f"{key}: {json.dumps(HOSTILE)}\n" for key in ("method", "model", "data", "rank"))
+    )
+    shown = 0
+    for name in ("summary.json", "spectra.json", "ranks.jsonl", "metrics.jsonl", "validation.jsonl"):
+        path = run.path / name
+        whole = path.read_text()
+        first, *rest = [json.dumps(json.loads(whole))] if name.endswith("n") else whole.split("\n")
+        for place in places(json.loads(first)):
+            path.write_text("\n".join([json.dumps(changed(json.loads(first), place, HOSTILE)), *rest]))
+            try:
+                text = page(read_run(run.path), {HOSTILE: b""})
+            except CommandError:
+                continue
+            assert "<script" not in text
+            Page(text)
+            shown += HOSTILE in Page(text).text
+        path.write_text(whole)
+    assert shown >= 6  # state, warning, version; pruned and expanded matrices, warnings of a change
+
+
+NAMES_OF_FOLDERS = ["$", "_run", "a $\\frac$ b", "caf\udce9", "x\ny", "%s {0} #"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cost_$5_to_$9", *(pytest.param(name, marks=pytest.mark.full) for name in NAMES_OF_FOLDERS)]
+)
+def test_a_folders_name_is_no_markup(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / name)
+    index = build_report(run.path)
+    assert len(Page(index.read_text()).images) == 3
+    assert name in Page(index.read_text()).text or not name.isprintable()
+
+
+def test_names_of_matrices_are_no_mathematics(tmp_path: Path) -> None:
+    names = {name: f"model.$x_{name}^$" for name in NAMES}
+    run = write_run(tmp_path / "run")
+    for path in run.path.glob("*.json*"):
+        text = path.read_text()
+        for old, new in names.items():
+            text = text.replace(old, new)
+        path.write_text(text)
+    assert len(Page(build_report(run.path).read_text()).images) == 3
