@@ -139,7 +139,11 @@ def measure(path: Path, count: CountTokens, style: str, training: Seen | None) -
             answers.add(record["answer"])
             found.answers[record["answer"]] += 1
         found.records += len(batch)
-        found.lengths += count(["".join(training_text(record, style)) for record in batch])
+        try:
+            texts = ["".join(training_text(record, style)) for record in batch]
+        except UserError as error:
+            raise error.at(str(path)) from None
+        found.lengths += count(texts)
         if training is not None:
             exact, loose = training.overlaps(batch)
             found.overlap = (found.overlap or 0) + exact

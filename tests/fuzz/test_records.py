@@ -85,7 +85,7 @@ def read(path: Path) -> list[Entry]:
     return found
 
 
-@inputs(few=40, many=4_000)
+@inputs(few=100, many=4_000)
 @given(st.lists(ANY_RECORD, min_size=1, max_size=3), st.booleans())
 def test_records_of_any_form(tmp_path: Path, values: list[Any], array: bool) -> None:
     path = tmp_path / "data"
@@ -107,7 +107,7 @@ CHANGES = st.lists(
 )
 
 
-@inputs(few=80, many=6_000)
+@inputs(few=150, many=6_000)
 @given(st.sampled_from(FINE), CHANGES, st.booleans(), st.booleans(), st.booleans())
 def test_damaged_files(
     tmp_path: Path, values: list[Any], changes: Any, array: bool, packed: bool, late: bool
@@ -139,7 +139,7 @@ def as_messages(turns: Sequence[tuple[str, str, bool]]) -> list[Message]:
     return [*messages, {"role": "assistant", "content": "the answer"}]
 
 
-@inputs(few=60, many=4_000)
+@inputs(few=200, many=4_000)
 @given(st.sampled_from(TEMPLATES), MESSAGES, st.booleans())
 def test_chats_through_every_template(template: str, turns: Any, inputs_too: bool) -> None:
     messages = as_messages(turns)
@@ -187,7 +187,7 @@ SNIPPETS = st.sampled_from(
 )
 
 
-@inputs(few=40, many=3_000)
+@inputs(few=100, many=3_000)
 @given(
     st.sampled_from(TEMPLATES),
     st.lists(st.tuples(st.integers(0, 600), st.integers(0, 9), SNIPPETS), max_size=3),
