@@ -26,14 +26,7 @@ def one_run_in(folder: Path) -> Iterator[Callable[[], None]]:
         RunError: another process holds it; it is named.
     """
 
-    def refuse(holder: str) -> NoReturn:
-        raise RunError(
-            f"another run is writing to this folder: {holder}",
-            str(folder),
-            "wait for it, or choose another out",
-        )
-
-    with locked(folder / LOCK_FILE, refuse):
+    with locked(folder / LOCK_FILE, lambda holder: _refuse(folder, holder)):
         begun = _identity(folder)
 
         def require() -> None:
@@ -45,6 +38,19 @@ def one_run_in(folder: Path) -> Iterator[Callable[[], None]]:
                 )
 
         yield require
+
+
+def require_free(folder: Path) -> None:
+    """Raise RunError as `one_run_in` would, without leaving a lock file behind: for a dry run."""
+    if (folder / LOCK_FILE).exists():
+        with one_run_in(folder):
+            pass
+
+
+def _refuse(folder: Path, holder: str) -> NoReturn:
+    raise RunError(
+        f"another run is writing to this folder: {holder}", str(folder), "wait for it, or choose another out"
+    )
 
 
 def _identity(folder: Path) -> tuple[object, ...] | None:

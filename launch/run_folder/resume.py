@@ -17,6 +17,7 @@ from launch.options.train_options import TrainOptions
 from launch.run_folder.claim import LOGS, require_no_other
 from launch.run_folder.compatibility import Identity
 from launch.run_folder.folder import RunFolder
+from launch.run_folder.lock import require_free
 
 NOTES = ("identity", "journal", "guard")
 """What a run says in its checkpoints beside the engine's state (`launch.loop.session.begin`)."""
@@ -125,12 +126,14 @@ def expect_start(options: TrainOptions, identity: Identity) -> list[str]:
     """What a run would say of where it begins, without writing to its folder: for a dry run.
 
     Raises:
-        UserError, RunError: as `find_start`, and UserError where the folder cannot be made or written to.
+        UserError, RunError: as `find_start`, and where the folder cannot be made or written to, or another run
+            holds it.
     """
     folder = RunFolder(options.out)
     folder.require_unused(options.resume)
     require_no_other(folder.path)
     folder.require_writable()
+    require_free(folder.path)
     _, _, messages = _look(options, folder, identity)
     return messages
 

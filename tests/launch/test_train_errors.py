@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.run_folder.lock import LOCK_FILE
+from launch.run_folder.lock import LOCK_FILE, one_run_in
 from tests.helpers import training
 from tests.helpers.processes import ROOT, Processes, run_script
 from tests.helpers.training import Place
@@ -275,6 +275,34 @@ def test_resume_none_keeps_a_used_folder(process: Processes, place: Place, tmp_p
         assert result["code"] == 2 and str(tmp_path) in lines[-1]
         assert list(tmp_path.iterdir()) == [kept]
     assert lines[0] == lines[1]
+
+
+def test_a_folder_that_another_run_holds(process: Processes, place: Place, tmp_path: Path) -> None:
+    lines = []
+    with one_run_in(tmp_path):
+        for dry in (False, True):
+            (result,) = process.run(training.command, place.arguments(tmp_path, dry_run=dry))
+            assert result["code"] == 1
+            lines.append(the_line(result["stderr"]))
+    assert lines[0] == lines[1] and f"process {os.getpid()} on" in lines[0]
+
+
+def test_another_run_is_refused_by_its_dry_run_too(process: Processes, place: Place, tmp_path: Path) -> None:
+    arguments = place.arguments(tmp_path, max_steps=1, adjust_size=0)
+    assert process.run(training.command, arguments)[0]["code"] == 0
+    for changed, said in (("--seed=1", "seed is 42 in it"), ("--batch_size=4", "batch_size is 8 in it")):
+        lines = []
+        for dry in ("--dry_run=false", "--dry_run=true"):
+            (result,) = process.run(training.command, [*arguments, changed, dry])
+            assert result["code"] == 1
+            lines.append(the_line(result["stderr"]))
+        assert lines[0] == lines[1] and said in lines[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert "cannot write to the run folder" in refused()
 
 
 def test_a_checkpoint_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
