@@ -38,7 +38,7 @@ def read_config(source: ModelSource, folder: Path) -> Any:
 
 
 def build(
-    config: Any, dtype: torch.dtype | None = None, attention: str = _PLAIN_ATTENTION
+    config: Any, dtype: torch.dtype | None = None, attention: str | None = _PLAIN_ATTENTION
 ) -> PreTrainedModel:
     """The modules that a configuration describes, with no values read."""
     from transformers import AutoModelForCausalLM

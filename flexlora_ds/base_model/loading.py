@@ -28,7 +28,7 @@ def load_causal_lm(
     model: str | Path,
     *,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str | None = None,
     revision: str | None = None,
     device: torch.device | str | None = None,
     zero3: Mapping[str, Any] | None = None,
@@ -37,8 +37,8 @@ def load_causal_lm(
 
     `model` is a hub id, a local folder with safetensors, or a `.gguf` file (loaded dequantised, so that it
     trains, merges and saves like any other). `attention` is transformers' name: `sdpa`, `eager`,
-    `flash_attention_2`. Pickled weights (`.bin`) are refused. Raises UserError where the model is missing,
-    gated, damaged or incomplete.
+    `flash_attention_2`; None is sdpa where the model has it, else eager. Pickled weights (`.bin`) are
+    refused. Raises UserError where the model is missing, gated, damaged or incomplete.
 
     `zero3` is the DeepSpeed configuration of a stage-3 run: the parameters come partitioned over all
     processes (each of which must call), and `device` is DeepSpeed's choice. See
@@ -56,7 +56,11 @@ def load_causal_lm(
 
 
 def _load_into_partitions(
-    source: ModelSource, stored: StoredModel, dtype: torch.dtype, attention: str, zero3: Mapping[str, Any]
+    source: ModelSource,
+    stored: StoredModel,
+    dtype: torch.dtype,
+    attention: str | None,
+    zero3: Mapping[str, Any],
 ) -> PreTrainedModel:
     """Straight into the partitions where the stored tensors are one to one the model's, else through a whole model."""
     from flexlora_ds.partitions import loading
@@ -129,7 +133,7 @@ def _load_whole(
     source: ModelSource,
     folder: Path,
     dtype: torch.dtype,
-    attention: str,
+    attention: str | None,
     device: torch.device | str | None,
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig

@@ -28,11 +28,7 @@ from tests.helpers.training_logits import IDS, TRAINING_LOGITS, with_logits
 from tests.helpers.zoo import ZOO, write_model
 
 MECHANISMS = {"llama", "qwen3", "gemma2", "phi", "mixtral", "granite", "gpt_neox", "falcon", "opt", "gpt2"}
-KINDS = [
-    pytest.param(kind, marks=() if kind in MECHANISMS else pytest.mark.full)
-    for kind in ZOO
-    if kind != "gemma2"
-]
+KINDS = [pytest.param(kind, marks=() if kind in MECHANISMS else pytest.mark.full) for kind in ZOO]
 UNPACKED = {"falcon"}
 """Takes no boundaries."""
 OPTIONS: dict[str, Any] = {

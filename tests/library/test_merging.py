@@ -68,7 +68,7 @@ def test_an_evaluation_merges_into_weights_of_their_own(
     ("kind", "targets", "untied"),
     [
         ("qwen2", ["q_proj", "lm_head"], True),
-        ("gemma", ["lm_head"], True),
+        ("gemma2", ["lm_head"], True),
         ("qwen3", ["q_proj"], False),
     ],
 )
