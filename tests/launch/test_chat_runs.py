@@ -16,7 +16,7 @@ from eval.predictions import PredictionFolder
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.export import read_peft_adapter
 from tests.helpers import eval_tiny, training
-from tests.helpers.chat_templates import DATED, make_tokenizer
+from tests.helpers.chat_templates import CHANNELS, DATED, THINKING, make_tokenizer
 from tests.helpers.processes import Processes
 from tests.helpers.training import Place
 
@@ -76,6 +76,26 @@ def test_chats_are_learnt_and_asked(place: Place, one_process: Processes, tmp_pa
 def test_the_base_is_asked_through_the_template_too(place: Place, tmp_path: Path) -> None:
     found = results(place, tmp_path / "eval", "--mode", "score")
     assert found["settings"]["prompt"] == "chat" and found["tasks"]["boolq"]["unanswered"] == 0
+
+
+@pytest.mark.parametrize("template", [THINKING, pytest.param(CHANNELS, marks=pytest.mark.full)])
+def test_generation_and_scoring_agree_where_a_template_writes_more_than_its_prompt(
+    template: str, place: Place, one_process: Processes, tmp_path: Path
+) -> None:
+    thinking = Place(tmp_path)
+    shutil.copytree(place.model, thinking.model)
+    make_tokenizer(template, eos_token="<|im_end|>").save_pretrained(thinking.model)
+    how = {"data": place.data, "max_steps": 40, "lr": 2e-2, "dropout": 0, "adjust_size": 0, "val_every": 0}
+    (done,) = one_process.run(training.command, thinking.arguments(tmp_path / "run", **how))
+    assert done["code"] == 0, done["stderr"]
+    assert "before an answer: it is part of the prompt" in done["stderr"]
+    asked = ["--model", str(thinking.model), "--data", str(place.root / "data"), "--tasks", "boolq"]
+    for mode in ("generate", "score"):
+        out = tmp_path / mode
+        adapter = ["--adapter", str(tmp_path / "run" / "adapter"), "--mode", mode]
+        assert evaluate([*asked, "--out", str(out), *adapter]) == 0
+        lines = (out / "predictions" / "boolq.jsonl").read_text().splitlines()
+        assert {json.loads(line)["output"] for line in lines} == {"the correct answer is true"}
 
 
 def test_a_run_has_one_date_also_on_another_day(place: Place, one_process: Processes, tmp_path: Path) -> None:
