@@ -21,7 +21,11 @@ def fingerprint_files(place: str) -> str | None:
     path = Path(place).expanduser()
     if not path.exists():
         return None
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES and f.is_file())
+    )
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

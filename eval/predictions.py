@@ -81,6 +81,8 @@ class Prediction:
         """The reverse of `to_json`; ValueError where a key is missing, or a value of another type."""
         if not isinstance(line, dict):
             raise ValueError("a line is no object")
+        if "prediction" not in line:
+            raise ValueError("prediction is missing")
         for key, holds in _TYPES.items():
             if not holds(line.get(key)):
                 raise ValueError(f"{key} is of another type, or missing")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import os
 import signal
 import sys
@@ -142,6 +143,8 @@ def exit_code_of(
         interrupted: what to do after Ctrl-C or SIGTERM.
         stoppable: SIGTERM is raised where the program is, so that what is half done is undone on the way out.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr is: a file's name may hold what is no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _raised_sigterm() if stoppable else contextlib.nullcontext():
             run()

@@ -138,7 +138,7 @@ def _notes(settings: Sequence[Setting], beside: Sequence[Setting], tasks: Sequen
 
 def _subject(run: Run) -> str:
     summary, settings = run.summary, run.summary["settings"]
-    adapter = f" + {summary['adapter']}" if summary["adapter"] else ""
+    adapter = f" + {summary['adapter']}" if summary.get("adapter") else ""
     how = f"`{summary['protocol']}`, prompt `{settings['prompt']}`, {settings['dtype']}"
     return f"{how}, " + markdown_text(f"{summary['model']}{adapter} ({run.folder})")
 

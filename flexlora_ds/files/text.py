@@ -21,7 +21,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 
     The folder is made if it is missing. Raises RunError where the file cannot be written.
     """
-    write_bytes_atomically(path, text.encode())
+    # A file's name may hold what is no UTF-8: it is written as JSON writes it.
+    write_bytes_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:

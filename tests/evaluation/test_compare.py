@@ -13,6 +13,7 @@ import pytest
 from eval.compare.__main__ import main, read_settings, report
 from eval.compare.differences import Run, Setting, agreement, difference
 from eval.predictions import Prediction
+from flexlora_ds.files.text import write_json_atomically
 
 
 def make_prediction(task: str, index: int, prediction: str | None, answer: str = "true") -> Prediction:
@@ -233,6 +234,7 @@ PREDICTIONS: list[bytes] = [
             {"note": []},
         ]
     ),
+    *(json.dumps({k: v for k, v in _SOUND.items() if k != key}).encode() for key in _SOUND),
 ]
 
 
@@ -275,3 +277,14 @@ def test_names_with_marks_of_mathematics_are_drawn_as_they_are(tmp_path: Path) -
     runs = [write_run(tmp_path / name, {"boolq": ["true"]}) for name in ("cost_$5_to_$9", "{x^$_\\frac$")]
     assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+
+
+def test_a_name_that_is_not_utf8_is_written_as_json_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_run(tmp_path / "a", {"boolq": ["true"]}, adapter="caf\udce9")
+    assert main([str(a), "--out", str(tmp_path / "out")]) == 0
+    assert "caf\\udce9" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert "caf\\udce9" in capsys.readouterr().out
+    write_json_atomically(tmp_path / "x.json", {"model": "caf\udce9"})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"model": "caf\udce9"}
