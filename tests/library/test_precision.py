@@ -29,6 +29,7 @@ def test_auto_is_the_same_in_training_and_evaluation(
 
     monkeypatch.setattr(loading, "load_causal_lm", load)
     monkeypatch.setattr(loading, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(loading, "load_skeleton", lambda model: torch.nn.Identity())
     with pytest.raises(InterruptedError):
         loading.load(Options(model="any"), torch.device("cuda" if gpu else "cpu"))
     assert asked == [TORCH_DTYPES[settled]]
