@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,21 @@ def release_abandoned_lock(
                 return True
         time.sleep(POLL)
     return False
+
+
+@contextlib.contextmanager
+def without_shared_buffers() -> Iterator[None]:
+    """While communication begins: keep the extension from making its buffers in /dev/shm.
+
+    Where all processes are on one machine it makes one of 69 MB for each, and never removes them (DeepSpeed 0.19.8,
+    csrc/cpu/comm/shm.cpp). Only the all-reduce of tensor-parallel layers uses them, and such layers are refused here.
+    """
+    local_size = os.environ.pop("LOCAL_SIZE", None)  # what tells the extension that all are on one machine
+    try:
+        yield
+    finally:
+        if local_size is not None:
+            os.environ["LOCAL_SIZE"] = local_size
 
 
 def limit_threads(local_processes: int | None = None) -> int:

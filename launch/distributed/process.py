@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from launch.distributed.environment import port_faults, require_environment, require_rendezvous
-from launch.distributed.extensions import limit_threads, prepare_extensions
+from launch.distributed.extensions import limit_threads, prepare_extensions, without_shared_buffers
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def join_processes() -> Process:
     if gpus:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
         torch.cuda.set_device(device)
-    with port_faults():
+    with port_faults(), without_shared_buffers():
         deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False)
     return Process(comm.get_rank(), comm.get_world_size(), device, threads)
 
