@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled extension, ready before a run starts; threads per process.
+"""DeepSpeed's compiled extension, ready before a run starts.
 
 On the CPU `deepspeed.init_distributed` compiles `deepspeed_shm_comm` at run time (DeepSpeed 0.19.8,
 deepspeed/comm/torch.py): about a minute, and torch marks the folder with a file `lock` while it compiles
@@ -97,28 +97,6 @@ def without_shared_buffers() -> Iterator[None]:
     finally:
         if local_size is not None:
             os.environ["LOCAL_SIZE"] = local_size
-
-
-def limit_threads(local_processes: int | None = None) -> int:
-    """Share this machine's cores among its processes; the number of threads torch now uses in this one.
-
-    `local_processes` defaults to what the launcher says (torchrun: LOCAL_WORLD_SIZE, DeepSpeed: LOCAL_SIZE).
-    A lower OMP_NUM_THREADS is kept, but for torchrun's own default.
-    """
-    variables = os.environ
-    if local_processes is None:
-        local_processes = int(variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or 1)
-    threads = max(1, _cores() // local_processes)
-    wanted = variables.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and "TORCHELASTIC_RUN_ID" not in variables:
-        threads = max(1, min(threads, int(wanted)))
-    variables["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    return threads
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default_root() -> Path:

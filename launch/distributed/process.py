@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from launch.distributed.environment import port_faults, require_environment, require_rendezvous
-from launch.distributed.extensions import limit_threads, prepare_extensions, without_shared_buffers
+from launch.distributed.extensions import prepare_extensions, without_shared_buffers
+from launch.distributed.threads import limit_threads
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The compiled extension: abandoned locks are removed, live ones waited for; threads are shared fairly."""
+"""The compiled extension: abandoned locks are removed, live ones waited for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from flexlora_ds.errors import UserError
-from launch.distributed.extensions import EXTENSION, limit_threads, prepare_extensions, release_abandoned_lock
+from launch.distributed.extensions import EXTENSION, prepare_extensions, release_abandoned_lock
 from tests.helpers.processes import run_script
 
 HOLD = (
@@ -166,33 +165,3 @@ def test_the_command_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: no C++ compiler")
     assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, "cores"),
-        ({"LOCAL_WORLD_SIZE": "2"}, "half"),
-        ({"LOCAL_SIZE": "2"}, "half"),
-        ({"LOCAL_SIZE": "1000"}, "one"),
-        ({"OMP_NUM_THREADS": "1"}, "one"),
-        ({"OMP_NUM_THREADS": "1000"}, "cores"),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, "cores"),
-    ],
-)
-def test_cores_are_shared_among_local_processes(
-    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cores = len(os.sched_getaffinity(0))
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    before = torch.get_num_threads()
-    try:
-        threads = limit_threads()
-        assert threads == {"cores": cores, "half": max(1, cores // 2), "one": 1}[expected]
-        assert torch.get_num_threads() == threads
-        assert os.environ["OMP_NUM_THREADS"] == str(threads)
-    finally:
-        torch.set_num_threads(before)
