@@ -118,7 +118,7 @@ def body(options: TrainOptions, pairs: int, steps: int, watcher: SignalWatcher) 
     tokenizer = load_tokenizer_of(options)
     data = prepare_data(options, tokenizer)
     process = join_processes()
-    watcher.follow(process)
+    watcher.follow(process, options.timeout)
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
         batches = share_batches(

@@ -152,7 +152,8 @@ def exit_code_of(
         reported = reported_error(error)
         if debug_asked(sys.argv[1:] if arguments is None else arguments) if debug is None else debug():
             traceback.print_exception(error)
-        if speaks(reported.exit_code) or not _is_foreseen(error):
+        said_here = reported.said_here
+        if (speaks(reported.exit_code) if said_here is None else said_here) or not _is_foreseen(error):
             print("error:", one_line(str(reported)), file=sys.stderr, flush=True)
         return reported.exit_code
     except (KeyboardInterrupt, _Terminated) as stop:

@@ -17,6 +17,8 @@ class CommandError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    said_here: bool | None = None
+    """Whether this process reports it; None: the command decides."""
 
     def __init__(self, fault: str, place: str = "", mend: str = "") -> None:
         self.fault, self.place, self.mend = fault, place, mend

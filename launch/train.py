@@ -54,8 +54,8 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
     settled = settle(options, world_size_of_environment())
     options = settled.options
     tokenizer = load_tokenizer_of(options)
-    process = join_processes()
-    watcher.follow(process)
+    process = join_processes(options.timeout)
+    watcher.follow(process, options.timeout)
     settled = settled.dated(on_rank_zero(process, lambda: resolve_template_date(options, tokenizer)))
     options, vocabulary = settled.options, settled.skeleton.vocabulary
     data = on_all_ranks(process, lambda: prepare_data(options, tokenizer, vocabulary))

@@ -6,12 +6,16 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
 from launch.distributed.environment import port_faults, require_environment, require_rendezvous
 from launch.distributed.extensions import prepare_extensions, without_shared_buffers
 from launch.distributed.threads import limit_threads
+
+_PREPARING_SECONDS = 86_400.0  # one process may tokenise or compile for hours while the others wait
+_SIGNS_FIRST_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,13 @@ def world_size_of_environment() -> int:
     return require_environment()
 
 
-def join_processes() -> Process:
+def join_processes(timeout: float | None = None) -> Process:
     """Begin communication, under a launcher or alone, with or without a GPU.
+
+    Args:
+        timeout: seconds that the processes wait for each other to begin, where DeepSpeed's own (ten minutes, or the
+            DEEPSPEED_TIMEOUT in the environment) are fewer. With it collectives are first without a limit; see
+            `limit_collectives`.
 
     Raises:
         UserError, RunError: as `prepare_extensions` (a CPU run without a C++ compiler), and where the environment
@@ -51,6 +60,7 @@ def join_processes() -> Process:
     prepare_extensions()
     import deepspeed
     from deepspeed import comm
+    from deepspeed.constants import default_pg_timeout
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -61,8 +71,24 @@ def join_processes() -> Process:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
         torch.cuda.set_device(device)
     with port_faults(), without_shared_buffers():
-        deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False)
+        longest = max(default_pg_timeout, timedelta(seconds=timeout or 0))
+        deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False, timeout=longest)
+    if timeout is not None:
+        limit_collectives(None)
     return Process(comm.get_rank(), comm.get_world_size(), device, threads)
+
+
+def limit_collectives(timeout: float | None) -> None:
+    """How long a collective of this process may take from now on, in seconds; None: as long as one may prepare.
+
+    Signs of life find out who is gone within `timeout`; the collectives get some seconds more, so that they only end
+    where every process lives and one hangs.
+    """
+    seconds = _PREPARING_SECONDS if timeout is None else timeout + _SIGNS_FIRST_SECONDS
+    # torch has no public way; DeepSpeed makes groups of its own, which would keep torch's default.
+    known = torch.distributed.distributed_c10d
+    for group in known._world.pg_map:
+        known._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def choose_accelerator() -> int:

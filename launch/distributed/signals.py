@@ -10,49 +10,34 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from types import FrameType, TracebackType
-
-import psutil
 
 from flexlora_ds.errors import RunError
 from launch.distributed.agreement import gather
+from launch.distributed.peers import Peers
 from launch.distributed.process import Process
-from launch.distributed.process_table import find_process, has_ended, launchers_above
+from launch.distributed.process_table import has_ended, launchers_above
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
 _SAME_SIGNAL_SECONDS = 0.3  # a scheduler and a launcher may both deliver one request
-_LOSS_SECONDS = 10.0  # for the thread to say who is gone, before the main thread says what it saw
-_LEAVING_SECONDS = 2.0  # between processes that leave alike, for one and the same error
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another process of the run on this machine."""
-
-    rank: int
-    process: psutil.Process
 
 
 class SignalWatcher:
     """While active, the first SIGTERM, SIGUSR1 or SIGINT asks for a stop; the second ends the process at once.
 
-    A launcher that dies asks for a stop as well: its processes would go on as orphans. A process of the run that dies
-    ends this one with exit code 1, whatever collective it hangs in.
+    A launcher that dies asks for a stop as well: its processes would go on as orphans. A process of the run that dies,
+    or a host that falls silent, ends this one with exit code 1, whatever collective it hangs in.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         """Why a stop is asked for on this process; None while it is not."""
         self._launchers = launchers_above() if "LOCAL_RANK" in os.environ else []
-        self._missed_since: float | None = None
-        self._peers: list[Peer] = []
-        self._rank = 0
+        self._peers: Peers | None = None
         self._first = 0.0
 
     @property
@@ -73,8 +58,7 @@ class SignalWatcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and self._peers:
-            time.sleep(_LOSS_SECONDS if _is_lost_connection(error) else 0)  # the thread says who is gone
+        lost = self._lost_connection(error) if error is not None and _is_lost_connection(error) else None
         self._leave.set()
         signal.set_wakeup_fd(self._old_wakeup)
         os.write(self._write, b"\0")
@@ -83,20 +67,19 @@ class SignalWatcher:
             signal.signal(number, handler)
         os.close(self._read)
         os.close(self._write)
-        if error is not None and _is_lost_connection(error):
-            raise RunError(
-                f"the connection to another process broke ({_first_line(error)})",
-                mend="start the run again: it resumes",
-            ) from error
+        if self._peers is not None:
+            self._peers.leave()
+        if lost is not None:
+            raise lost from error
 
-    def follow(self, process: Process) -> None:
-        """Begin to watch the other processes on this machine; collective."""
-        host = socket.gethostname()
-        me = {"host": host, "pid": os.getpid(), "started": psutil.Process().create_time()}
-        others = gather(process, me)  # each process can watch those on its own machine
-        found = {r: find_process(o["pid"], o["started"]) for r, o in enumerate(others) if o["host"] == host}
-        self._rank = process.rank
-        self._peers = [Peer(rank, other) for rank, other in found.items() if other and rank != process.rank]
+    def follow(self, process: Process, timeout: float) -> None:
+        """Begin to watch the other processes; one that gives no sign of life for `timeout` seconds is gone. Collective.
+
+        Raises:
+            RunError: the rendezvous cannot be reached.
+        """
+        if process.world_size > 1:
+            self._peers = Peers(process, timeout)
 
     def say_ready(self, process: Process) -> None:
         """Say, for those who send signals, that from now on one ends in a stop that can be continued."""
@@ -106,7 +89,9 @@ class SignalWatcher:
     def part(self, process: Process) -> None:
         """Wait for the others, and stop watching them: they may leave from now on; collective."""
         gather(process, "done")  # a barrier: who leaves earlier would look like one that died
-        self._peers = []
+        if self._peers is not None:
+            self._peers.leave()
+            self._peers = None
 
     def _run(self) -> None:
         while not self._leave.is_set():
@@ -127,26 +112,37 @@ class SignalWatcher:
     def _look_around(self) -> None:
         if self.reason is None and self._orphaned():
             self.reason = "the launcher is gone"
-        gone = [peer for peer in self._peers if has_ended(peer.process)]
-        if not gone:
-            return
-        self._missed_since = self._missed_since or time.monotonic()
-        if time.monotonic() - self._missed_since > _LEAVING_SECONDS and not self._leave.is_set():
-            self._say_gone(gone)
+        peers = self._peers
+        loss = peers.loss() if peers is not None else None
+        if peers is not None and loss is not None and not self._leave.is_set():
+            if peers.speaks:
+                print("error:", loss, file=sys.stderr, flush=True)
+                peers.tell(loss)
             os._exit(1)
+
+    def _lost_connection(self, error: BaseException) -> RunError:
+        """What the main thread says of a broken connection, where the thread finds nobody who is gone."""
+        seen = _first_line(error)
+        fault = RunError(
+            f"the connection to another process broke ({seen})", mend="start the run again: it resumes"
+        )
+        if "timed out" in seen.lower():
+            fault = RunError(
+                f"the processes wait for each other: all give signs of life, and one hangs ({seen})",
+                mend="look where it hangs (`py-spy dump`), then start the run again: it resumes",
+            )
+        peers = self._peers
+        if peers is not None:
+            peers.hurry()
+            time.sleep(peers.hurry_seconds)  # the thread says who is gone, and ends the process
+            fault.said_here = peers.speaks
+            peers.tell(str(fault))
+        return fault
 
     def _orphaned(self) -> bool:
         if not self._launchers:
             return False
         return os.getppid() != self._launchers[0].pid or any(map(has_ended, self._launchers))
-
-    def _say_gone(self, gone: list[Peer]) -> None:
-        """One of those left says it: the one of the lowest rank."""
-        alive = [peer.rank for peer in self._peers if peer not in gone]
-        if self._rank < min(alive, default=self._rank + 1):
-            lost = ", ".join(f"{peer.rank} (pid {peer.process.pid})" for peer in gone)
-            text = f"error: process {lost} is gone; start the run again: it resumes from its last checkpoint"
-            print(text, file=sys.stderr, flush=True)
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
@@ -154,7 +150,16 @@ def _noted(number: int, frame: FrameType | None) -> None:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    marks = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "gloo", "timed out", "Timed out")
+    marks = (
+        "closed by peer",
+        "Connection reset",
+        "Broken pipe",
+        "NCCL",
+        "gloo",
+        "timed out",
+        "Timed out",
+        "timeout",
+    )
     return type(error).__name__.startswith("Dist") or (
         isinstance(error, RuntimeError)
         and not isinstance(error, RunError)

@@ -15,7 +15,7 @@ from launch.data.examples import TokenisedData
 from launch.data.prefetch import training_feed
 from launch.data.prepare import Data, steps_of
 from launch.distributed.agreement import on_rank_zero
-from launch.distributed.process import Process
+from launch.distributed.process import Process, limit_collectives
 from launch.distributed.signals import SignalWatcher
 from launch.engine.build import build_engine
 from launch.engine.methods import Method
@@ -65,7 +65,11 @@ class Session:
         with training_feed(self.data.train, after, self.data.steps, self.process.device) as feed:
             while not self.stop.before_step(self.saver) and self.done < self.data.steps:
                 yield next(feed)
+                if self.done == after:
+                    # The first step may have compiled; from now on all processes are equally fast.
+                    limit_collectives(self.options.timeout)
                 self.done += 1
+        limit_collectives(None)
 
     def resume(self, start: Start) -> None:
         """Put everything back to where the checkpoint was taken; nothing to do without one.

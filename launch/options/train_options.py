@@ -37,6 +37,8 @@ Compile = Literal["pieces", "blocks"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
 
+Seconds = Annotated[int, Bounds(least=10, most=86_400)]
+
 DEFAULT_RECIPE = "launch/recipes/llama3_8b_r8.yaml"
 
 DATA = Group("Model and data")
@@ -129,6 +131,8 @@ class TrainOptions(FlexLoRAConfig):
     """How many of the newest checkpoints stay on disk."""
     resume: Annotated[str, LOGS, MAY_CHANGE] = "auto"
     """auto continues out where it stopped, none refuses a non-empty out, else the path of a checkpoint."""
+    timeout: Annotated[Seconds, LOGS, MAY_CHANGE] = 300
+    """Seconds without a sign of life after which a process or host is gone; the longest wait for one in a step."""
     dry_run: Annotated[bool, LOGS, MAY_CHANGE] = False
     """Print on one page what would happen, and stop."""
     debug: Annotated[bool, LOGS, MAY_CHANGE] = False

@@ -26,7 +26,7 @@ from tests.helpers.training import make_place
 
 FLAGS = {
     "deepspeed": {"--num_gpus", "--module"},
-    "torchrun": {"--nproc_per_node"},
+    "torchrun": {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"},
     "sbatch": {"--nodes", "--gpus-per-node", "--signal"},
 }
 """What the launchers of the pages are given for themselves."""
@@ -172,6 +172,7 @@ SMALL = {
 
 
 NOT_RUN = {
+    r"torchrun --nnodes 2 ": "needs two hosts; distributed/test_two_hosts.py makes them",
     r"make ": "installs, or takes minutes: the suite itself, and the demo's own tests",
     r"source |.venv/bin/pip ": "changes the environment",
     r"python -m data_prep --out data$|python -m data_prep --tasks sciq": "needs the hub",

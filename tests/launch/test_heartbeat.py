@@ -1,0 +1,76 @@
+"""Signs of life through a store: who falls silent is seen, and so is a store that does not answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from launch.distributed import heartbeat
+from launch.distributed.heartbeat import Heartbeat
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Heartbeat]]:
+    """Two processes of a run, in one, whose store lives as long as the test."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    both = [Heartbeat(rank, [0, 1], "run") for rank in range(2)]
+    for each in both:
+        each.interval = 0.05
+        each.start()
+    yield both
+    for each in both:
+        each.stop()
+
+
+def wait_for(condition: Callable[[], bool], *looking: Heartbeat) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        for each in looking:
+            each.look()
+        time.sleep(0.02)
+
+
+def test_who_falls_silent_is_seen(pair: list[Heartbeat]) -> None:
+    first, second = pair
+    second.stop()
+    wait_for(lambda: first.silent(1) == [1], first)
+    assert not first.is_cut_off(1)
+
+
+def test_what_one_finds_the_others_hear_and_the_first_counts(pair: list[Heartbeat]) -> None:
+    first, second = pair
+    first.tell("process 2 is gone", 30)
+    wait_for(lambda: second.finding == "process 2 is gone")
+    second.tell("process 3 is gone", 30)
+    time.sleep(0.2)
+    assert first.finding == "" and second.finding == "process 2 is gone"
+
+
+def test_a_store_out_of_reach_is_not_the_others_silence(
+    pair: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = pair
+
+    def fail() -> None:
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(first, "_connect", fail)
+    first._store = None
+    wait_for(lambda: first.is_cut_off(0.5), first)
+    assert first.silent(0.5) == []
+
+
+def test_a_process_that_was_frozen_itself_takes_nobody_for_gone(
+    pair: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = pair
+    now = time.monotonic()
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now + 3_600)
+    first.look()
+    assert not first.is_cut_off(10) and first.silent(10) == []
