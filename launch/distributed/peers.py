@@ -83,6 +83,10 @@ class Peers:
         while time.monotonic() < deadline and not (alone and len(self._ended()) == len(self._table)):
             time.sleep(0.1)
 
+    def wait_for_speaker(self) -> None:
+        """Give the one that speaks time to find the same: a connection that broke would make it say something else."""
+        time.sleep(_PARTING_SIGNS * self._heartbeat.interval)
+
     def leave(self) -> None:
         """Fall silent, and watch nobody any more."""
         self._heartbeat.stop()

@@ -58,7 +58,8 @@ class SignalWatcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lost = self._lost_connection(error) if error is not None and _is_lost_connection(error) else None
+        together = os.environ.get("WORLD_SIZE", "1") != "1"
+        lost = self._lost_connection(error) if error and together and _is_lost_connection(error) else None
         self._leave.set()
         signal.set_wakeup_fd(self._old_wakeup)
         os.write(self._write, b"\0")
@@ -118,25 +119,26 @@ class SignalWatcher:
             if peers.speaks:
                 print("error:", loss, file=sys.stderr, flush=True)
                 peers.tell(loss)
+            else:
+                peers.wait_for_speaker()
             os._exit(1)
 
     def _lost_connection(self, error: BaseException) -> RunError:
         """What the main thread says of a broken connection, where the thread finds nobody who is gone."""
-        seen = _first_line(error)
-        fault = RunError(
-            f"the connection to another process broke ({seen})", mend="start the run again: it resumes"
-        )
-        if "timed out" in seen.lower():
+        seen, peers = _first_line(error), self._peers
+        if peers is None:
             fault = RunError(
-                f"the processes wait for each other: all give signs of life, and one hangs ({seen})",
-                mend="look where it hangs (`py-spy dump`), then start the run again: it resumes",
+                f"the processes did not all find each other ({seen})",
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+                "start the run on every host, and see that each can reach that address",
             )
-        peers = self._peers
-        if peers is not None:
-            peers.hurry()
-            time.sleep(peers.hurry_seconds)  # the thread says who is gone, and ends the process
-            fault.said_here = peers.speaks
-            peers.tell(str(fault))
+            fault.said_here = os.environ.get("LOCAL_RANK", "0") == "0"
+            return fault
+        peers.hurry()
+        time.sleep(peers.hurry_seconds)  # the thread says who is gone, and ends the process
+        fault = _fault_of(seen)
+        fault.said_here = peers.speaks
+        peers.tell(str(fault))
         return fault
 
     def _orphaned(self) -> bool:
@@ -149,21 +151,24 @@ def _noted(number: int, frame: FrameType | None) -> None:
     """The thread does the work; without a handler of Python's, the C handler would write no byte."""
 
 
-def _is_lost_connection(error: BaseException) -> bool:
-    marks = (
-        "closed by peer",
-        "Connection reset",
-        "Broken pipe",
-        "NCCL",
-        "gloo",
-        "timed out",
-        "Timed out",
-        "timeout",
+def _fault_of(seen: str) -> RunError:
+    """A broken connection in our words, where nobody is gone."""
+    if "timed out" in seen.lower():
+        return RunError(
+            f"the processes wait for each other: all give signs of life, and one hangs ({seen})",
+            mend="look where it hangs (`py-spy dump`), then start the run again: it resumes",
+        )
+    return RunError(
+        f"the connection to another process broke ({seen})", mend="start the run again: it resumes"
     )
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    marks = ("closed by peer", "connection reset", "broken pipe", "nccl", "gloo", "timed out", "timeout")
     return type(error).__name__.startswith("Dist") or (
         isinstance(error, RuntimeError)
         and not isinstance(error, RunError)
-        and any(m in str(error) for m in marks)
+        and any(mark in str(error).lower() for mark in marks)
     )
 
 

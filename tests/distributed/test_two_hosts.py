@@ -6,6 +6,7 @@ The hosts are network namespaces joined by one link, so the tests need root; the
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,14 @@ import pytest
 from tests.helpers import training
 from tests.helpers.launched import held, lines
 from tests.helpers.nursery import Nursery
-from tests.helpers.processes import Processes
+from tests.helpers.processes import (
+    Processes,
+    kill_group,
+    rank_environments,
+    scratch_file,
+    start_process,
+    text_of,
+)
 from tests.helpers.resumed_runs import assert_same_run, run_training, saving_arguments
 from tests.helpers.training import Place
 from tests.helpers.two_hosts import TwoHosts, two_hosts
@@ -210,3 +218,22 @@ def test_a_process_that_hangs_in_a_step_ends_the_run(place: Place, tmp_path: Pat
         said = started.run.said(0)
     assert said.count("error: ") == 1 and "Traceback" not in said, said
     assert "error: the processes wait for each other: all give signs of life, and one hangs" in said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_the_others_do_not_find_says_so(rank: int, place: Place, tmp_path: Path) -> None:
+    """The other one never starts; a process that is alone with its error says it, whatever its rank."""
+    *_, variables = rank_environments(2, {"DEEPSPEED_TIMEOUT": "0", "LOCAL_WORLD_SIZE": "1"})
+    variables |= {"RANK": str(rank), "LOCAL_RANK": "0"}
+    with scratch_file() as output:
+        words = [sys.executable, "launch/train.py", *words_of(place, tmp_path / "run", 2)]
+        process = start_process(words, variables, stdout=output, stderr=output)
+        try:
+            assert process.wait(END_SECONDS) == 1
+        finally:
+            kill_group(process)
+        said = text_of(output)
+    assert said.count("error: ") == 1 and "Traceback" not in said, said
+    assert "error: the processes did not all find each other" in said
+    assert f"(127.0.0.1:{variables['MASTER_PORT']})" in said
