@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from flexlora_ds.files.ownership import MARKER
 from launch.run_folder.lock import LOCK_FILE, one_run_in
 from tests.helpers import training
 from tests.helpers.processes import ROOT, Processes, run_script
@@ -52,7 +53,7 @@ def refused(process: Processes, place: Place, tmp_path: Path) -> Callable[..., s
             lines.append(the_line(result["stderr"], result["stdout"]))
             assert result["code"] == 2, lines
             left = {path.name for path in tmp_path.glob("out/*")}
-            assert left <= {LOCK_FILE}, "nothing half-written"
+            assert left <= {LOCK_FILE, MARKER}, "nothing half-written"
         assert lines[0] == lines[1]
         return lines[0]
 
