@@ -20,7 +20,7 @@ from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.files.text import write_text_atomically
-from flexlora_ds.plain_text import legend_label, markdown_text
+from flexlora_ds.plain_text import PLOT_TEXT, legend_label, markdown_text
 
 _SEED = re.compile(r"seed[-_=]?\d+")
 _MAY_DIFFER = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}
@@ -159,7 +159,7 @@ def draw(settings: Sequence[Setting], path: Path) -> bool:
     except ImportError:
         return False
     matplotlib.use("Agg")
-    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold dollar signs
+    with matplotlib.rc_context(PLOT_TEXT):
         _draw(settings, path)
     return True
 

@@ -288,3 +288,14 @@ def test_a_name_that_is_not_utf8_is_written_as_json_writes_it(
     assert "caf\\udce9" in capsys.readouterr().out
     write_json_atomically(tmp_path / "x.json", {"model": "caf\udce9"})
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"model": "caf\udce9"}
+
+
+def test_names_are_no_markup_of_the_table(tmp_path: Path) -> None:
+    answers: dict[str, list[str | None]] = {"boolq": ["true"] * 6}
+    name = "a|b [c](d) <script> `e` $f$"
+    first, second = (write_run(tmp_path / folder, answers) for folder in (name, "g"))
+    text = report(read_settings([str(first), str(second)]), paper=False)
+    assert "a\\|b \\[c\\](d) \\<script\\> \\`e\\` \\$f\\$" in text
+    assert all(part not in text.replace("\\<", "") for part in ("<script", "a|b", " [c]"))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {5}
