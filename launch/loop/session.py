@@ -26,7 +26,6 @@ from launch.loop.stopping import StopAgreement
 from launch.loop.validation import Validator
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
-from launch.run_folder.claim import claim_run_folder
 from launch.run_folder.compatibility import Base, Identity
 from launch.run_folder.folder import RunFolder, library_versions
 from launch.run_folder.lock import one_run_in
@@ -100,7 +99,6 @@ def run_folder(options: TrainOptions, process: Process) -> Iterator[RunFolder]:
 
         def hold() -> None:
             folder.require_present = held.enter_context(one_run_in(folder.path))
-            claim_run_folder(folder.path)
 
         on_rank_zero(process, hold)
         yield folder

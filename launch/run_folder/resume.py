@@ -14,7 +14,7 @@ from flexlora_ds.errors import RunError, UserError
 from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process
 from launch.options.train_options import TrainOptions
-from launch.run_folder.claim import LOGS, require_no_other
+from launch.run_folder.claim import LOGS, claim_run_folder, require_no_other
 from launch.run_folder.compatibility import Identity
 from launch.run_folder.folder import RunFolder
 from launch.run_folder.lock import require_free
@@ -75,6 +75,8 @@ def continue_files(start: Start, folder: RunFolder, process: Process) -> None:
     """
 
     def prepare() -> list[str]:
+        folder.require_present()
+        claim_run_folder(folder.path)
         if start.checkpoint is None:
             folder.start_anew()
             return []
