@@ -83,7 +83,7 @@ def put(settings: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(settings.get(parent), dict):
             settings[parent] = {}
         settings = settings[parent]
-    settings[last] = value
+    settings[last] = copy.deepcopy(value)
 
 
 @inputs(few=150, many=10_000)
