@@ -14,9 +14,11 @@ from flexlora_ds.files.lock import locked
 
 LOCK_FILE = ".lock"
 
+_DRY_RUNS = 5.0  # seconds: every process of a dry run looks, and holds the lock for a moment
+
 
 @contextmanager
-def one_run_in(folder: Path) -> Iterator[Callable[[], None]]:
+def one_run_in(folder: Path, *, patience: float = 0.0) -> Iterator[Callable[[], None]]:
     """Hold the folder's lock; on a file system without locks there is none.
 
     Yields:
@@ -43,7 +45,7 @@ def one_run_in(folder: Path) -> Iterator[Callable[[], None]]:
 def require_free(folder: Path) -> None:
     """Raise RunError as `one_run_in` would, without leaving a lock file behind: for a dry run."""
     if (folder / LOCK_FILE).exists():
-        with one_run_in(folder):
+        with one_run_in(folder, patience=_DRY_RUNS):
             pass
 
 
