@@ -21,6 +21,9 @@ _DRY_RUNS = 5.0  # seconds: every process of a dry run looks, and holds the lock
 def one_run_in(folder: Path, *, patience: float = 0.0) -> Iterator[Callable[[], None]]:
     """Hold the folder's lock; on a file system without locks there is none.
 
+    Args:
+        patience: seconds to wait for another holder.
+
     Yields:
         What raises RunError where the folder is no more the one in which the lock was taken.
 
@@ -28,7 +31,7 @@ def one_run_in(folder: Path, *, patience: float = 0.0) -> Iterator[Callable[[], 
         RunError: another process holds it; it is named.
     """
 
-    with locked(folder / LOCK_FILE, lambda holder: _refuse(folder, holder)):
+    with locked(folder / LOCK_FILE, lambda holder: _refuse(folder, holder), patience=patience):
         begun = _identity(folder)
 
         def require() -> None:
