@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexlora_ds.adapter.layer import linear_names, match_modules
+from flexlora_ds.adapter.inject import linear_names, match_modules
 from flexlora_ds.partitions import forget_construction
 from launch.engine.adam import AdamSettings
 from launch.options.train_options import TrainOptions

@@ -24,13 +24,14 @@ _HOMES = {
     "RankController": "flexlora_ds.controller",
     "adapters": "flexlora_ds.adapter.layer",
     "build_optimizer": "flexlora_ds.adapter.parameter_groups",
-    "inject_adapters": "flexlora_ds.adapter.layer",
+    "inject_adapters": "flexlora_ds.adapter.inject",
     "save_adapter": "flexlora_ds.saving",
     "start_from_gradient": "flexlora_ds.gradient.start",
 }
 
 if TYPE_CHECKING:
-    from flexlora_ds.adapter.layer import adapters, inject_adapters
+    from flexlora_ds.adapter.inject import inject_adapters
+    from flexlora_ds.adapter.layer import adapters
     from flexlora_ds.adapter.parameter_groups import build_optimizer
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context, gaussian, linear_shapes
+from flexlora_ds.adapter.inject import linear_shapes
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context, gaussian
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.gradient.agreement import is_usable, of_first_process, summed
 from flexlora_ds.gradient.collect import GradientProducts

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexlora_ds.adapter.layer import AdaptedLinear, adapters, gaussian, linear_shapes
+from flexlora_ds.adapter.inject import linear_shapes
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, gaussian
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.gradient.agreement import is_usable, of_first_process, summed
 from flexlora_ds.gradient.collect import GradientProducts, collecting

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from flexlora_ds.adapter.layer import forward_context, inject_adapters, linear_names, match_modules
+from flexlora_ds.adapter.inject import inject_adapters, linear_names, match_modules
+from flexlora_ds.adapter.layer import forward_context
 from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.controller import RankController
 from flexlora_ds.files.safetensors_file import save_tensors

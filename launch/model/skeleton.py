@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flexlora_ds.adapter.layer import check_rank, linear_names, linear_shapes, match_modules
+from flexlora_ds.adapter.inject import check_rank, linear_names, linear_shapes, match_modules
 from flexlora_ds.base_model.attention_support import supported_attention
 from flexlora_ds.base_model.loading import load_skeleton
 from flexlora_ds.base_model.own_dropout import own_dropout

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flexlora_ds import FlexLoRAConfig, RankController, adapters, inject_adapters
-from flexlora_ds.adapter.layer import forward_context, linear_names
+from flexlora_ds.adapter.inject import linear_names
+from flexlora_ds.adapter.layer import forward_context
 from flexlora_ds.gradient.start import start_from_gradient
 from flexlora_ds.partitions import MASTER, live_shards
 from tests.helpers import tiny

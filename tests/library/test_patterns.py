@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flexlora_ds.adapter.layer import match_modules
+from flexlora_ds.adapter.inject import match_modules
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.patterns import full_matches, pattern_fault

@@ -1,0 +1,99 @@
+"""Which layers of a model are adapted, and their injection in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, adapters
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import UserError
+from flexlora_ds.orientation import LayerShape, is_linear, layer_shape
+from flexlora_ds.patterns import full_matches
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers that can be adapted, Conv1D among them: all but the output head, in module order.
+
+    Of a model that takes more than text, those of its decoder of text: nothing else is trained on text.
+    """
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    inside = _text_decoder(model)
+    return [
+        n for n, m in model.named_modules() if is_linear(m) and m is not head and n and n.startswith(inside)
+    ]
+
+
+def _text_decoder(model: nn.Module) -> str:
+    """What begins the names inside the decoder of text; empty where a model is nothing else."""
+    config: Any = getattr(model, "config", None)
+    find_text, find_decoder = getattr(config, "get_text_config", None), getattr(model, "get_decoder", None)
+    if not callable(find_text) or not callable(find_decoder) or find_text(decoder=True) is config:
+        return ""
+    decoder = find_decoder()
+    return next((f"{n}." for n, m in model.named_modules() if m is decoder and n), "")
+
+
+def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
+    """The names that `target_modules` means: suffixes, else regular expressions over the whole name.
+
+    Raises:
+        UserError: a target matches nothing (the message lists what there is), or is matched without end.
+    """
+    if not names:
+        raise UserError(
+            f"target_modules: {', '.join(targets)} matches nothing, for the model has no linear layer but its head",
+            mend="choose a model whose layers are nn.Linear or Conv1D",
+        )
+    if "all-linear" in targets:
+        return names
+    hits = {target: [n for n in names if n == target or n.endswith("." + target)] for target in targets}
+    patterns = [target for target in targets if not hits[target]]
+    hits |= dict(zip(patterns, full_matches(patterns, names, "target_modules"), strict=True))
+    for target in targets:
+        if not hits[target]:
+            kinds = sorted({n.rsplit(".", 1)[-1] for n in names})
+            raise UserError(
+                f"target_modules: {target!r} matches no linear layer",
+                mend=f"this model has {', '.join(kinds)}",
+            )
+    chosen = {name for target in targets for name in hits[target]}
+    return [n for n in names if n in chosen]
+
+
+def linear_shapes(model: nn.Module, names: list[str]) -> dict[str, LayerShape]:
+    """(out, in) of these linear layers."""
+    return {name: layer_shape(model.get_submodule(name)) for name in names}
+
+
+def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError if a rank exceeds min(in, out) of any layer."""
+    for name, shape in shapes.items():
+        if rank > min(shape):
+            raise UserError(
+                f"rank {rank} exceeds the limit {min(shape)} = min(in, out) of {name}", mend="lower `rank`"
+            )
+
+
+def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
+    """Freeze `model` and adapt its matching linear layers in place; returns their names in module order.
+
+    Raises:
+        UserError: nothing matches, a layer is adapted already, or the rank exceeds a layer's min(in, out).
+    """
+    if adapters(model):
+        raise UserError("the model already carries adapters", mend="start from the base model")
+    names = match_modules(linear_names(model), config.target_modules)
+    check_rank(config.rank, linear_shapes(model, names))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    context = ForwardContext()
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = AdaptedLinear(model.get_submodule(name), name, config, context)
+        layer.train(model.training)
+        setattr(model.get_submodule(parent), leaf, layer)
+    return names
