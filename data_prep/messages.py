@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from data_prep.record_keys import is_learnt, refuse_changed_meaning, require_learnt
+from data_prep.record_keys import (
+    is_given,
+    is_learnt,
+    refuse_bad_answer,
+    refuse_changed_meaning,
+    require_learnt,
+)
 from flexlora_ds.errors import UserError
 
 _CHAT_FORM = 'a chat record is {"messages": [{"role": ..., "content": ...}, ...]}'
@@ -50,16 +56,18 @@ def to_chat(value: Any, place: str, need_answer: bool = False) -> ChatRecord:
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{key!r} is missing or empty", place, _CHAT_FORM)
     refuse_changed_meaning(value, place)
-    require_learnt(value, place)
-    if value.get("history"):
+    if not need_answer:  # evaluation learns nothing
+        refuse_bad_answer(value, place)
+        require_learnt(value, place)
+    if is_given(value.get("history")):
         raise UserError("'history' stands beside the messages", place, "put it among them")
     messages = [_to_message(turn, f"{place}, message {number}") for number, turn in enumerate(turns, 1)]
-    if value.get("system"):
-        if messages[0]["role"] == "system":
-            raise UserError("'system' stands beside a system message", place, "leave one out")
-        messages.insert(0, {"role": "system", "content": text_field(value, "system", place)})
+    if is_given(value.get("system")):
+        _put_first(messages, text_field(value, "system", place), place)
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise UserError("the last message is not an assistant's answer: nothing to learn", place)
+        raise UserError(
+            "the last message is not an assistant's answer: nothing to learn", place, "leave that message out"
+        )
     if not any(map(is_answer, messages)):
         raise UserError("no answer has a weight: nothing to learn", place, "leave the record out")
     answer = optional_text(value, "answer", place)
@@ -68,12 +76,23 @@ def to_chat(value: Any, place: str, need_answer: bool = False) -> ChatRecord:
     return {"messages": messages, "answer": answer}
 
 
+def _put_first(messages: list[Message], system: str, place: str) -> None:
+    """Put a chat's `system` before its messages, unless its system message says the same."""
+    if messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    elif not messages[0]["content"].strip():
+        messages[0] = {**messages[0], "content": system}
+    elif messages[0]["content"].strip() != system.strip():
+        raise UserError("'system' stands beside a system message", place, "leave one out")
+
+
 def _to_message(turn: Any, place: str) -> Message:
     sharegpt = isinstance(turn, dict) and "from" in turn and "role" not in turn
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
         raise UserError(f"a message needs {role_key!r} and {content_key!r}", place)
-    refuse_changed_meaning(turn, place)
+    refuse_changed_meaning(turn, place, of_message=True)
+    refuse_bad_answer(turn, place)
     role = text_field(turn, role_key, place)
     role = _SHAREGPT_ROLES.get(role, role) if sharegpt else role
     if role not in _ROLES:
@@ -128,6 +147,8 @@ def require_text(text: str, key: str, place: str) -> str:
 
 
 def chat_key(value: Any) -> str | None:
-    """The key under which a chat record has its messages; None where it has none."""
-    keys = ("messages", "conversations")
-    return next((key for key in keys if key in value), None) if isinstance(value, dict) else None
+    """The key under which a chat record has its messages; None where it has none, or null there."""
+    if not isinstance(value, dict):
+        return None
+    there = [key for key in ("messages", "conversations") if value.get(key) is not None]
+    return next((key for key in there if value[key]), there[0] if there else None)

@@ -14,16 +14,22 @@ _PREFERENCE = "a preference is not learnt; leave the key out to learn the answer
 _REASONING = "put what is to be learnt into the content, in the marks that the template has for it"
 _ANOTHER_LOSS = "weights are 0 (not in the loss) or 1"
 
-_REFUSED = {
+_REFUSED_OF_RECORD = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("tools", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _REASONING),
-    **dict.fromkeys(("train_detail", "loss_scale", "loss_weight"), _ANOTHER_LOSS),
+    "reasoning_content": _REASONING,
+    **dict.fromkeys(("train_detail", "loss_scale", "loss_weight", "loss_mask"), _ANOTHER_LOSS),
     "chat_template_kwargs": "one template is used for all records; leave the key out",
+}
+_REFUSED_OF_MESSAGE = {
+    **_REFUSED_OF_RECORD,
+    # Of a record these are notes on how it was made.
+    **dict.fromkeys(("reasoning", "thinking"), _REASONING),
 }
 
 _GOOD_OR_BAD = ("label", "kto_tag")
+_SAYS_NOTHING = ("", "[]", "{}", "null", "none")  # as text, in some data sets
 _SWITCHES = ("train", "loss")  # of a message: true or false
 _MOST_LISTED = 8
 
@@ -34,19 +40,40 @@ _READ = frozenset(
 _READ_OF_MESSAGE = frozenset(("role", "content", "from", "value", *_OF_LOSS))
 
 
-def refuse_changed_meaning(value: Mapping[str, Any], place: str) -> None:
-    """Refuse the keys that say something else than 'learn this text', unless they are empty.
+def is_given(said: Any) -> bool:
+    """Whether the value of a key says anything: not null, NaN or false, nor empty, as such or as text."""
+    if isinstance(said, str):
+        return said.strip().lower() not in _SAYS_NOTHING
+    if isinstance(said, list):
+        return any(map(is_given, said))
+    return bool(said) and said == said  # NaN, as some tools write null, is not equal to itself
+
+
+def refuse_changed_meaning(value: Mapping[str, Any], place: str, *, of_message: bool = False) -> None:
+    """Refuse the keys that say something else than 'learn this text', unless they say nothing.
 
     Raises:
         UserError: names the key.
     """
-    for key, remedy in _REFUSED.items():
-        if value.get(key) not in (None, "", [], {}, False):
+    for key, remedy in (_REFUSED_OF_MESSAGE if of_message else _REFUSED_OF_RECORD).items():
+        if is_given(value.get(key)):
             raise UserError(f"{key!r} is given, which cannot be honoured", place, remedy)
+
+
+def refuse_bad_answer(value: Mapping[str, Any], place: str) -> None:
+    """Refuse a record or a message that says of itself that its answer is a bad one.
+
+    Raises:
+        UserError: names the key.
+    """
+    # Of a record of an instruction, or of a message, 0 may be the number of a class.
+    has_turns = "messages" in value or "conversations" in value
     for key in _GOOD_OR_BAD:
-        # A classifier's label 0 beside an instruction says nothing of the answer.
-        if value.get(key) is False or (value.get(key) == 0 and "instruction" not in value):
-            raise UserError(f"{key!r} is false: a bad answer, which would be learnt", place, "leave it out")
+        said = value.get(key)
+        if said is False or (said == 0 and has_turns) or (key == "kto_tag" and said in ("false", "False")):
+            raise UserError(
+                f"{key!r} is false: a bad answer, which would be learnt", place, "leave the record out"
+            )
 
 
 def is_learnt(value: Mapping[str, Any], place: str) -> bool:
@@ -66,9 +93,15 @@ def is_learnt(value: Mapping[str, Any], place: str) -> bool:
     return all(said.values())
 
 
+def _is_measured(loss: Any) -> bool:
+    """Whether the `loss` of a record is one that somebody measured."""
+    return isinstance(loss, float) and loss not in (0, 1)
+
+
 def require_learnt(value: Mapping[str, Any], place: str) -> None:
     """Refuse a record that is as a whole out of the loss. Raises UserError."""
-    if not is_learnt(value, place):
+    said = {key: given for key, given in value.items() if key != "loss" or not _is_measured(given)}
+    if not is_learnt(said, place):
         raise UserError("the record is not to be learnt: nothing of it is in the loss", place, "leave it out")
 
 
@@ -80,12 +113,16 @@ class UnreadKeys:
 
     def add(self, value: Mapping[str, Any], number: int) -> None:
         """Remember the keys of record `number`, and of its messages, that nothing reads."""
-        self._add(value, _READ, number)
+        self._add(value, _READ, _REFUSED_OF_RECORD, number)
+        if _is_measured(value.get("loss")):
+            self._first.setdefault("loss", number)
         for turn in value.get("messages") or value.get("conversations") or ():
-            self._add(turn, _READ_OF_MESSAGE, number)
+            self._add(turn, _READ_OF_MESSAGE, _REFUSED_OF_MESSAGE, number)
 
-    def _add(self, value: Mapping[str, Any], read: frozenset[str], number: int) -> None:
-        for key in value.keys() - read - _REFUSED.keys():
+    def _add(
+        self, value: Mapping[str, Any], read: frozenset[str], refused: Mapping[str, str], number: int
+    ) -> None:
+        for key in value.keys() - read - refused.keys():
             self._first.setdefault(key, number)
 
     def note(self, path: object) -> str | None:

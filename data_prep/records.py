@@ -9,7 +9,13 @@ from typing import Any, TypeAlias, TypedDict
 
 from data_prep.json_items import iter_objects
 from data_prep.messages import ChatRecord, chat_key, optional_text, require_text, text_field, to_chat
-from data_prep.record_keys import UnreadKeys, refuse_changed_meaning, require_learnt
+from data_prep.record_keys import (
+    UnreadKeys,
+    is_given,
+    refuse_bad_answer,
+    refuse_changed_meaning,
+    require_learnt,
+)
 from flexlora_ds.errors import UserError
 
 
@@ -45,10 +51,13 @@ def to_record(value: Any, place: str, need_answer: bool = False) -> Record:
     if not isinstance(value, dict):
         raise UserError(f"a {type(value).__name__} where a record (an object) is expected", place)
     refuse_changed_meaning(value, place)
+    if not need_answer:
+        refuse_bad_answer(value, place)
     missing = [key for key in needed if key not in value]
     if missing:
         raise UserError(f"{missing[0]!r} is missing", place, _remedy_for(value))
-    require_learnt(value, place)
+    if not need_answer:  # evaluation learns nothing
+        require_learnt(value, place)
     if value.get(chat_key(value) or ""):
         raise UserError(f"{chat_key(value)!r} stands beside 'instruction'", place, "keep one of them")
     record: Record = {
@@ -60,9 +69,9 @@ def to_record(value: Any, place: str, need_answer: bool = False) -> Record:
     for key in needed:
         if not record[key].strip():  # type: ignore[literal-required]
             raise UserError(f"{key!r} is empty", place)
-    if value.get("system"):
+    if is_given(value.get("system")):
         record["system"] = text_field(value, "system", place)
-    if value.get("history"):
+    if is_given(value.get("history")):
         record["history"] = _history(value["history"], place)
     return record
 
@@ -140,4 +149,5 @@ def is_chat(path: str | Path) -> bool:
 
 
 def _is_chat(value: Any) -> bool:
-    return chat_key(value) is not None and "instruction" not in value
+    """Whether it has messages, and no whole record beside them."""
+    return chat_key(value) is not None and any(value.get(key) is None for key in ("instruction", "output"))

@@ -129,3 +129,54 @@ def test_other_keys_are_said_once(tmp_path: Path) -> None:
     assert said == [f"keys of {tmp_path}/data.jsonl that are not read: id (record 2), name (record 3)"]
     load_entries(write(tmp_path, {**PLAIN, "input": "", "answer": "x"}), note=said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": "[]", "functions": "{}", "images": [None], "image": float("nan"), "tool_calls": "null"},
+        {"system": float("nan"), "history": [["", ""]]},
+        {"messages": [], "conversations": None},
+    ],
+)
+def test_keys_that_say_nothing_are_as_absent(tmp_path: Path, more: dict[str, Any]) -> None:
+    (entry,) = load_entries(write(tmp_path, {**PLAIN, **more}))
+    assert entry == {**PLAIN, "input": "", "answer": ""}
+    if "messages" not in more:
+        assert load_entries(write(tmp_path, chat(**more))) == [{"messages": ASKED, "answer": ""}]
+
+
+def test_notes_on_how_a_record_was_made_are_no_keys_of_its_meaning(tmp_path: Path) -> None:
+    said: list[str] = []
+    more = {"reasoning": "off", "thinking": True, "loss": 1.23, "label": 0}
+    (entry,) = load_entries(write(tmp_path, {**PLAIN, **more}), note=said.append)
+    assert entry["output"] == "a"  # type: ignore[typeddict-item]
+    assert said[0].endswith("label (record 1), loss (record 1), reasoning (record 1), thinking (record 1)")
+    turns = [{**ASKED[0], "label": 0}, ASKED[1]]  # a class of the question
+    assert load_entries(write(tmp_path, chat(*turns))) == [{"messages": ASKED, "answer": ""}]
+
+
+def test_messages_are_found_under_the_key_that_holds_them(tmp_path: Path) -> None:
+    shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    for more in (
+        {"messages": None},
+        {"messages": []},
+        {"instruction": None, "output": None},
+        {"instruction": "q"},  # beside an answer under another name, as Magpie writes it
+    ):
+        value = {**more, "conversations": shared}
+        assert load_entries(write(tmp_path, value)) == [{"messages": ASKED, "answer": ""}]
+
+
+def test_a_system_key_may_repeat_or_fill_the_system_message(tmp_path: Path) -> None:
+    told = {"role": "system", "content": "s"}
+    for content in ("s", " s ", ""):
+        (entry,) = load_entries(write(tmp_path, chat({**told, "content": content}, *ASKED, system="s")))
+        assert [turn["content"].strip() for turn in entry["messages"]] == ["s", "q", "a"]  # type: ignore[typeddict-item]
+
+
+def test_evaluation_learns_nothing_and_takes_a_label_of_false(tmp_path: Path) -> None:
+    path = write(tmp_path, {**PLAIN, "answer": "false", "label": False, "weight": 0})
+    assert load_entries(path, need_answer=True)[0]["answer"] == "false"
+    with pytest.raises(UserError, match="'label' is false"):
+        load_entries(path)
