@@ -138,6 +138,8 @@ def _place_of_answer(
     until = whole if len(alone) == len(messages) else template.render(alone)
     start, content_end = _place_of(template, alone, index, until)
     end = max(content_end, len(until.rstrip()))
+    if not whole.startswith(until[:end]) or template.always_opens:
+        end = _end_of_turn(template, alone, until, content_end) or end
     if not whole.startswith(until[:end]):
         raise _ChangedEarlierError(
             "the tokenizer's chat template changes earlier text when more messages follow: "
@@ -145,6 +147,23 @@ def _place_of_answer(
             mend=_ONE_ANSWER_EACH,
         )
     return _with_space(template, alone, start, whole), content_end, end
+
+
+def _end_of_turn(
+    template: ChatTemplate, messages: Sequence[Message], until: str, content_end: int
+) -> int | None:
+    """Where the end mark of the last answer ends in a chat as `until` has it; None where that cannot be told.
+
+    After it a template may write what only a chat's end has: a generation prompt nobody asked for, an end token.
+    """
+    asked: Message = {"role": "user", "content": "?"}
+    try:
+        opening = template.before_content([asked], 0).removeprefix(template.bos)
+        before = template.before_content([*messages, asked], len(messages))
+    except UserError:
+        return None
+    before = before.removesuffix(opening).rstrip() if opening and before.endswith(opening) else ""
+    return len(before) if len(before) >= content_end and until.startswith(before) else None
 
 
 def _with_space(template: ChatTemplate, messages: Sequence[Message], start: int, whole: str) -> int:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +31,16 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._source = _given_day(_source_of(tokenizer), day)
         self._forms: dict[tuple[str, ...], str] = {}
+        self.bos = str(tokenizer.bos_token or "")
+
+    @cached_property
+    def always_opens(self) -> bool:
+        """Whether the template writes the same with and without a generation prompt at the end."""
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        try:
+            return self.generation_prompt(asked) == self.render(asked)
+        except UserError:  # such chats may not occur, and are named where they do
+            return False
 
     def render(self, messages: Sequence[Message]) -> str:
         """What the template writes of these messages, each of them checked to be in it.

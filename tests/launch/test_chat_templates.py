@@ -227,6 +227,28 @@ def learnt_text(messages: list[Message], *, inputs: bool, template: str = CHATML
     return "".join(run if run == "_" else tokenizer.decode([run]) for run in runs)
 
 
+ALWAYS_OPENING = TRIMMING.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+ENDING = CHATML.removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        # LLaMA 3 as it came out: a generation prompt after every chat, asked for or not.
+        (ALWAYS_OPENING, [f"a1{END}", f"a2{END}"]),
+        # Phi-3: an end token after the last message only.
+        (ENDING, [f"a1{END}", f"a2{END}\n</s>"]),
+    ],
+    ids=["always opening", "ending"],
+)
+def test_what_only_a_chats_end_has_is_no_part_of_the_answers_before_it(
+    template: str, learnt: list[str]
+) -> None:
+    pieces = pieces_of(template, TWO)
+    assert [piece.text for piece in pieces if piece.answer] == learnt
+    assert texts(pieces_of(template, TWO[:2]))[-1] == learnt[-1].replace("a2", "a1")
+
+
 def test_a_message_of_weight_0_is_never_learnt() -> None:
     assert learnt_text(TWO, inputs=False) == f"_a1{END}_a2{END}"
     assert learnt_text(LATER, inputs=False) == f"_a2{END}"
