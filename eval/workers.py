@@ -16,20 +16,26 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
+from flexlora_ds.launcher import number_in_environment, require_environment, require_rendezvous
+
 _START_TIMEOUT = timedelta(minutes=30)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WORK_TIMEOUT = timedelta(days=7)  # the launcher ends the others when one fails
 
 
 class Team:
-    """The processes of one evaluation, as seen by one of them; a single process keeps the counters itself."""
+    """The processes of one evaluation, as seen by one of them; a single process keeps the counters itself.
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
-        values = os.environ if environment is None else environment
-        self.size = int(values.get("WORLD_SIZE", "1"))
-        self.rank = int(values.get("RANK", "0"))
-        self.local_rank = int(values.get("LOCAL_RANK", "0"))
-        self.local_size = int(values.get("LOCAL_WORLD_SIZE", str(self.size)))
+    Raises:
+        UserError: the environment names no process, or nothing says where the processes meet.
+    """
+
+    def __init__(self) -> None:
+        require_rendezvous()
+        self.size = require_environment()
+        self.rank = number_in_environment("RANK", 0)
+        self.local_rank = number_in_environment("LOCAL_RANK", 0)
+        self.local_size = number_in_environment("LOCAL_WORLD_SIZE", self.size, least=1)
         self._store: Any = HashStore()
         self.started = self.size == 1
 

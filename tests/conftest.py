@@ -17,6 +17,11 @@ from tests.helpers.nursery import Nursery
 from tests.helpers.processes import Processes
 
 
+def pytest_configure() -> None:
+    """Choose the fuzzers' seed before a test is collected, and before xdist starts processes that inherit it."""
+    choose_seed()
+
+
 def pytest_report_header() -> str | None:
     """The seed that repeats the fuzzers' inputs, the same for all processes of pytest."""
     chosen = choose_seed()

@@ -54,7 +54,7 @@ FLOORS = {
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),
         ("config", "seeds", "files", "command"),
-        ("fields", "patterns", "plain_text"),
+        ("fields", "patterns", "plain_text", "launcher"),
         ("errors", "rounding", "progress_bar", "orientation"),
     ),
 }

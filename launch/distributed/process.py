@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import torch
 
-from launch.distributed.environment import port_faults, require_environment, require_rendezvous
+from flexlora_ds.launcher import require_environment, require_rendezvous
 from launch.distributed.extensions import prepare_extensions, without_shared_buffers
+from launch.distributed.port import port_faults
 from launch.distributed.threads import limit_threads
 
 _PREPARING_SECONDS = 86_400.0  # one process may tokenise or compile for hours while the others wait

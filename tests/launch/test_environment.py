@@ -7,11 +7,13 @@ import socket
 import pytest
 import torch
 
+from eval.workers import Team
 from flexlora_ds.command import is_rank_zero
 from flexlora_ds.errors import UserError
-from launch.distributed.environment import port_faults, require_environment, require_rendezvous
+from flexlora_ds.launcher import require_environment, require_rendezvous
+from launch.distributed.port import port_faults
 
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,7 @@ def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch, variables: 
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("variables", ["", "RANK=0", "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1"])
+@pytest.mark.parametrize("variables", ["", "RANK=0", "LOCAL_RANK=1", "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1"])
 def test_what_launchers_say_passes(monkeypatch: pytest.MonkeyPatch, variables: str) -> None:
     setenv(monkeypatch, variables)
     assert require_environment() == (4 if "WORLD" in variables else 1)
@@ -93,6 +95,24 @@ def test_a_process_that_is_none_of_the_run_speaks(
 ) -> None:
     setenv(monkeypatch, variables)
     assert is_rank_zero() is speaks
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("WORLD_SIZE=x", "WORLD_SIZE is 'x' (environment)"),
+        ("RANK=3", "RANK is '3', and WORLD_SIZE is not set"),
+        ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE is 2, and MASTER_ADDR is not set"),
+        ("LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE is '0' (environment); give a whole number of at least 1"),
+    ],
+)
+def test_an_evaluation_asks_the_same_of_them(
+    monkeypatch: pytest.MonkeyPatch, variables: str, said: str
+) -> None:
+    setenv(monkeypatch, variables)
+    with pytest.raises(UserError) as caught:
+        Team()
+    assert said in str(caught.value)
 
 
 def test_a_busy_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

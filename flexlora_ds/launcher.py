@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-from collections.abc import Iterator
-
-import torch
 
 from flexlora_ds.errors import UserError
 
@@ -20,17 +16,17 @@ def require_environment() -> int:
     Raises:
         UserError: a variable is no number, or they do not fit together.
     """
-    world = _number("WORLD_SIZE", 1, least=1)
-    rank = _number("RANK", 0)
-    local_rank = _number("LOCAL_RANK", 0)
-    if "MASTER_PORT" in os.environ and not 0 < _number("MASTER_PORT", 1) <= _LARGEST_PORT:
+    world = number_in_environment("WORLD_SIZE", 1, least=1)
+    rank = number_in_environment("RANK", 0)
+    local_rank = number_in_environment("LOCAL_RANK", 0)
+    if "MASTER_PORT" in os.environ and not 0 < number_in_environment("MASTER_PORT", 1) <= _LARGEST_PORT:
         raise _fault("MASTER_PORT", f"give a port from 1 to {_LARGEST_PORT:,}")
     if rank >= world:
         size = f"WORLD_SIZE is {world}" if "WORLD_SIZE" in os.environ else "WORLD_SIZE is not set"
         raise _fault(
             "RANK", "start the processes with deepspeed or torchrun, which set both", f", and {size}"
         )
-    if local_rank > rank:
+    if world > 1 and local_rank > rank:  # alone, LOCAL_RANK only names a GPU
         raise _fault(
             "LOCAL_RANK", "a process's number on its machine is at most RANK", f", and RANK is {rank}"
         )
@@ -58,27 +54,8 @@ def require_rendezvous() -> None:
         raise _fault("MASTER_ADDR", "give the name or address of process 0's machine", f": {error}") from None
 
 
-@contextlib.contextmanager
-def port_faults() -> Iterator[None]:
-    """Name the port where process 0 cannot listen, or nobody answers.
-
-    Raises:
-        UserError: the port is in use.
-    """
-    try:
-        yield
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ.get("MASTER_PORT")
-        raise UserError(
-            f"port {port} is in use on this machine",
-            "MASTER_PORT",
-            "choose another: deepspeed --master_port PORT, torchrun --master-port PORT",
-        ) from error
-
-
-def _number(name: str, default: int, *, least: int = 0) -> int:
+def number_in_environment(name: str, default: int, *, least: int = 0) -> int:
+    """The whole number that a variable holds; `default` where it is not set. Raises UserError where it holds none."""
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
         raise _fault(name, f"give a whole number of at least {least}, or let the launcher set it")
