@@ -79,7 +79,13 @@ def _dropout_remark(base: Any) -> Iterator[str]:
 
 def _experts_remark(base: Any, target_modules: tuple[str, ...]) -> Iterator[str]:
     """all-linear promises what stacked experts do not give: they are one tensor, and no linear layers."""
-    stacked = [(name, p) for name, p in base.named_parameters() if p.dim() == 3 and "expert" in name]
+    settings = vars(base.config.get_text_config(decoder=True))
+    counts = {value for key, value in settings.items() if "experts" in key and type(value) is int}
+    stacked = [
+        (name, p)
+        for name, p in base.named_parameters()
+        if p.dim() == 3 and ("expert" in name or p.shape[0] in counts)  # some classes call them an MLP
+    ]
     if ALL_LINEAR in target_modules and stacked:
         kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in stacked}))
         share = sum(p.numel() for _, p in stacked) / sum(p.numel() for p in base.parameters())

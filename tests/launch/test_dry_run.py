@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.prompt import evaluation_prompt
 from data_prep.records import load_records
+from flexlora_ds.base_model.loading import load_skeleton
 from launch import train
 from launch.data.encoding import Encoding, tokenise
 from launch.data.examples import split
+from launch.model.skeleton import read_skeleton
 from launch.planning.dry_run import decoded_pieces
 from tests.helpers import training
 from tests.helpers.processes import ROOT, run_script
@@ -219,3 +221,15 @@ def test_stacked_experts_without_an_adapter_are_said(
     assert "all-linear leaves out the stacked experts (down_proj, gate_up_proj)" in shown
     assert "stacked experts" not in page(model=base, target_modules="q_proj")
     assert "stacked experts" not in page(target_modules="all-linear")
+
+
+def test_stacked_experts_are_counted_whatever_their_layer_is_called(tmp_path: Path) -> None:
+    """JetMoe's stand partly under `mlp`."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    base = write_model(tmp_path / "base", "jetmoe", **sizes, **narrow)
+    model = load_skeleton(base)
+    stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    share = stacked / sum(p.numel() for p in model.parameters())
+    (remark,) = read_skeleton(str(base), ("all-linear",)).remarks
+    assert f"{share:.0%} of the base's weights get no adapter" in remark
