@@ -13,7 +13,7 @@ import torch
 
 from flexlora_ds.base_model.blueprint import StoredModel, blueprint, build, read_config
 from flexlora_ds.base_model.model_folder import has_weights, model_folder
-from flexlora_ds.base_model.source import ModelSource, fetch, locate, one_line_errors
+from flexlora_ds.base_model.source import ModelSource, locate, one_line_errors
 from flexlora_ds.base_model.stored_names import tie
 from flexlora_ds.errors import UserError
 
@@ -47,7 +47,7 @@ def load_causal_lm(
     source = locate(model, revision)
     with one_line_errors(source, "model"):
         if source.gguf_file is not None:
-            loaded = _load_whole(source, fetch(source, "model"), dtype, attention, device)
+            loaded = _load_whole(source, model_folder(source, "model"), dtype, attention, device)
             return loaded if zero3 is None else _partitioned(loaded, dtype, zero3)
         stored = StoredModel(source, dtype)
         if zero3 is None:

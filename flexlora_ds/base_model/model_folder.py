@@ -17,9 +17,14 @@ _CONVERTER = (
     "trust_remote_code=False)"
     ".save_pretrained('{folder}')\""
 )
-_COUNTED = re.compile(r"layer|block|expert|depth|stage")
-_MOST = 2_000
-"""Of the layers, blocks or experts that a configuration may name: one with more takes minutes to build."""
+_MOST = {
+    re.compile(r"(^|_)(?<!per_)(layers?|blocks?|depths?|stages?)$"): 2_000,
+    re.compile(r"^(n|num)_(\w+_)?experts$"): 20_000,
+}
+"""Of the modules that a key counts: with more, a model takes minutes to build.
+
+A size of one (`block_size`, `shared_expert_intermediate_size`) is no count. Doge names 16,384 experts: rows of a table.
+"""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -32,11 +37,11 @@ def model_folder(source: ModelSource, what: str) -> Path:
             call it inside `one_line_errors`.
     """
     folder = fetch(source, what)
-    if source.gguf_file is None:
+    config = folder / "config.json"
+    if source.gguf_file is not None or config.is_file():
         _require_model_alone(source.name, folder)
-        config = folder / "config.json"
-        if config.is_file():
-            _require_sane(read_json_object(config, "fetch the model again"), config)
+    if source.gguf_file is None and config.is_file():
+        _require_sane(read_json_object(config, "fetch the model again"), config)
     return folder
 
 
@@ -130,7 +135,7 @@ def _without_safetensors(name: str, folder: Path) -> UserError:
 
 def _require_model_alone(name: str, folder: Path) -> None:
     """Refuse an adapter beside the model: transformers would attach it in some of the ways of loading, unasked."""
-    if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"the folder of model {name} holds an adapter beside the model",
             str(folder / "adapter_config.json"),
@@ -142,10 +147,11 @@ def _require_model_alone(name: str, folder: Path) -> None:
 
 def _require_sane(config: dict[str, Any], path: Path) -> None:
     for key, value in _numbers(config):
-        if _COUNTED.search(key) and value > _MOST:
-            raise UserError(
-                f"{key} is above {_MOST:,}, more than any model has", str(path), "fetch the model again"
-            )
+        for counts, most in _MOST.items():
+            if value > most and counts.search(key):
+                raise UserError(
+                    f"{key} is above {most:,}, more than any model has", str(path), "fetch the model again"
+                )
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:

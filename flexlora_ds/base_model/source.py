@@ -174,7 +174,9 @@ def _explain(source: ModelSource, what: str, error: Exception) -> str | None:
             f"{what} {source.name} needs code that comes with it, and such code is never run; "
             "name one that transformers knows by itself"
         )
-    if isinstance(error, FORESEEN):
+    if isinstance(
+        error, (*FORESEEN, hub.StrictDataclassError)
+    ):  # which is what a configuration's values raise
         return f"{what} {source.name} cannot be loaded ({_short(error)}); check it or name another"
     return None
 

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
-from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
+from flexlora_ds.base_model.loading import load_causal_lm, load_skeleton, load_tokenizer
+from flexlora_ds.errors import UserError
 from flexlora_ds.export import AdapterFactors, export_merged, read_peft_adapter, write_peft_adapter
 from tests.helpers.tiny import tiny_llama
 from tests.helpers.tiny_gguf import write_gguf
@@ -34,6 +35,22 @@ def test_tokenizer_comes_with_a_pad_token(file: Path) -> None:
     tokenizer = load_tokenizer(file)
     assert tokenizer.pad_token in ("</s>", "<unk>")
     assert tokenizer.convert_ids_to_tokens([2, 8, 10]) == ["</s>", "▁w5", "▁w7"]
+
+
+def test_an_adapter_beside_a_gguf_is_refused_in_every_way(file: Path, tmp_path: Path) -> None:
+    """transformers would load the base that the adapter names, and not the file."""
+    moved = tmp_path / file.name
+    moved.symlink_to(file)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    stage_3 = {"zero_optimization": {"stage": 3}}
+    for way in (
+        lambda: load_causal_lm(moved, dtype=torch.float32),
+        lambda: load_causal_lm(moved, dtype=torch.float32, zero3=stage_3),
+        lambda: load_skeleton(moved),
+        lambda: load_tokenizer(moved),
+    ):
+        with pytest.raises(UserError, match="holds an adapter beside the model"):
+            way()
 
 
 def test_training_on_a_gguf_merges_into_a_plain_model(file: Path, tmp_path: Path) -> None:

@@ -218,6 +218,33 @@ def test_a_configuration_of_absurd_values_is_one_line(folder: Path, changes: dic
 
 
 @pytest.mark.parametrize(
+    "sizes",
+    [
+        {"block_size": 4096, "block_ff_dim": 12288},  # GPT-like, LFM2
+        {
+            "shared_expert_intermediate_size": 20480,
+            "moe_shared_expert_intermediate_size": 7688,
+        },  # Qwen2-MoE, Nemotron
+        {"vocab_size_per_layer_input": 262144, "hidden_size_per_layer": 4096},  # Gemma 3n
+        {"num_experts": 16384},  # Doge
+    ],
+)
+def test_a_size_is_no_count_of_modules(folder: Path, sizes: dict[str, int]) -> None:
+    configure(folder, **sizes)
+    for way in (whole, load_skeleton, load_tokenizer):
+        way(folder)
+
+
+def test_a_value_that_no_part_of_a_model_takes_is_one_line_of_the_tokenizer_too(folder: Path) -> None:
+    """An evaluation asks for the tokenizer first."""
+    configure(folder, tie_word_embeddings=None)
+    assert all("tie_word_embeddings" in line for line in refusals(folder, (*WAYS, load_tokenizer)))
+    configure(folder, tie_word_embeddings=False, output_attentions=True)
+    with pytest.raises(UserError, match=r"output_attentions.*eager"):
+        load_causal_lm(folder, dtype=torch.float32, attention="sdpa")
+
+
+@pytest.mark.parametrize(
     "text", ["[]", "{", "[" * 5000, '{"hidden_size": ' + "9" * 5000 + "}", "\udc80", "null"]
 )
 def test_a_configuration_that_is_no_object_is_one_line(folder: Path, text: str) -> None:
