@@ -146,7 +146,12 @@ class PredictionFolder:
         def refuse(holder: str) -> None:  # no method: the lock must not keep its folder alive
             raise RunError(f"another evaluation is writing here: {holder}", f"--out {out}", "choose another")
 
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make the folder: {error.strerror}", f"--out {out}", "choose another"
+            ) from None
         if self._lock.enter_context(locked(out / ".lock", refuse, patience=patience)):
             remove_parts(out, _FILES)
             remove_parts(self.folder, [f"{task}.jsonl" for task in TASKS])

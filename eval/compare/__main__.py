@@ -30,8 +30,11 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
     """The settings in the order given. UserError where a folder is no finished evaluation, or names clash."""
     settings: list[Setting] = []
     for argument in arguments:
-        name, named, folders = argument.partition("=") if "=" in argument else ("", "", argument)
-        runs = [read_run(Path(folder)) for folder in folders.split(",")]
+        whole = Path(argument).is_dir()  # a folder's own name may hold the signs of a list
+        name, named, folders = (
+            argument.partition("=") if "=" in argument and not whole else ("", "", argument)
+        )
+        runs = [read_run(Path(folder)) for folder in ([argument] if whole else folders.split(","))]
         if named:
             settings.append(Setting(name, tuple(runs)))
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.folders import bring_to_disk
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _PART = re.compile(r"\.(?P<name>.+)\.\d+(-\d+)?\.part")
 
 
@@ -31,7 +33,12 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_content(path, content)
     except OSError as error:
-        raise RunError(f"cannot write: {error.strerror}", str(path), "free some space and resume") from error
+        mend = (
+            "free some space and resume"
+            if error.errno in _FULL
+            else "see what is there, or name another folder"
+        )
+        raise RunError(f"cannot write: {error.strerror}", str(path), mend) from error
 
 
 def replace_content(path: Path, content: bytes) -> None:

@@ -122,6 +122,13 @@ def test_seeds_are_recognised_by_the_adapters_path(tmp_path: Path) -> None:
     assert [(s.name, len(s.runs)) for s in named] == [("both", 2)]
 
 
+def test_a_folders_name_may_hold_the_signs_of_a_list(tmp_path: Path) -> None:
+    answers: dict[str, list[str | None]] = {"boolq": ["true", "false"]}
+    runs = [write_run(tmp_path / name, answers) for name in ("lr=1e-3", "a,b")]
+    settings = read_settings([str(run) for run in runs])
+    assert [(s.name, s.runs[0].folder) for s in settings] == [("lr=1e-3", runs[0]), ("a,b", runs[1])]
+
+
 def test_protocols_are_told_apart(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {"boolq": ["true"]})
     b = write_run(tmp_path / "b", {"boolq": ["true"]}, protocol="generate v1")

@@ -47,3 +47,12 @@ def test_what_a_killed_evaluation_left_unfinished_is_removed(tmp_path: Path) -> 
     with pytest.raises(RunError):
         PredictionFolder(tmp_path).lock(patience=0.0)
     assert ours[0].exists()
+
+
+def test_a_file_where_the_folder_is_meant_is_said_with_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(RunError, match=r"cannot make the folder: File exists.*; choose another"):
+        PredictionFolder(tmp_path / "file").lock()
+    (tmp_path / "settings.json").mkdir()
+    with pytest.raises(RunError, match=r"cannot write: Is a directory.*; see what is there, or name another"):
+        PredictionFolder(tmp_path).check_settings({})
