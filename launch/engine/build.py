@@ -13,6 +13,8 @@ from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.state import set_ranks
 from flexlora_ds.partitions import fuse_gradient_checks
 from launch.distributed.process import Process
+from launch.engine.deepspeed_check import late_refusals
+from launch.engine.ds_json import DsJson
 from launch.engine.lr_schedule import build_lr_scheduler
 from launch.engine.methods import Method, build_method
 from launch.engine.settled import Settled
@@ -52,12 +54,13 @@ def build_engine(
         model.enable_input_require_grads()
     trained.train()
     optimizer = method.optimizer(trained, settled.adam)
-    engine, *_ = deepspeed.initialize(
-        model=trained,
-        optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, options, steps),
-        config=ds_config,
-    )
+    with late_refusals(DsJson(ds_config, options.ds)):
+        engine, *_ = deepspeed.initialize(
+            model=trained,
+            optimizer=optimizer,
+            lr_scheduler=build_lr_scheduler(optimizer, options, steps),
+            config=ds_config,
+        )
     fuse_gradient_checks(engine)
     _try_packing(engine, settled, process)
     # PEFT's own dropout; FlexLoRA's masks have named seeds.

@@ -8,16 +8,19 @@ from __future__ import annotations
 import bisect
 import copy
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from flexlora_ds.command import one_line
-from flexlora_ds.config import AboveZero, Positive
+from flexlora_ds.config import AboveZero
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import convert, quote, remedy
 from launch.engine.ds_config import AUTO, DECIDED
 from launch.engine.ds_json import DsJson
-from launch.engine.unsupported import lookup
+from launch.engine.unsupported import is_enabled, lookup
 
 Settings = Mapping[str, Any]
 
@@ -47,9 +50,13 @@ UNCHECKED: Mapping[str, Any] = {
     "data_types.grad_accum_dtype": Literal["fp32", "fp16", "bf16"],
     "gradient_predivide_factor": AboveZero,
     "log_level": Literal["debug", "info", "warning", "error", "critical"],
-    "steps_per_print": Positive,
+    "steps_per_print": AboveZero,
 }
 """What DeepSpeed reads without looking, and fails on in the middle of a run (0.19.8)."""
+NEVER: Mapping[str, float] = {"steps_per_print": math.inf}
+"""What some files write for 'never', and DeepSpeed takes."""
+MONITORS: Mapping[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+"""The package of each of DeepSpeed's monitors that needs one."""
 _LONGEST = 200
 """Characters of a value, and of DeepSpeed's words, in a message."""
 
@@ -64,9 +71,12 @@ def require_accepted(source: DsJson) -> None:
     """
     settings = _own_part(source.settings)
     for unchecked, kind in UNCHECKED.items():
-        _require_kind(lookup(settings, unchecked), kind, f"{source.origin}, key {unchecked}")
+        value = lookup(settings, unchecked)
+        if value is not None and value != NEVER.get(unchecked):
+            _require_kind(value, kind, f"{source.origin}, key {unchecked}")
     error = _refusal(settings)
     if error is None:
+        _require_monitors(source)
         return
     path, value, as_object = _refused(settings, lambda part: part)
     words = _words(error)
@@ -79,10 +89,62 @@ def require_accepted(source: DsJson) -> None:
     )
 
 
+@contextmanager
+def late_refusals(source: DsJson) -> Iterator[None]:
+    """Name the key where DeepSpeed takes a JSON, and then refuses what it says while it makes an engine.
+
+    Raises:
+        UserError: DeepSpeed's words, and the dotted key of the JSON that stands in them, if one does.
+    """
+    try:
+        yield
+    except (*WRONG_VALUES, ImportError) as error:
+        words = _words(error)
+        key = _named(source.settings, words)
+        if key is None:  # it need not be about the JSON
+            raise
+        raise UserError(
+            f"DeepSpeed cannot begin with this: {words}",
+            f"{source.origin}, key {key}",
+            "correct or remove it",
+        ) from error
+
+
+def _named(settings: Settings, words: str) -> str | None:
+    """The dotted key that stands in DeepSpeed's words: of several the longest, and none around another."""
+    bare = _bare(words)
+    named = {
+        path: name for path in _paths(_own_part(settings)) if (name := _bare(path.split(".")[-1])) in bare
+    }
+    inner = [path for path in named if not any(other.startswith(f"{path}.") for other in named)]
+    return max(inner, key=lambda path: len(named[path]), default=None)
+
+
+def _paths(block: Settings, parents: str = "") -> Iterator[str]:
+    """The dotted paths of all keys."""
+    for key, value in block.items():
+        yield f"{parents}{key}"
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{parents}{key}.")
+
+
+def _bare(text: str) -> str:
+    """The letters of a text alone: DeepSpeed writes `pre-scale gradients` of prescale_gradients."""
+    return "".join(filter(str.isalnum, text)).lower()
+
+
+def _require_monitors(source: DsJson) -> None:
+    for monitor, package in MONITORS.items():
+        if is_enabled(source.settings.get(monitor)) and find_spec(package) is None:
+            raise UserError(
+                f"its package {package} is not installed",
+                f"{source.origin}, key {monitor}.enabled",
+                "install it, or write false",
+            )
+
+
 def _require_kind(value: Any, kind: Any, place: str) -> None:
-    """Raise UserError where a value that is there has another type, or is out of bounds."""
-    if value is None:
-        return
+    """Raise UserError where a value has another type, or is out of bounds."""
     try:
         convert(value, kind, text=False)
     except ValueError as error:

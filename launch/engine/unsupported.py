@@ -212,6 +212,7 @@ def _check_stage(settings: Settings, origin: str) -> None:
                 f"{origin}, key {_ZERO}.{block}",
                 f"use stage {least} or above, or remove it",
             )
+    _check_scaling(settings, stage, origin)
     accumulate = lookup(settings, "data_types.grad_accum_dtype")
     if accumulate not in (None, "auto") and stage < 2:
         raise UserError(
@@ -220,3 +221,16 @@ def _check_stage(settings: Settings, origin: str) -> None:
             f"{origin}, key data_types.grad_accum_dtype",
             "use stage 2 or 3, or remove it",
         )
+
+
+def _check_scaling(settings: Settings, stage: int, origin: str) -> None:
+    """What DeepSpeed refuses where it reduces and scatters gradients in one, once the model is loaded."""
+    if stage < 2 or lookup(settings, f"{_ZERO}.reduce_scatter") is False:
+        return
+    for key, harmless in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if lookup(settings, key) not in (None, "auto", harmless):
+            raise UserError(
+                f"ZeRO stage {stage} cannot do it while reduce_scatter is true",
+                f"{origin}, key {key}",
+                f"remove it, or write false for {_ZERO}.reduce_scatter",
+            )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flexlora_ds.errors import UserError
-from launch.engine.deepspeed_check import require_accepted
+from launch.engine.deepspeed_check import late_refusals, require_accepted
 from launch.engine.ds_json import read_ds_json
+from launch.engine.unsupported import check_refusals
 
 AUTOS = {"train_batch_size": "auto", "gradient_clipping": "auto", "fp16": {"enabled": "auto"}}
 
@@ -51,7 +53,7 @@ def test_the_key_is_named(settings: dict[str, Any], key: str, words: str) -> Non
     [
         (
             {"steps_per_print": "x"},
-            "'x' is not allowed (DeepSpeed config, key steps_per_print); give a whole",
+            "'x' is not allowed (DeepSpeed config, key steps_per_print); give a number above 0",
         ),
         ({"gradient_predivide_factor": 0}, "0 is out of range"),
         ({"log_level": "1"}, "key log_level); give 'debug', 'info'"),
@@ -64,6 +66,56 @@ def test_what_deepspeed_reads_without_looking(settings: dict[str, Any], said: st
     with pytest.raises(UserError) as caught:
         require_accepted(read_ds_json(settings))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [math.inf, 2_000, 1e5, None])
+def test_steps_between_lines_as_files_have_them(steps: float | None) -> None:
+    require_accepted(read_ds_json({**AUTOS, "steps_per_print": steps}))
+
+
+@pytest.mark.parametrize("monitor", ["tensorboard", "wandb", "comet"])
+def test_a_monitor_needs_its_package(monkeypatch: pytest.MonkeyPatch, monitor: str) -> None:
+    monkeypatch.setattr("launch.engine.deepspeed_check.find_spec", lambda name: None)
+    require_accepted(read_ds_json({monitor: {"enabled": False}, "csv_monitor": {"enabled": True}}))
+    with pytest.raises(UserError, match=rf"is not installed .*key {monitor}\.enabled\); install it"):
+        require_accepted(read_ds_json({monitor: {"enabled": True}}))
+
+
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [
+        (AssertionError("pre-scale gradients is not yet supported with ZeRO-3"), "prescale_gradients"),
+        (
+            ValueError("zero_optimization.compute_grad_norm=false requires gradient_clipping=0"),
+            "zero_optimization.compute_grad_norm",
+        ),
+        (ImportError("`comet_ml` must have at least version 3.41.0"), "comet"),
+    ],
+    ids=str,
+)
+def test_a_refusal_while_the_engine_is_made_names_its_key(error: Exception, key: str) -> None:
+    settings = {
+        "prescale_gradients": True,
+        "zero_optimization": {"stage": 3, "compute_grad_norm": False},
+        "comet": {"enabled": True},
+        "gradient_clipping": 1.0,
+    }
+    source = read_ds_json(settings)
+    with pytest.raises(UserError) as caught, late_refusals(source):
+        raise error
+    assert f"{error} (DeepSpeed config, key {key}); correct or remove it" in str(caught.value)
+    with pytest.raises(TypeError), late_refusals(source):
+        raise TypeError("a fault of something else")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("key", ["prescale_gradients", "gradient_predivide_factor"])
+def test_scaling_beside_reduce_scatter(key: str, stage: int) -> None:
+    value = True if key == "prescale_gradients" else 2.0
+    check_refusals({key: value, "zero_optimization": {"stage": stage, "reduce_scatter": False}}, "x")
+    check_refusals({key: value, "zero_optimization": {"stage": 1}}, "x")
+    with pytest.raises(UserError, match=rf"stage {stage} cannot .*key {key}\); remove it"):
+        check_refusals({key: value, "zero_optimization": {"stage": stage}}, "x")
 
 
 def test_one_wrong_key_among_thousands_is_found() -> None:
