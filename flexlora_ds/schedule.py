@@ -58,8 +58,7 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
     They keep the proportions of the paper's run: 5,000, 5,000 and 1,000 of its 31,931 steps.
 
     Raises:
-        UserError: the run has no step; or, unless ranks never change, its freeze precedes its start or there are more
-            than `MOST_CHANGES`.
+        UserError: the run has no step, or its freeze precedes its start (unless ranks never change).
     """
     if total_steps < 1:
         raise UserError(f"a run of {total_steps} steps has no calendar", "total steps", "give at least 1")
@@ -75,6 +74,12 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
             f"keys adjust_start, adjust_freeze; the run has {total_steps} steps",
             "lower one of them",
         )
+    return calendar
+
+
+def require_countable(total_steps: int, config: FlexLoRAConfig) -> None:
+    """Raise UserError as `resolve_calendar`, and where a run has more changes than can be listed beforehand."""
+    calendar = resolve_calendar(total_steps, config)
     changes = max(0, calendar.end - calendar.start) // calendar.interval
     if config.adjust_size > 0 and changes > MOST_CHANGES:
         raise UserError(
@@ -82,7 +87,6 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
             f"key adjust_interval; the run has {total_steps:,} steps",
             "raise it",
         )
-    return calendar
 
 
 def adjustment_size(step: int, total_steps: int, config: FlexLoRAConfig) -> int:

@@ -40,6 +40,8 @@ from eval.model.loading import resolve_attention
 from eval.protocols import ANSWER_PREFIX, MAX_NEW_TOKENS, PROTOCOLS
 from eval.run import quiet_libraries
 
+LLAMA_ATTENTION = ("eager", "sdpa", "flash_attention_2")
+"""What transformers has for the architecture of the shapes."""
 NEW_TOKENS = 7
 ALL_ITEMS = 22_419
 END = 1
@@ -163,7 +165,9 @@ def model_of(conditions: Conditions, tokenizer: Any) -> ScriptedModel:
     """Random weights, drawn on the device: bf16 on a GPU."""
     device = conditions.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = random_model(conditions.shape, dtype, resolve_attention("auto", dtype, device), device)
+    model: Any = random_model(
+        conditions.shape, dtype, resolve_attention("auto", dtype, device, LLAMA_ATTENTION), device
+    )
     for config in (model.config, model.generation_config):
         config.use_cache, config.eos_token_id = True, END
     return ScriptedModel(model, tokenizer)

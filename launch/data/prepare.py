@@ -15,7 +15,7 @@ from flexlora_ds.base_model.loading import load_tokenizer
 from flexlora_ds.base_model.vocabulary import Vocabulary
 from flexlora_ds.errors import UserError
 from flexlora_ds.progress_bar import ProgressBar
-from flexlora_ds.schedule import resolve_calendar
+from flexlora_ds.schedule import require_countable
 from launch.data.batch_layout import BatchLayout
 from launch.data.batches import ProcessShare, TrainingBatches, ValidationBatches, total_steps
 from launch.data.encoding import VERSION, Encoding, all_cores, tokenise
@@ -78,7 +78,7 @@ def prepare_data(
         require_known_tokens(data, tokenizer, vocabulary, str(path))
     _require_batch(options, len(data.train))
     if options.method == "flexlora":
-        resolve_calendar(steps_of(options, data), options.to_flexlora_config())
+        require_countable(steps_of(options, data), options.to_flexlora_config())
     return data
 
 

@@ -21,7 +21,7 @@ from launch.options.train_options import TrainOptions, parse_options
 from tests.helpers import training
 from tests.helpers.processes import ROOT
 
-WATCHER = SimpleNamespace(follow=lambda process: None, say_ready=lambda process: None)
+WATCHER = SimpleNamespace(follow=lambda *given: None, say_ready=lambda process: None)
 
 
 class ReachedError(Exception):
@@ -40,7 +40,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     alone = Process(rank=0, world_size=1, device=torch.device("cpu"), threads=1)
     monkeypatch.setattr(agreement, "gather", lambda process, value: [value])
     for module in (train, process):
-        monkeypatch.setattr(module, "join_processes", lambda: alone)
+        monkeypatch.setattr(module, "join_processes", lambda *timeout: alone)
     for module, name in ((train, "begin"), (session, "begin"), (build, "build_engine")):
         monkeypatch.setattr(module, name, stop)
     monkeypatch.chdir(ROOT)

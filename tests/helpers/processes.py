@@ -295,6 +295,7 @@ def _serve(reply_descriptor: int) -> None:
                 reply = json.dumps({"result": result})
             except Exception:
                 reply = json.dumps({"error": traceback.format_exc()})
+                sys.stdout.flush()  # for `tail`
             replies.write(reply + "\n")
             replies.flush()
 

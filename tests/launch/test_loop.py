@@ -23,7 +23,9 @@ def run(stop_before: int = 99) -> Any:
     """What `Session.batches` needs of a run whose processes agree to stop before a step."""
     batches = TrainingBatches(make_examples([5] * 40, [0] * 40), 4, 1, ProcessShare(1, 0, 2), PAD)
     run = SimpleNamespace(
-        data=SimpleNamespace(train=batches, steps=STEPS), process=SimpleNamespace(device=torch.device("cpu"))
+        data=SimpleNamespace(train=batches, steps=STEPS),
+        process=SimpleNamespace(device=torch.device("cpu")),
+        options=SimpleNamespace(timeout=300.0),
     )
     run.done, run.saver = 0, None
     run.stop = SimpleNamespace(before_step=lambda saver: run.done + 1 >= stop_before)

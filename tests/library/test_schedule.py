@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from flexlora_ds.config import CHOICES, FlexLoRAConfig
 from flexlora_ds.errors import UserError
-from flexlora_ds.schedule import Calendar, adjustment_size, describe, due_steps, resolve_calendar
+from flexlora_ds.schedule import (
+    Calendar,
+    adjustment_size,
+    describe,
+    due_steps,
+    require_countable,
+    resolve_calendar,
+)
 
 
 def defined_size(
@@ -105,6 +112,9 @@ def test_errors_and_the_empty_calendar_say_what_is_wrong() -> None:
         resolve_calendar(100, FlexLoRAConfig(adjust_start=60, adjust_freeze=90))
     with pytest.raises(UserError, match="at least 1"):
         resolve_calendar(0, FlexLoRAConfig())
+    with pytest.raises(UserError, match=r"999,990 rank changes are more than 100,000 \(key adjust_interval"):
+        require_countable(10**6, FlexLoRAConfig(adjust_start=5, adjust_freeze=5, adjust_interval=1))
+    require_countable(10**6, FlexLoRAConfig(adjust_size=0, adjust_interval=1))
     empty = FlexLoRAConfig(adjust_start=10, adjust_freeze=10, adjust_interval=500)
     assert due_steps(100, empty) == []
     assert describe(100, empty, 80).startswith("no rank changes") and "500" in describe(100, empty, 80)
