@@ -12,6 +12,9 @@ from flexlora_ds.fields import OnResume
 from launch.options.train_options import SPECS, TrainOptions
 from launch.run_folder.json_files import to_json
 
+_USE_ITS_VALUE = "use its value, or choose another out"
+_GIVE_ITS_DAY = "give the day it began as template_date, or choose another out"
+
 
 @dataclass(frozen=True)
 class Base:
@@ -60,6 +63,9 @@ class Identity:
         options = {spec.name: spec.default for spec in SPECS}  # an option younger than the checkpoint
         options.update(saved.get("options", {}))
         names = [name for name in self.options if to_json(self.options[name]) != to_json(options.get(name))]
+        undated = "template_date" in names and options["template_date"] == "auto"
+        if undated:  # older runs did not record the day; their examples tell whether it is another
+            names.remove("template_date")
         on_resume = {spec.name: spec.on_resume for spec in SPECS}
         for name in names:
             if on_resume[name] is OnResume.MUST_MATCH:
@@ -73,6 +79,7 @@ class Identity:
                 "training data",
                 options.get("data"),
                 f"{self.options['data']} (its examples differ)",
+                _GIVE_ITS_DAY if undated else _USE_ITS_VALUE,
             )
         changed = [n for n in names if on_resume[n] is OnResume.IS_SAID]
         differences = [f"{name} {_show(options.get(name))} → {_show(self.options[name])}" for name in changed]
@@ -91,11 +98,13 @@ def _base_of(saved: Mapping[str, Any]) -> Base:
     return Base(str(known.get("name")), known.get("revision"), str(known.get("fingerprint")))
 
 
-def _refuse(checkpoint: Checkpoint, what: str, there: object, here: object) -> None:
+def _refuse(
+    checkpoint: Checkpoint, what: str, there: object, here: object, remedy: str = _USE_ITS_VALUE
+) -> None:
     raise RunError(
         f"the checkpoint is of another run: {what} is {_show(there)} in it and {_show(here)} here",
         str(checkpoint.folder),
-        "use its value, or choose another out",
+        remedy,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ import pytest
 from eval.__main__ import main as evaluate
 from eval.predictions import PredictionFolder
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
+from flexlora_ds.checkpoint.state import Checkpoint
+from flexlora_ds.errors import RunError
 from flexlora_ds.export import read_peft_adapter
+from launch.options.train_options import TrainOptions
+from launch.run_folder.compatibility import Identity
 from tests.helpers import eval_tiny, training
 from tests.helpers.chat_templates import CHANNELS, DATED, THINKING, make_tokenizer
 from tests.helpers.processes import Processes
@@ -96,6 +101,23 @@ def test_generation_and_scoring_agree_where_a_template_writes_more_than_its_prom
         assert evaluate([*asked, "--out", str(out), *adapter]) == 0
         lines = (out / "predictions" / "boolq.jsonl").read_text().splitlines()
         assert {json.loads(line)["output"] for line in lines} == {"the correct answer is true"}
+
+
+def test_a_run_of_before_dates_were_recorded_goes_on() -> None:
+    """Its examples tell whether it began on another day."""
+    options = TrainOptions(
+        ds="zero2.json", model="base", data="chats.json", out="run", template_date="2024-02-03"
+    )
+    here = Identity.of(options, None, "examples", 4)
+    before = {**here.to_dict(), "options": {k: v for k, v in here.options.items() if k != "template_date"}}
+    there = Checkpoint(Path("step_00000002"), {"step": 2, "run": {"identity": before}}, [])
+    assert here.compare(there) == []
+    with pytest.raises(RunError, match="give the day it began as template_date"):
+        replace(here, data="examples of another day").compare(there)
+    dated = {**before, "options": {**before["options"], "template_date": "2024-02-04"}}
+    there = Checkpoint(Path("step_00000002"), {"step": 2, "run": {"identity": dated}}, [])
+    with pytest.raises(RunError, match="template_date is 2024-02-04 in it and 2024-02-03 here"):
+        here.compare(there)
 
 
 def test_a_run_has_one_date_also_on_another_day(place: Place, one_process: Processes, tmp_path: Path) -> None:
