@@ -28,6 +28,8 @@ from launch.options.train_options import TrainOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_USUAL_BATCH = 1024  # records: who learns a few by heart may use it however few they are
+
 
 @dataclass(frozen=True)
 class Data:
@@ -88,7 +90,7 @@ def _say(line: str) -> None:
 
 def _require_batch(options: TrainOptions, records: int) -> None:
     """Refuse an update that would see the records more often than the whole run is to see them."""
-    if options.batch_size > records * max(1.0, options.epochs):
+    if options.batch_size > max(_USUAL_BATCH, records * max(1.0, options.epochs)):
         raise UserError(
             f"batch_size {options.batch_size:,} is more than {options.epochs:g} epochs of {records:,} records",
             options.place("batch_size"),

@@ -225,7 +225,16 @@ def test_records_that_are_all_too_long(refused: Callable[..., str]) -> None:
 
 
 def test_a_batch_of_more_than_all_epochs(refused: Callable[..., str]) -> None:
-    assert "batch_size 106 is more than 3 epochs of 35 records (--batch_size" in refused(batch_size=106)
+    line = refused(batch_size=1025)
+    assert "batch_size 1,025 is more than 3 epochs of 35 records (--batch_size" in line
+
+
+def test_a_usual_batch_of_more_than_all_records_is_taken(
+    process: Processes, place: Place, tmp_path: Path
+) -> None:
+    arguments = place.arguments(tmp_path / "out", batch_size=128, micro_batch_size=8, dry_run=True)
+    (result,) = process.run(training.command, arguments)
+    assert result["code"] == 0, result["stderr"]
 
 
 def test_a_change_after_every_step_of_a_long_run(refused: Callable[..., str]) -> None:
