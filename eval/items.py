@@ -134,12 +134,14 @@ def tokenise(task: str, questions: Sequence[Question], tokenizer: Any, day: str 
     Candidates of chats are what the chat template writes for them. `day`: the date that it is given.
 
     Raises:
-        UserError: the template does not take a chat; it names task and record.
+        UserError: the template does not take a chat, or the tokenizer leaves nothing of a question or an answer; it
+            names task and record.
     """
     if any(question.chat for question in questions):
         items = _chat_items(task, questions, ChatTemplate(tokenizer, day))
     else:
         items = _text_items(questions, tokenizer)
+    _require_some(task, items)
     prompts = [item.prompt for item in items]
     longest_shareable = min(map(len, prompts)) - 1  # at least one token of each prompt must be computed
     return TaskItems(
@@ -171,6 +173,18 @@ def _text_items(questions: Sequence[Question], tokenizer: Any) -> tuple[Item, ..
         Item(question, tuple(prompt), tuple(ids[answer] for answer in question.answers))
         for question, prompt in zip(questions, prompts, strict=True)
     )
+
+
+def _require_some(task: str, items: Sequence[Item]) -> None:
+    for item in items:
+        texts = zip(("question", *item.question.answers), (item.prompt, *item.candidates), strict=True)
+        nothing = next((text for text, tokens in texts if not tokens), None)
+        if nothing is not None:
+            raise UserError(
+                f"the tokenizer makes no token of {nothing!r}",
+                f"{task}/test.json, record {item.question.index + 1}",
+                "give a model with its own tokenizer",
+            )
 
 
 def _differ_in_last_token(candidates: tuple[Tokens, ...]) -> bool:

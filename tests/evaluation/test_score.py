@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from eval.answering.answerer import Answerer
 from eval.answering.batching import Batch
@@ -14,6 +17,7 @@ from eval.answering.shared_prefix import SharedPrefix
 from eval.items import Item, TaskItems, common_prefix, load_questions, tokenise
 from eval.model.language_model import LanguageModel
 from eval.protocols import PROTOCOLS
+from flexlora_ds.errors import UserError
 from tests.helpers import eval_tiny
 
 
@@ -117,6 +121,19 @@ def test_every_prompt_keeps_a_token_of_its_own(lm: LanguageModel) -> None:
     question = eval_tiny.make_questions("boolq", 1)
     task = tokenise("boolq", question * 2, lm.tokenizer)  # equal prompts share everything
     assert len(task.shared_prefix) == len(task.items[0].prompt) - 1
+
+
+def test_a_tokenizer_that_leaves_nothing_of_an_answer_is_named() -> None:
+    """As that of another language's GGUF file does, without pieces for single bytes."""
+    silent = Tokenizer(models.WordPiece({"zzz": 0}, unk_token="zzz"))
+    silent.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=silent)
+    question = replace(eval_tiny.make_questions("boolq", 1)[0], index=4)
+    with pytest.raises(UserError, match=r"no token of 'question' \(boolq/test.json, record 5\)"):
+        tokenise("boolq", [question], tokenizer)
+    silent.normalizer = normalizers.Replace(Regex(r"^ ?the correct[\s\S]*"), "")
+    with pytest.raises(UserError, match=r"no token of 'true' \(boolq/test.json, record 5\)"):
+        tokenise("boolq", [question], tokenizer)
 
 
 def test_a_record_without_its_answer_among_the_choices_is_named(tmp_path: Path) -> None:
