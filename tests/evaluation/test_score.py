@@ -123,17 +123,16 @@ def test_every_prompt_keeps_a_token_of_its_own(lm: LanguageModel) -> None:
     assert len(task.shared_prefix) == len(task.items[0].prompt) - 1
 
 
-def test_a_tokenizer_that_leaves_nothing_of_an_answer_is_named() -> None:
-    """As that of another language's GGUF file does, without pieces for single bytes."""
-    silent = Tokenizer(models.WordPiece({"zzz": 0}, unk_token="zzz"))
-    silent.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=silent)
+@pytest.mark.parametrize(
+    ("lost", "named"), [(r"[\s\S]", "question"), (r"^ ?the correct answer is [\s\S]*$", "true")]
+)
+def test_a_tokenizer_that_leaves_nothing_of_a_text_is_named(lost: str, named: str) -> None:
+    """As a GGUF file's does that has no pieces for single bytes."""
+    core = Tokenizer(models.WordPiece({"zzz": 0}, unk_token="zzz"))
+    core.normalizer = normalizers.Replace(Regex(lost), "")
     question = replace(eval_tiny.make_questions("boolq", 1)[0], index=4)
-    with pytest.raises(UserError, match=r"no token of 'question' \(boolq/test.json, record 5\)"):
-        tokenise("boolq", [question], tokenizer)
-    silent.normalizer = normalizers.Replace(Regex(r"^ ?the correct[\s\S]*"), "")
-    with pytest.raises(UserError, match=r"no token of 'true' \(boolq/test.json, record 5\)"):
-        tokenise("boolq", [question], tokenizer)
+    with pytest.raises(UserError, match=rf"no token of '{named}' \(boolq/test.json, record 5\)"):
+        tokenise("boolq", [question], PreTrainedTokenizerFast(tokenizer_object=core))
 
 
 def test_a_record_without_its_answer_among_the_choices_is_named(tmp_path: Path) -> None:
