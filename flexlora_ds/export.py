@@ -175,7 +175,6 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--min_rank",
         type=_count,
-        default=1,
         help="of a smaller adapter: directions that every matrix keeps; 0 may leave matrices out (default 1)",
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must be new or empty")
@@ -233,8 +232,15 @@ def _read(options: argparse.Namespace) -> LoraAdapter:
 def _smaller(adapter: LoraAdapter, options: argparse.Namespace) -> Truncated | None:
     """The adapter at the size that the options ask for; None: as it is."""
     if options.rank_budget is options.parameters is options.energy is None:
+        if options.min_rank is not None:
+            raise UserError(
+                "--min_rank belongs to a smaller adapter",
+                "command line",
+                "give --rank_budget, --parameters or --energy",
+            )
         return None
-    size = Size(options.rank_budget, options.parameters, options.energy, options.min_rank)
+    least = 1 if options.min_rank is None else options.min_rank
+    size = Size(options.rank_budget, options.parameters, options.energy, least)
     smaller = truncate(adapter, size)
     if adapter.folder is not None:  # what comes from a checkpoint is no other program's to read
         check_reading(adapter, options.base or adapter.base_model).require(options.out)
@@ -243,7 +249,10 @@ def _smaller(adapter: LoraAdapter, options: argparse.Namespace) -> Truncated | N
 
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > _LONGEST_COUNT:
-        raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r} is not a whole number")
+        shown = one_line(text, 40)
+        raise argparse.ArgumentTypeError(
+            f"{shown!r} is not a whole number of at most {_LONGEST_COUNT} digits"
+        )
     return int(text)
 
 

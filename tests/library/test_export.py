@@ -321,7 +321,8 @@ def test_a_smaller_adapter_in_every_form(
         (["--parameters", "5"], r"5 is below rank 1 in every matrix"),
         (["--energy", "1.5"], "'1.5' is not a number above 0 and at most 1"),
         (["--energy", "nan"], "'nan' is not a number above 0"),
-        (["--rank_budget", "9" * 300], "is not a whole number"),
+        (["--rank_budget", "9" * 300], "is not a whole number of at most 18 digits"),
+        (["--min_rank", "2"], "--min_rank belongs to a smaller adapter"),
         (["--rank_budget", "4", "--energy", "0.5"], "not allowed with argument"),
     ],
 )
