@@ -22,10 +22,10 @@ def pytest_configure() -> None:
     choose_seed()
 
 
-def pytest_report_header() -> str | None:
-    """The seed that repeats the fuzzers' inputs, the same for all processes of pytest."""
-    chosen = choose_seed()
-    return chosen and f"fuzzers: {SEED}={chosen}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the seed that repeats the fuzzers' inputs, the same for all processes; a header would not show with -q."""
+    if chosen := choose_seed():
+        terminalreporter.write_line(f"fuzzers: {SEED}={chosen}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """What the fuzzers share: how many inputs, which seed, and what any input may lead to.
 
 `make test` tries a few inputs, the same ones each time. `make test-full` tries many, drawn from the seed
-`FLEXLORA_FUZZ_SEED`. Where that is not set, one is chosen, and pytest's first lines name it.
+`FLEXLORA_FUZZ_SEED`. Where that is not set, one is chosen, and pytest's last lines name it.
 """
 
 from __future__ import annotations
