@@ -22,7 +22,7 @@ from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, one_line, run_parsed
 from flexlora_ds.errors import RunError, UserError
-from flexlora_ds.export_checks import (
+from flexlora_ds.exports.checks import (
     Check,
     check_adapter,
     check_merged,
@@ -30,8 +30,9 @@ from flexlora_ds.export_checks import (
     check_reading,
     check_update,
 )
+from flexlora_ds.exports.merging import merge
+from flexlora_ds.exports.truncation import Size, Truncated, truncate
 from flexlora_ds.files.folders import replacing_folder, require_new
-from flexlora_ds.merging import merge
 from flexlora_ds.peft_format import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -43,7 +44,6 @@ from flexlora_ds.peft_format import (
     write_peft_adapter,
 )
 from flexlora_ds.peft_reading.plain import read_peft_adapter
-from flexlora_ds.truncation import Size, Truncated, truncate
 
 __all__ = [
     "AdapterFactors",

@@ -38,8 +38,7 @@ FLOORS = {
     ),
     "flexlora_ds": (
         ("controller", "export"),
-        ("export_checks",),
-        ("orthogonalise", "merging", "probe"),
+        ("orthogonalise", "exports"),
         ("peft_reading",),
         (
             "checkpoint",
@@ -49,7 +48,6 @@ FLOORS = {
             "gradient",
             "rank_warnings",
             "saving",
-            "truncation",
         ),
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),

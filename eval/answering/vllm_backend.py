@@ -20,7 +20,7 @@ from flexlora_ds.base_model.model_folder import model_folder
 from flexlora_ds.base_model.source import locate, one_line_errors
 from flexlora_ds.errors import UserError
 from flexlora_ds.export import padded, read_peft_adapter, server_rank
-from flexlora_ds.export_checks import check_update
+from flexlora_ds.exports.checks import check_update
 from flexlora_ds.peft_format import write_adapter
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

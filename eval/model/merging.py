@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from flexlora_ds.errors import RunError, UserError
-from flexlora_ds.merging import untie
-from flexlora_ds.probe import logits_apart, most_apart, probe_logits
+from flexlora_ds.exports.merging import untie
+from flexlora_ds.exports.probe import logits_apart, most_apart, probe_logits
 
 
 def merge_adapter(model: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexlora_ds.errors import UserError
-from flexlora_ds.probe import logits_apart, most_apart
+from flexlora_ds.exports.probe import logits_apart, most_apart
 from launch.data.batches import MicroBatch
 from launch.model.token_loss import who_sees_whom
 

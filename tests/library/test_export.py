@@ -27,7 +27,7 @@ from flexlora_ds.export import (
     server_rank,
     write_peft_adapter,
 )
-from flexlora_ds.export_checks import check_adapter
+from flexlora_ds.exports.checks import check_adapter
 from flexlora_ds.peft_format import lora_of
 from tests.helpers.tiny import tiny_llama
 from tests.helpers.word_tokenizer import write_tokenizer

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from eval.model.merging import merge_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.export import export_merged, main, read_peft_adapter
-from flexlora_ds.probe import probe_logits
+from flexlora_ds.exports.probe import probe_logits
 from tests.helpers.zoo import make_model, write_model
 
 IDS = torch.randint(0, 420, (3, 20), generator=torch.Generator().manual_seed(3))

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from flexlora_ds.errors import UserError
 from flexlora_ds.export import main, read_peft_adapter
-from flexlora_ds.export_checks import source_logits
+from flexlora_ds.exports.checks import source_logits
+from flexlora_ds.exports.probe import probe_logits
 from flexlora_ds.peft_reading.attach import attach_adapter
 from flexlora_ds.peft_reading.config import HARMLESS, pattern_value, require_plain, require_types
-from flexlora_ds.probe import probe_logits
 from tests.helpers.zoo import write_model
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.exports.truncation import Size, kept_ranks, truncate
 from flexlora_ds.peft_format import LoraAdapter, LoraMatrix
-from flexlora_ds.truncation import Size, kept_ranks, truncate
 
 SHAPES = {"a": (40, 24, 6), "b": (16, 50, 3), "c": (30, 30, 1)}
 

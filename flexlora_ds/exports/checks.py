@@ -18,11 +18,11 @@ from torch.nn.functional import linear
 
 from flexlora_ds.base_model.loading import load_causal_lm, native_dtype
 from flexlora_ds.errors import RunError, UserError
-from flexlora_ds.merging import adapted_weight
+from flexlora_ds.exports.merging import adapted_weight
+from flexlora_ds.exports.probe import adapted_logits, logits_apart, most_apart, probe_logits
 from flexlora_ds.orientation import is_transposed
 from flexlora_ds.peft_format import LoraAdapter, LoraMatrix, max_relative_difference
 from flexlora_ds.peft_reading.plain import read_peft_adapter
-from flexlora_ds.probe import adapted_logits, logits_apart, most_apart, probe_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,1 @@
+"""What exports share: a smaller adapter, a merged model, and the comparison of logits on the base."""
