@@ -149,8 +149,12 @@ def measure(setting: Setting, *, cpu: bool) -> list[dict[str, Any]]:
 def main() -> int:
     """Print the figures of the setting on the command line; the exit code."""
     quiet_libraries()
+    from launch.distributed.process import leave_processes
+
     setting = Setting(**json.loads(sys.argv[1]))
-    return exit_code_of(lambda: print("\n" + json.dumps(run(setting)), flush=True))
+    code = exit_code_of(lambda: print("\n" + json.dumps(run(setting)), flush=True))
+    leave_processes(done=code == 0)
+    return code
 
 
 if __name__ == "__main__":

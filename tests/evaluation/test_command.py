@@ -131,7 +131,8 @@ def test_ctrl_c_is_said_by_one_process(
 
     monkeypatch.setattr("eval.run.evaluate", interrupted)
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     assert main(["--model", "m", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == ("" if rank else "error: interrupted; start again\n")
 
