@@ -1,8 +1,9 @@
-"""A user's text, such as a folder's name, where something would read it as markup: shown as it is."""
+"""A user's text, such as a folder's name, where something would read it as markup or code: taken as it is."""
 
 from __future__ import annotations
 
 import re
+import shlex
 
 PLOT_TEXT = {"text.parse_math": False, "text.usetex": False}
 """Settings of matplotlib under which no text is mathematics."""
@@ -35,3 +36,8 @@ def markdown_text(text: str) -> str:
 def legend_label(text: str) -> str:
     """Text as a label that matplotlib shows; it hides those that begin with an underscore."""
     return f" {printable(text)}" if text.startswith("_") else printable(text)
+
+
+def python_command(code: str, *arguments: object) -> str:
+    """A shell's command that runs `code` with `sys.argv[1:]`: no name among the arguments is code or a shell's word."""
+    return f'python -c "{code}" {shlex.join(map(str, arguments))}'

@@ -10,13 +10,14 @@ from typing import Any
 from flexlora_ds.base_model.source import ModelSource, fetch
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import read_json_object
+from flexlora_ds.plain_text import python_command
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONVERTER = (
-    "convert them once: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
-    "trust_remote_code=False)"
-    ".save_pretrained('{folder}')\""
+    "import sys; from transformers import AutoModelForCausalLM as M; "
+    "M.from_pretrained(sys.argv[1], trust_remote_code=False).save_pretrained(sys.argv[1])"
 )
+"""Reads the pickle by torch's restricted loader."""
 _MOST = {
     re.compile(r"(^|_)(?<!per_)(layers?|blocks?|depths?|stages?)$"): 2_000,
     re.compile(r"^(n|num)_(\w+_)?experts$"): 20_000,
@@ -126,7 +127,7 @@ def _without_safetensors(name: str, folder: Path) -> UserError:
         return UserError(
             f"model {name} has pickled weights, which are never read: only safetensors are",
             pickled[0],
-            _CONVERTER.format(folder=folder),
+            f"convert them once: {python_command(_CONVERTER, folder)}",
         )
     return UserError(
         f"model {name} has no {_SINGLE} and no {_INDEX}", str(folder), "fetch it again, or name one that has"

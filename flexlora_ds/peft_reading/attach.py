@@ -24,6 +24,7 @@ from flexlora_ds.peft_reading.config import (
     require_repeatable,
     shown,
 )
+from flexlora_ds.plain_text import python_command
 
 _FAULTS = (
     ValueError,
@@ -39,6 +40,10 @@ _FAULTS = (
     SafetensorError,
 )
 """What PEFT raises for an adapter's contents: it checks few of their types itself."""
+_CONVERTER = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "save_file(torch.load(sys.argv[1], 'cpu', weights_only=True), sys.argv[2])"
+)
 _SHARED = ("prompt_encoder", "vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 """Parts of names that PEFT itself does not miss: tensors that it stores elsewhere, or not at all."""
 
@@ -111,8 +116,7 @@ def _without_safetensors(adapter: str, folder: Path) -> UserError:
     return UserError(
         f"adapter {adapter} has pickled weights, which are never read: only safetensors are",
         pickled.name,
-        'convert them once: python -c "import torch; from safetensors.torch import save_file as save; '
-        f"save(torch.load('{pickled}', 'cpu', weights_only=True), '{folder}/{WEIGHTS_FILE}')\"",
+        f"convert them once: {python_command(_CONVERTER, pickled, folder / WEIGHTS_FILE)}",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from eval.__main__ import main
 from eval.model.loading import attach_adapter
 from flexlora_ds.errors import UserError
 from tests.helpers import eval_tiny
+from tests.helpers.shell import run_in_shell
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_absurd_sizes_end_an_evaluation(
 
 
 def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(place: Path, tmp_path: Path) -> None:
-    adapter = Path(shutil.copytree(place / "adapter", tmp_path / "adapter"))
+    adapter = Path(shutil.copytree(place / "adapter", tmp_path / 'it\'s $(touch ran) "mine"'))
     weights = load_file(adapter / "adapter_model.safetensors")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
@@ -67,9 +67,7 @@ def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(place: P
     torch.save(weights, adapter / "adapter_model.bin")
     with pytest.raises(UserError, match=r"pickled weights.*adapter_model\.bin") as caught:
         attach_adapter(eval_tiny.make_model(seed=4), str(adapter))
-    code = re.search(r'python -c "(.*)"', str(caught.value))
-    assert code is not None
-    exec(code[1], {})
+    run_in_shell(str(caught.value).partition("convert them once: ")[2], tmp_path)
     ids = torch.tensor([[2, 5, 9]])
     found, expected = (
         attach_adapter(eval_tiny.make_model(seed=4), str(folder)) for folder in (adapter, place / "adapter")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flexlora_ds.base_model.loading import load_causal_lm, load_skeleton, load_tokenizer
 from flexlora_ds.errors import UserError
+from tests.helpers.shell import run_in_shell
 from tests.helpers.tiny import tiny_llama
 from tests.helpers.word_tokenizer import write_tokenizer
 
@@ -122,16 +122,15 @@ def test_weights_named_in_the_configuration_stay_inside(folder: Path) -> None:
 
 
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(
-    folder: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path
 ) -> None:
+    folder = folder.rename(tmp_path / 'it\'s $(touch ran) "mine"')
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     (line,) = refusals(folder)
     assert "pickled weights" in line and "pytorch_model.bin" in line
-    code = re.search(r'python -c "(.*)"', line)
-    assert code is not None
-    exec(code[1], {})
+    run_in_shell(line.partition("convert them once: ")[2], tmp_path)
     found = whole(folder).state_dict()
     assert all(torch.equal(found[name], value) for name, value in weights.items())
 
