@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from data_prep.tasks import TASKS
 from eval.__main__ import main
@@ -31,15 +30,8 @@ sys.exit(code)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model/`, `adapter/` and `data/` with all eight tasks."""
-    from peft import LoraConfig, get_peft_model
-
     place = tmp_path_factory.mktemp("eval")
-    tokenizer, model = eval_tiny.make_tokenizer(), eval_tiny.make_model(seed=4)
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(place / "adapter")
+    eval_tiny.save_base_and_adapter(place / "model", place / "adapter")
     (place / "adapter" / "prompt.json").write_text('{"prompt": "llm_adapters"}')
     eval_tiny.write_data(place / "data", 5)
     return place

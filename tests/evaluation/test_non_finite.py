@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main
@@ -30,12 +28,7 @@ full = pytest.mark.full
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model/`, `adapter/` and `data/` with two tasks: answers of one token more, and of several lengths."""
     place = tmp_path_factory.mktemp("eval")
-    tokenizer, model = eval_tiny.make_tokenizer(), eval_tiny.make_model(seed=4)
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(place / "adapter")
+    eval_tiny.save_base_and_adapter(place / "model", place / "adapter")
     eval_tiny.write_data(place / "data", 3, ("boolq", "ARC-Easy"))
     return place
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from data_prep.tasks import TASKS
 from eval.__main__ import main as evaluate
@@ -27,15 +26,8 @@ MAINS = {"eval": evaluate, "eval.compare": compare}
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """What the demo's folder holds before its evaluations: base, data, adapter."""
-    from peft import LoraConfig, get_peft_model
-
     out = tmp_path / "demo"
-    tokenizer, model = eval_tiny.make_tokenizer(), eval_tiny.make_model(seed=4)
-    model.save_pretrained(out / "base")
-    tokenizer.save_pretrained(out / "base")
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(out / "adapter")
+    eval_tiny.save_base_and_adapter(out / "base", out / "adapter")
     eval_tiny.write_data(out / "data", 3)
     return out
 
