@@ -97,6 +97,8 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
             run.log.warn("no rank change falls into this calendar; ranks stay as they are")
         if config.new_direction == "gradient" and not config.adjust_size:
             run.log.warn("new_direction gradient has no effect: adjust_size is 0")
+    elif "gradient" in (options.init, options.new_direction):
+        run.log.warn(f"gradient has no effect in init and new_direction: method is {options.method}")
     for line in ([dropped] if dropped else []) + lines + start.messages:
         run.log.progress.message(line)
 

@@ -140,6 +140,16 @@ def test_directions_of_the_gradient_without_changes_are_doubted(
     )
 
 
+def test_another_method_says_that_it_has_no_such_directions(
+    place: Place, one_process: Processes, tmp_path: Path
+) -> None:
+    arguments = place.arguments(tmp_path / "lora", method="lora", init="gradient", max_steps=2)
+    (done,) = one_process.run(training.command, arguments)
+    assert done["code"] == 0
+    said = done["stderr"] + done["stdout"]
+    assert "warning: gradient has no effect in init and new_direction: method is lora" in said
+
+
 def test_fewer_records_than_batches_asked_for_are_said(
     place: Place, one_process: Processes, tmp_path: Path
 ) -> None:
