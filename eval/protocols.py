@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ANSWER_PREFIX = "the correct answer is "
 """What every training answer starts with (LLM-Adapters' Commonsense170K)."""
@@ -51,3 +51,12 @@ PROTOCOLS = {
         ),
     )
 }
+
+_CHAT_REVISIONS = 1
+"""Changes of chats' prompts alone: since the first, what a template writes before an answer belongs to the prompt."""
+
+
+def protocol_of(name: str, *, chats: bool) -> Protocol:
+    """The protocol of this name, in its version for questions through a chat template, or for others only."""
+    protocol = PROTOCOLS[name]
+    return replace(protocol, version=protocol.version + _CHAT_REVISIONS) if chats else protocol

@@ -19,7 +19,7 @@ from eval.items import Question, TaskItems, load_questions, require_known_tokens
 from eval.model.loading import recorded_date, resolve_prompt
 from eval.options import Options
 from eval.predictions import TEMPLATE_DATE, PredictionFolder, unanswered
-from eval.protocols import MAX_NEW_TOKENS, PROTOCOLS
+from eval.protocols import MAX_NEW_TOKENS, Protocol, protocol_of
 from eval.results import count, summarise, table
 from eval.workers import Team
 from flexlora_ds.errors import UserError
@@ -38,8 +38,10 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     quiet_libraries()
     style, warning = resolve_prompt(options.prompt, options.adapter)
     questions = _load_all_questions(options, style, _print_note if team.is_rank_zero else lambda line: None)
-    if all(question.chat for found in questions.values() for question in found):
+    chats = [question.chat for found in questions.values() for question in found]
+    if all(chats):
         style = CHAT
+    protocol = protocol_of(options.mode, chats=any(chats))
     _require_one_process(options, team)
     backend = open_backend(options, team.device())
     team.connect()
@@ -47,8 +49,8 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     tasks = {task: tokenise(task, found, backend.tokenizer, day) for task, found in questions.items()}
     if backend.vocabulary is not None:
         require_known_tokens(tasks.values(), backend.tokenizer, backend.vocabulary)
-    answerer = backend.answerer(PROTOCOLS[options.mode], tasks)
-    settings = _settings(options, style, backend, tasks, day)
+    answerer = backend.answerer(protocol, tasks)
+    settings = _settings(options, protocol, style, backend, tasks, day)
     folder = PredictionFolder(options.out)
     if team.is_rank_zero:
         _print_note(warning and f"warning: {warning}")
@@ -72,7 +74,7 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
         "threads": threads,
         "device": backend.device,
     }
-    return _report(options, tasks, folder, settings, seconds)
+    return _report(options, protocol, tasks, folder, settings, seconds)
 
 
 def _load_all_questions(
@@ -108,7 +110,12 @@ def _require_one_process(options: Options, team: Team) -> None:
 
 
 def _settings(
-    options: Options, style: str, backend: Backend, tasks: dict[str, TaskItems], day: str | None
+    options: Options,
+    protocol: Protocol,
+    style: str,
+    backend: Backend,
+    tasks: dict[str, TaskItems],
+    day: str | None,
 ) -> dict[str, Any]:
     """Everything that can change a prediction; results under one `--out` share it."""
     found = dict(backend.settings)
@@ -119,7 +126,7 @@ def _settings(
         "adapter": options.adapter,
         "adapter_files": fingerprint_files(options.adapter) if options.adapter else None,
         "merge": options.merge,
-        "protocol": PROTOCOLS[options.mode].label,
+        "protocol": protocol.label,
         "prompt": style,
         **({TEMPLATE_DATE: day} if day else {}),
         "max_new_tokens": MAX_NEW_TOKENS,
@@ -195,12 +202,12 @@ def _answer_all(answerer: Answering, batches: Sequence[Batch], folder: Predictio
 
 def _report(
     options: Options,
+    protocol: Protocol,
     tasks: dict[str, TaskItems],
     folder: PredictionFolder,
     settings: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    protocol = PROTOCOLS[options.mode]
     results = [count(task, list(folder.read(name).values())) for name, task in tasks.items()]
     summary = summarise(results, protocol, settings, seconds)
     text = table(summary, protocol)

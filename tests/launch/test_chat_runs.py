@@ -81,6 +81,7 @@ def test_chats_are_learnt_and_asked(place: Place, one_process: Processes, tmp_pa
 def test_the_base_is_asked_through_the_template_too(place: Place, tmp_path: Path) -> None:
     found = results(place, tmp_path / "eval", "--mode", "score")
     assert found["settings"]["prompt"] == "chat" and found["tasks"]["boolq"]["unanswered"] == 0
+    assert found["protocol"] == "score v2", "the prompts of chats changed; those of records are still of v1"
 
 
 @pytest.mark.parametrize("template", [THINKING, pytest.param(CHANNELS, marks=pytest.mark.full)])
