@@ -61,7 +61,7 @@ def _syntax(error: BaseException, text: str) -> tuple[str, str]:
     """The line of a fault in JSON, and what to do about it."""
     if not isinstance(error, json.JSONDecodeError):
         return "", "correct it"
-    line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+    line = text.split("\n")[error.lineno - 1].strip()  # as json counts lines
     comment = line.startswith(("//", "#", "/*")) or "//" in line
     return f", line {error.lineno}", "JSON has no comments: remove this one" if comment else "correct it"
 

@@ -251,6 +251,9 @@ def test_the_harmless_side_of_each_refusal_passes(settings: dict[str, Any]) -> N
         ('{"x": 1, "x": 2}', ["key x stands twice"]),
         ("[1]", ["no object"]),
         ("", ["not valid JSON"]),
+        ("{\n", ["line 2", "not valid JSON", "correct it"]),
+        ('{"x": 1,\n\n', ["line 3", "not valid JSON"]),
+        ('{"\u2028": 1,\n// why\n"y": 2}', ["line 2", "no comments"]),
     ],
 )
 def test_broken_files_are_named_with_the_line(tmp_path: Path, text: str, parts: list[str]) -> None:
