@@ -28,8 +28,8 @@ def test_settings_are_compared_within_a_seed(tmp_path: Path) -> None:
     assert len(rows) == 6
     assert "violation" not in rows["LoRA", 1]
     assert rows["default", 1]["violation"] < rows["none", 1]["violation"]
-    assert rows["default", 1]["loss 1/3"] == pytest.approx(rows["none", 1]["loss 1/3"], rel=1e-2)
-    assert rows["default", 1]["loss 1/3"] != rows["default", 2]["loss 1/3"]
+    assert rows["default", 1]["loss 1/4"] == pytest.approx(rows["none", 1]["loss 1/4"], rel=1e-2)
+    assert rows["default", 1]["loss 1/4"] != rows["default", 2]["loss 1/4"]
     again = learning(*words, *(f"--{key}={value}" for key, value in options.items()))
     assert "done" not in again.stdout and done.stdout.endswith(again.stdout), "nothing runs twice"
 
