@@ -43,7 +43,7 @@ def build_engine(
 
     options, ds_config = settled.options, dict(settled.ds_config)
     method = build_method(options)
-    model = _load_base(settled, process)
+    model = load_base(settled, process)
     trained = method.adapt(model)
     if settled.computation.compiled == "blocks":
         compile_blocks(trained)
@@ -83,7 +83,7 @@ def _try_packing(engine: DeepSpeedEngine, settled: Settled, process: Process) ->
     )
 
 
-def _load_base(settled: Settled, process: Process) -> Any:
+def load_base(settled: Settled, process: Process) -> Any:
     """The base model with the kernels that it computes with, on this process's device or in ZeRO-3's partitions."""
     options, computation = settled.options, settled.computation
     model = load_causal_lm(

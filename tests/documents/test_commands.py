@@ -90,7 +90,11 @@ def test_a_command_names_options_that_its_program_has(command: Command) -> None:
         assert not options_of(words)  # they have none
         return
     text = help_of(program)
-    if program in ("benchmarks.learning", "benchmarks.same_loss"):  # which pass a run's options on
+    if program in (
+        "benchmarks.learning",
+        "benchmarks.same_loss",
+        "benchmarks.sizes",
+    ):  # which pass a run's options on
         text += help_of("launch/train.py")
     for option in options_of(words):
         assert re.search(rf"{option}\b", text), f"{command}: {program} has no {option}"
