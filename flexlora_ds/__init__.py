@@ -1,7 +1,7 @@
 """FlexLoRA: low-rank adapters ΔW = s · P diag(λ) Q whose rank changes while they train.
 
-Importing this package imports no DeepSpeed: only `RankController`, `save_adapter` and `start_from_gradient` need
-an engine.
+Importing this package imports no DeepSpeed: only `RankController`, `rises_without`, `save_adapter` and
+`start_from_gradient` need an engine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __all__ = [
     "adapters",
     "build_optimizer",
     "inject_adapters",
+    "rises_without",
     "save_adapter",
     "start_from_gradient",
 ]
@@ -25,6 +26,7 @@ _HOMES = {
     "adapters": "flexlora_ds.adapter.layer",
     "build_optimizer": "flexlora_ds.adapter.parameter_groups",
     "inject_adapters": "flexlora_ds.adapter.inject",
+    "rises_without": "flexlora_ds.worth",
     "save_adapter": "flexlora_ds.saving",
     "start_from_gradient": "flexlora_ds.gradient.start",
 }
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from flexlora_ds.controller import RankController
     from flexlora_ds.gradient.start import start_from_gradient
     from flexlora_ds.saving import save_adapter
+    from flexlora_ds.worth import rises_without
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from flexlora_ds.gradient.growth import NewPair, StepSketch
 from flexlora_ds.importance import not_expandable, score_matrices, spectrum_error
 from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_change import RankChange, newborn_of
 from flexlora_ds.rank_warnings import Limits, PruneWatch, warnings_of
 from flexlora_ds.schedule import adjustment_size, resolve_calendar
 from flexlora_ds.spectra import Grams, MatrixView, read_grams, read_matrices
@@ -142,6 +142,7 @@ class RankController:
         plan = self._plan(size, scores, matrices)
         loss_before, seconds_before = self._timed_validation(plan)
         born = {} if self._sketch is None else self._sketch.pairs(plan.expanded)
+        newborn = newborn_of(self.births, {name: matrix.lam for name, matrix in matrices.items()})
         ages = self._apply(step, plan, matrices, born)
         loss_after, seconds_after = self._timed_validation(plan)
         self.changes += 1
@@ -160,6 +161,7 @@ class RankController:
             loss_after=loss_after,
             spectrum_error=error,
             sigma={name: pair.sigma for name, pair in born.items()},
+            newborn=newborn,
             seconds=time.perf_counter() - started - seconds_before - seconds_after,
         )
         limits = Limits(self.initial_total_rank, self.parameter_limit, self.interval)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,21 @@ class RankChange:
     seconds: float
     sigma: dict[str, float] = field(default_factory=dict)
     """By expanded matrix, the singular value of ∂L/∂W along the new direction, where it is the gradient's."""
+    newborn: dict[str, list[list[float]]] = field(default_factory=dict)
+    """By matrix, [step born, λ before this change] of each living direction that was born after the start."""
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `ranks.jsonl`."""
         return asdict(self)
+
+
+def newborn_of(
+    births: Mapping[str, Sequence[tuple[int, int]]], lambdas: Mapping[str, Tensor]
+) -> dict[str, list[list[float]]]:
+    """`RankChange.newborn`, of (step, number of the change) of every direction's birth and λ, [r], by matrix."""
+    found = {
+        name: [[born, x] for (born, _), x in zip(of_matrix, lambdas[name].tolist(), strict=True) if born]
+        for name, of_matrix in births.items()
+    }
+    return {name: rows for name, rows in found.items() if rows}

@@ -48,6 +48,7 @@ FLOORS = {
             "gradient",
             "rank_warnings",
             "saving",
+            "worth",
         ),
         ("adapter", "partitions", "peft_format"),
         ("importance", "schedule", "allocation", "orthogonality", "optimizer", "dropout", "rank_change"),

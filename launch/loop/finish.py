@@ -10,6 +10,7 @@ from launch.distributed.signals import stop_line
 from launch.loop.outcome import require_success
 from launch.loop.run_log import peak_memory_gb
 from launch.loop.session import Session
+from launch.loop.worth import directions_of, weigh
 from launch.report.build import build_report
 from launch.run_folder.folder import Summary, trainable_params_mean
 
@@ -26,16 +27,24 @@ def finish(session: Session) -> None:
     session.saver.save(session.done)
     on_rank_zero(process, folder.require_present)  # the adapter's folder would be made anew
     spectra = on_all_ranks(process, lambda: session.method.save(folder.adapter, session.options.model))
-    session.log.progress.close()
 
     def write() -> None:
         folder.raise_fault()
         if spectra:
             folder.write_spectra(spectra)
         folder.write_summary(summary_of(session, "finished"))
-        print(f"adapter: {folder.adapter}\n{report_line(folder.path)}", flush=True)
 
     on_rank_zero(process, write)
+    worth = weigh(session)  # last, when all that a run is for lies on disk
+    session.log.progress.close()
+
+    def write_report() -> None:
+        directions = directions_of(session, worth, spectra)
+        if directions is not None:
+            folder.write_directions(directions)
+        print(f"adapter: {folder.adapter}\n{report_line(folder.path)}", flush=True)
+
+    on_rank_zero(process, write_report)
 
 
 def report_line(run: Path) -> str:

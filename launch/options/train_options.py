@@ -125,6 +125,8 @@ class TrainOptions(FlexLoRAConfig):
     """Steps between lines of metrics.jsonl."""
     val_every: Annotated[Count | Auto, LOGS, MAY_CHANGE] = "auto"
     """Steps between validations, 0 for none; auto is at both ends and around every rank change."""
+    weigh_directions: Annotated[bool, LOGS, MAY_CHANGE] = True
+    """Whether the end measures what the new directions of each rank change are worth, by one validation a change."""
     save_every: Annotated[Count, LOGS, MAY_CHANGE] = 1000
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: Annotated[Positive, LOGS, MAY_CHANGE] = 2

@@ -11,7 +11,7 @@ from flexlora_ds.files.ownership import claim, claimed
 from flexlora_ds.files.reading import open_ordinary
 
 LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
-WRITTEN = (*LOGS, "options.yaml", "summary.json", "spectra.json")
+WRITTEN = (*LOGS, "options.yaml", "summary.json", "spectra.json", "directions.json")
 """The files of a run beside its checkpoints, adapter and report."""
 
 RUN_ENTRIES = (*WRITTEN, "adapter", "report", "checkpoints")

@@ -201,6 +201,10 @@ class RunFolder:
         """Write spectra.json, the λ of every matrix at the end by its name: the report's third plot."""
         self._write("spectra.json", to_json(spectra) + "\n")
 
+    def write_directions(self, directions: Mapping[str, Any]) -> None:
+        """Write directions.json: every direction born after the start, and what the survivors are worth."""
+        self._write("directions.json", to_json(directions) + "\n")
+
     def log_step(self, metrics: StepMetrics) -> None:
         """Append a line to metrics.jsonl."""
         self._log(self.metrics, asdict(metrics))

@@ -24,6 +24,9 @@ NOTES = ("identity", "journal", "guard")
 
 _MEND_LOG = "restore it; or copy the checkpoint to a place of its own, and resume from there in another out"
 
+OF_THE_END = ("summary.json", "directions.json")
+"""What says how an earlier end was, and not how this one will be."""
+
 LOG_SEALS = "logs"
 """What each log holds up to the checkpoint; of runs before it was noted, nothing."""
 
@@ -87,7 +90,8 @@ def continue_files(start: Start, folder: RunFolder, process: Process) -> None:
                 if (source / name).exists():
                     shutil.copyfile(source / name, folder.path / name)
         folder.continue_after(start.step)
-        (folder.path / "summary.json").unlink(missing_ok=True)
+        for name in OF_THE_END:
+            (folder.path / name).unlink(missing_ok=True)
         return [path.name for path in files.set_aside_after(folder.checkpoints, start.step)]
 
     aside = on_rank_zero(process, prepare)

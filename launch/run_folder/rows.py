@@ -85,8 +85,32 @@ RANK_CHANGE: Mapping[str, Check] = {
 }
 """The keys in the order of ranks.jsonl; `RankChange` of the library says what they mean."""
 
-SOMETIMES: Mapping[str, Check] = {"warnings": list_of(is_text), "sigma": object_of(is_number)}
-"""Keys that a row may lack."""
+
+def is_moment(value: Any) -> bool:
+    """[step, number]."""
+    return isinstance(value, list) and len(value) == 2 and is_count(value[0]) and is_number(value[1])
+
+
+def is_market(value: Any) -> bool:
+    """What a market offered, or null where there was none."""
+    return value is None or (isinstance(value, dict) and fault_of(value, MARKET) is None)
+
+
+MARKET: Mapping[str, Check] = {
+    "gain": object_of(is_number),
+    "loss": object_of(is_number),
+    "expected_gain": is_number,
+    "expected_loss": is_number,
+}
+
+SOMETIMES: Mapping[str, Check] = {
+    "warnings": list_of(is_text),
+    "sigma": object_of(is_number),
+    "noise": object_of(is_number),
+    "newborn": object_of(list_of(is_moment)),
+    "market": is_market,
+}
+"""Keys that a row may lack; those that its own kind has are as that says."""
 
 
 SUMMARY: Mapping[str, Check] = {
@@ -105,6 +129,38 @@ SUMMARY: Mapping[str, Check] = {
 """The keys of summary.json; one of an older run may lack some."""
 
 
+def is_new_direction(value: Any) -> bool:
+    """An entry of `directions` in directions.json."""
+    return isinstance(value, dict) and fault_of(value, NEW_DIRECTION) is None
+
+
+def is_weighed(value: Any) -> bool:
+    """An entry of `changes` in directions.json."""
+    return isinstance(value, dict) and fault_of(value, WEIGHED) is None
+
+
+NEW_DIRECTION: Mapping[str, Check] = {
+    "matrix": is_text,
+    "born": is_count,
+    "how": is_text,
+    "sigma": is_number,
+    "noise": is_number,
+    "lam": list_of(is_moment),
+    "lam_end": is_number,
+    "pruned": lambda value: value is None or is_count(value),
+}
+
+WEIGHED: Mapping[str, Check] = {"born": list_of(is_count), "survivors": is_count, "rise": is_number}
+
+DIRECTIONS: Mapping[str, Check] = {
+    "loss": is_number,
+    "changes": list_of(is_weighed),
+    "together": lambda value: value is None or is_weighed(value),
+    "directions": list_of(is_new_direction),
+}
+"""The keys of directions.json (`launch.run_folder.new_directions`)."""
+
+
 def fault_of(row: Any, kind: Mapping[str, Check]) -> str | None:
     """What is wrong with a row; None for nothing. Keys that are not known say nothing."""
     if not isinstance(row, dict):
@@ -114,5 +170,6 @@ def fault_of(row: Any, kind: Mapping[str, Check]) -> str | None:
             return f"{key} is missing"
         if not check(row[key]):
             return f"{key} has a value that no run writes"
-    odd = [key for key, check in SOMETIMES.items() if key in row and not check(row[key])]
+    sometimes = {key: check for key, check in SOMETIMES.items() if key in row and key not in kind}
+    odd = [key for key, check in sometimes.items() if not check(row[key])]
     return f"{odd[0]} has a value that no run writes" if odd else None

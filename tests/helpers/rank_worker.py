@@ -14,6 +14,7 @@ from flexlora_ds.importance import score_matrices
 from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import MASTER, live_shards, resize
 from flexlora_ds.spectra import read_lambdas
+from flexlora_ds.worth import by_birth, rises_without, together
 from tests.helpers import tiny
 
 CALENDAR = {"adjust_start": 5, "adjust_freeze": 8, "adjust_interval": 10}  # due at 15, 25, 35, 45 of 60
@@ -333,3 +334,69 @@ def penalty_gradient(case: dict[str, Any]) -> dict[str, list[float]]:
         losses.append(tiny.train_step(engine, rows))
         controller.after_step(step)
     return {"losses": losses, "orthogonality": [controller.orthogonality()]}
+
+
+def weighed(case: dict[str, Any]) -> dict[str, Any]:
+    """Rises of the loss without the directions of two changes and of both, in the engine and in a plain model."""
+    options = {"adjust_start": 2, "adjust_interval": 3, "direction": case.get("direction", "both")}
+    engine, controller = setup(case, configuration(**options))
+    for step, rows in enumerate(batches(10), 1):
+        tiny.train_step(engine, rows)
+        controller.after_step(step)
+    changes = by_birth(controller.births)
+    groups = [*changes.values(), together(changes.values())]
+    before = _everything(engine)
+    rises = rises_without(engine, groups, lambda: validation(engine))
+    failed = 0
+    try:
+        rises_without(engine, groups, lambda: 1 / 0)
+    except ZeroDivisionError:
+        failed = 1
+    after = _everything(engine)
+    return {
+        "steps": list(changes),
+        "rises": rises,
+        "expected": _rises_of_plain_model(before, groups, controller),
+        "failed": failed,
+        "tensors": len(before),
+        "changed": [key for key in before if not torch.equal(before[key], after[key])],
+    }
+
+
+def _everything(engine: Any) -> dict[str, torch.Tensor]:
+    """Every bit of the adapters' training state, and of what the model computes with."""
+    import deepspeed
+
+    state = {
+        f"{name} {key}": value
+        for name, values in _named_state(engine).items()
+        for key, value in values.items()
+    }
+    for name, layer in adapters(engine.module).items():
+        wanted = [layer.P, layer.lam, layer.Q]
+        with deepspeed.zero.GatheredParameters(wanted, enabled=hasattr(layer.lam, "ds_id")):
+            state |= {
+                f"{name}.{role} computed": p.detach().clone()
+                for role, p in zip(("P", "lam", "Q"), wanted, strict=True)
+            }
+    return state
+
+
+@torch.no_grad()
+def _rises_of_plain_model(
+    state: dict[str, torch.Tensor], groups: list[dict[str, list[int]]], controller: RankController
+) -> list[float]:
+    """The same of a base whose weights got s · P diag(λ) Q of the directions that are left, in float64."""
+    rows = batches(1)[0]
+
+    def loss(removed: dict[str, list[int]]) -> float:
+        model = tiny.tiny_llama().double().eval()
+        for name, layer in controller.layers.items():
+            P, lam, Q = (state[f"{name}.{role} computed"].cpu().double() for role in ("P", "lam", "Q"))
+            left = [i for i in range(len(lam)) if i not in removed.get(name, ())]
+            update = P[:, left] @ torch.diag(lam[left]) @ Q[left]
+            weight = model.get_submodule(name).weight
+            weight.copy_(weight.to(controller.engine.module.dtype).double() + layer.scaling * update)
+        return float(tiny.token_loss(model, rows)) / tiny.targets(rows)
+
+    return [loss(group) - loss({}) for group in groups]
