@@ -102,7 +102,9 @@ class HeldOut:
         """With PEFT's layers, in the run's precision."""
         dtype = TORCH_DTYPES[self._settled.computation.dtype]
         model = attach_adapter(load_base(self._settled, self._process), str(self._run / "adapter"))
-        return self._loss(model.to(dtype))
+        for parameter in model.parameters():  # and no buffer: positions stay in fp32
+            parameter.data = parameter.data.to(dtype)
+        return self._loss(model)
 
     @torch.no_grad()
     def _loss(self, model: Any, before: Callable[[MicroBatch], None] = lambda batch: None) -> float:
