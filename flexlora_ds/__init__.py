@@ -1,7 +1,6 @@
 """FlexLoRA: low-rank adapters ΔW = s · P diag(λ) Q whose rank changes while they train.
 
-Importing this package imports no DeepSpeed: only `RankController`, `rises_without`, `save_adapter` and
-`start_from_gradient` need an engine.
+Importing this package imports no DeepSpeed: only `RankController`, `rises_without` and `save_adapter` need an engine.
 """
 
 from __future__ import annotations

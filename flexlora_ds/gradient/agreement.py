@@ -1,15 +1,18 @@
-"""Tensors by name that all processes share: their sum, or those of process 0. One message each."""
+"""Tensors by name that all processes share: their sum, or those of process 0. One message each, none in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 def summed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums over all processes; collective."""
+    if not dist.is_initialized():
+        return dict(values)
     from deepspeed import comm
 
     return _in_one_message(values, comm.all_reduce)
@@ -17,6 +20,8 @@ def summed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def of_first_process(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of process 0; collective. Another processor's linear algebra may flip a sign."""
+    if not dist.is_initialized():
+        return dict(values)
     from deepspeed import comm
 
     return _in_one_message(values, lambda flat: comm.broadcast(flat, 0))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter.layer import adapters, forward_context
+from flexlora_ds.adapter.layer import forward_context
 
 
 class GradientProducts:
@@ -75,13 +75,12 @@ class _Collect(torch.autograd.Function):
 def collecting(model: nn.Module, products: GradientProducts) -> Iterator[None]:
     """Let every backward of `model` add to `products`, and to no parameter's gradient.
 
-    The adapters' parameters ask for no gradient meanwhile, so that an engine's own hooks, which would reduce it, do not
-    run. The embedding's output asks for one instead: every layer then takes part, also in ZeRO-3's release of weights.
+    What is trained, a head included, asks for no gradient meanwhile, so that an engine's own hooks, which would reduce
+    it, do not run. The embedding's output asks for one instead: every layer then takes part, also in ZeRO-3's release
+    of weights.
     """
     context = forward_context(model)
-    trained = [
-        p for layer in adapters(model).values() for p in (layer.P, layer.lam, layer.Q) if p.requires_grad
-    ]
+    trained = [p for p in model.parameters() if p.requires_grad]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for p in trained:

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from flexlora_ds.adapter.inject import linear_shapes
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters, gaussian
 from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import UserError
 from flexlora_ds.gradient.agreement import is_usable, of_first_process, summed
 from flexlora_ds.gradient.collect import GradientProducts, collecting
 from flexlora_ds.gradient.sketch import Triples, leading_triples, range_basis, sketch_width
-from flexlora_ds.partitions import MASTER, live_shards
 from flexlora_ds.seeds import generator
 
 Losses = Callable[[], Iterable[Tensor]]
@@ -46,20 +47,25 @@ def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> 
     parameter gets a gradient and no step is taken. A matrix whose gradient is zero or not finite keeps what it has.
 
     Args:
-        engine: the DeepSpeed engine; the losses are computed by `engine.module`.
+        engine: the DeepSpeed engine, whose `module` computes the losses; or, in one process without DeepSpeed, the
+            model itself.
         losses: the same losses at every call.
+
+    Raises:
+        UserError: the model stands alone, without an engine, in one of several processes.
     """
-    layers = adapters(engine.module)
-    shapes = linear_shapes(engine.module, list(layers))
-    factors = {name: _gaussian_factor(layer, config, engine.device) for name, layer in layers.items()}
+    model = _model_of(engine)
+    layers = adapters(model)
+    shapes = linear_shapes(model, list(layers))
+    factors = {name: _gaussian_factor(layer, config) for name, layer in layers.items()}
     first = GradientProducts(shapes, right=factors)
-    _pass(engine, first, losses)
+    _pass(model, first, losses)
     sketches = summed(first.of_right)
     bases = of_first_process({name: range_basis(s) for name, s in sketches.items() if is_usable(s)})
     second = GradientProducts(shapes, left=bases)
     if bases:
-        _pass(engine, second, losses)
-    scale = _scale(engine)
+        _pass(model, second, losses)
+    scale = _scale(model)
     found = {
         name: leading_triples(bases[name], product / scale, layers[name].rank)
         for name, product in summed(second.of_left).items()
@@ -70,21 +76,23 @@ def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> 
     return GradientStart(sigma, tuple(name for name in layers if name not in found))
 
 
-def _gaussian_factor(layer: AdaptedLinear, config: FlexLoRAConfig, device: torch.device) -> Tensor:
+def _gaussian_factor(layer: AdaptedLinear, config: FlexLoRAConfig) -> Tensor:
     """Ω, [k, in]."""
     width = sketch_width(layer.rank, layer.out_features, layer.in_features)
-    return gaussian(width, layer.in_features, 1.0, generator(config.seed, "sketch", layer.name)).to(device)
+    return gaussian(width, layer.in_features, 1.0, generator(config.seed, "sketch", layer.name)).to(
+        layer.P.device
+    )
 
 
-def _pass(engine: Any, products: GradientProducts, losses: Losses) -> None:
+def _pass(model: nn.Module, products: GradientProducts, losses: Losses) -> None:
     """One backward for each of this process's losses."""
-    with collecting(engine.module, products):
+    with collecting(model, products):
         for loss in losses():
-            (loss * _scale(engine)).backward()  # type: ignore[no-untyped-call]
+            (loss * _scale(model)).backward()  # type: ignore[no-untyped-call]
 
 
-def _scale(engine: Any) -> float:
-    half = any(layer.P.dtype == torch.float16 for layer in adapters(engine.module).values())
+def _scale(model: nn.Module) -> float:
+    half = any(layer.P.dtype == torch.float16 for layer in adapters(model).values())
     return HALF_SCALE if half else 1.0
 
 
@@ -93,4 +101,26 @@ def _write(engine: Any, layers: Mapping[str, AdaptedLinear], found: Mapping[str,
     left = of_first_process({name: triples.left for name, triples in found.items()})
     right = of_first_process({name: triples.right for name, triples in found.items()})
     pairs = {layers[name].P: left[name] for name in found} | {layers[name].Q: right[name] for name in found}
-    live_shards(engine).write_all(MASTER, pairs)
+    if _has_engine(engine):
+        from flexlora_ds.partitions import MASTER, live_shards
+
+        live_shards(engine).write_all(MASTER, pairs)
+        return
+    for p, value in pairs.items():
+        p.data.copy_(value)
+
+
+def _has_engine(engine: Any) -> bool:
+    return hasattr(engine, "zero_optimization_stage")
+
+
+def _model_of(engine: Any) -> nn.Module:
+    if _has_engine(engine):
+        model: nn.Module = engine.module
+        return model
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(
+            "a model without an engine, in one of several processes", "start_from_gradient", "give the engine"
+        )
+    bare: nn.Module = engine
+    return bare
