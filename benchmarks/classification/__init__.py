@@ -1,0 +1,1 @@
+"""How the method learns to classify sentences: a pretrained encoder under a new head."""
