@@ -125,7 +125,7 @@ class FlexLoRAConfig:
     """Strength of that; none is 0.05 for decoupled and 0.1 for the other two."""
 
     init: Annotated[Init, ADAPTER, MUST_MATCH] = "gaussian"
-    """How P and Q begin: drawn at random, or as the leading singular pairs of the first batches' gradient."""
+    """How P and Q begin: at random, or along the first batches' gradient, meant for language models."""
     init_batches: Annotated[Positive, ADAPTER, MUST_MATCH] = 8
     """Batches whose gradient `init gradient` looks at, twice; the model's output stays as it is."""
     init_std: Annotated[Literal["unit"] | AboveZero, ADAPTER] = "unit"
