@@ -1,4 +1,4 @@
-"""The report of a run: three plots and a page that holds them, made from the run folder's files alone."""
+"""The report of a run: its plots and a page that holds them, made from the run folder's files alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.text import write_bytes_atomically
+from launch.report.births import draw_births
 from launch.report.page import page
 from launch.report.plots import draw_loss, draw_rank_heatmap, draw_singular_values
 from launch.report.run_data import read_run
@@ -14,7 +15,8 @@ from launch.report.run_data import read_run
 def build_report(path: str | Path) -> Path:
     """Write `report/` into the run folder `path` and return its index.html.
 
-    A plot is left out where there is nothing to draw: no matrices (`method: lora`), no λ yet (spectra.json).
+    A plot is left out where there is nothing to draw: no matrices (`method: lora`), no λ yet (spectra.json),
+    no direction born at a rank change.
     Raises UserError where `path` is no run folder, RunError where one of its files is damaged or cannot be
     written.
     """
@@ -30,6 +32,9 @@ def build_report(path: str | Path) -> Path:
         if run.spectra:
             plots["Singular values"] = folder / "singular_values.png"
             draw_singular_values(run, plots["Singular values"])
+        if run.births:
+            plots["New directions"] = folder / "new_directions.png"
+            draw_births(run, plots["New directions"])
     except OSError as error:
         raise RunError(f"cannot write: {error.strerror}", str(folder), "free some space") from error
     index = folder / "index.html"

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from launch.progress import duration
+from launch.report.birth_table import births_of
+from launch.report.numbers import number
 from launch.report.run_data import RunData
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -34,7 +36,10 @@ def page(run: RunData, plots: Mapping[str, bytes]) -> str:
         facts=_facts(run),
         warnings=run.warnings,
         plots={title: base64.b64encode(png).decode() for title, png in plots.items()},
-        changes=[_change(row) for row in run.changes],
+        changes=[
+            _change(row, with_market=any(row.get("market") for row in run.changes)) for row in run.changes
+        ],
+        births=births_of(run),
         options={**run.options, **versions},
     )
 
@@ -44,21 +49,21 @@ def _facts(run: RunData) -> dict[str, str]:
     params = summary.get("trainable_params", {})
     return {
         "steps": f"{summary.get('steps', last['step']):,}",
-        "final training loss": _number(summary.get("final_loss", last["loss"]), ".4f"),
-        "final validation loss": _number(run.validation[-1]["loss"] if run.validation else None, ".4f"),
+        "final training loss": number(summary.get("final_loss", last["loss"]), ".4f"),
+        "final validation loss": number(run.validation[-1]["loss"] if run.validation else None, ".4f"),
         "wall time": "–" if summary.get("wall_seconds") is None else duration(summary["wall_seconds"]),
-        "tokens": _number(summary.get("tokens"), ",d"),
-        "tokens per second": _number(summary.get("tokens_per_s", last["tokens_per_s"]), ",.0f"),
-        "peak memory (GB)": _number(summary.get("peak_mem_gb", last["peak_mem_gb"]), ".2f"),
-        "trainable parameters": _number(params.get("final"), ",.0f"),
-        "the same, mean over steps": _number(params.get("mean"), ",.0f"),
+        "tokens": number(summary.get("tokens"), ",d"),
+        "tokens per second": number(summary.get("tokens_per_s", last["tokens_per_s"]), ",.0f"),
+        "peak memory (GB)": number(summary.get("peak_mem_gb", last["peak_mem_gb"]), ".2f"),
+        "trainable parameters": number(params.get("final"), ",.0f"),
+        "the same, mean over steps": number(params.get("mean"), ",.0f"),
         "rank changes": str(len(run.changes)),
         "total rank": f"{last['total_rank']:,}",
         "steps skipped": str(sum(bool(row["skipped"]) for row in run.metrics)),
     }
 
 
-def _change(row: Mapping[str, Any]) -> dict[str, Any]:
+def _change(row: Mapping[str, Any], *, with_market: bool) -> dict[str, Any]:
     """A row of the table of rank changes; `numbers` by their column's heading."""
     return {
         "step": f"{row['step']:,}",
@@ -66,18 +71,29 @@ def _change(row: Mapping[str, Any]) -> dict[str, Any]:
         "pruned": list(Counter(row["pruned"]).items()),
         "expanded": list(Counter(row["expanded"]).items()),
         "numbers": {
-            "margin": _number(row["score_margin"], ".2g"),
+            "margin": number(row["score_margin"], ".2g"),
             "age of pruned": ", ".join(str(age) for age in row["prune_age"]),
             "total rank": f"{row['total_rank']:,}",
             "parameters": f"{row['trainable_params']:,}",
             "loss before → after": (
-                f"{_number(row['loss_before'], '.4f')} → {_number(row['loss_after'], '.4f')}"
+                f"{number(row['loss_before'], '.4f')} → {number(row['loss_after'], '.4f')}"
             ),
-            "λ error": _number(row["spectrum_error"], ".1%"),
-            "seconds": _number(row["seconds"], ".2f"),
+            **({"market": _market(row)} if with_market else {}),
+            "λ error": number(row["spectrum_error"], ".1%"),
+            "seconds": number(row["seconds"], ".2f"),
         },
     }
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _market(row: Mapping[str, Any]) -> str:
+    """What a change traded for what, or why it traded nothing; in units of the loss."""
+    market = row.get("market")
+    if not market:
+        return "–"
+    if row["pruned"] or row["expanded"]:
+        gain, loss = number(market["expected_gain"], ".2g"), number(market["expected_loss"], ".2g")
+        return f"expected gain {gain} for loss {loss}"
+    gains = [value for value in market["gain"].values() if value is not None]
+    losses = [value for value in market["loss"].values() if value is not None]
+    best, cheapest = number(max(gains, default=None), ".2g"), number(min(losses, default=None), ".2g")
+    return f"traded nothing: best gain {best} against cheapest loss {cheapest}"

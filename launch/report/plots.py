@@ -10,39 +10,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from flexlora_ds.plain_text import PLOT_TEXT
 from flexlora_ds.rounding import ceil_div
 from launch.report.run_data import OTHERS, RunData, group_by_kind, layer_label
+from launch.report.style import BLUE, DEPTH, DPI, INK, MUTED, ORANGE, RANKS, RED, STYLE, TEAL, make_figure
 
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-BLUE, ORANGE, RED, TEAL = "#2b6cb0", "#dd6b20", "#c53030", "#2c7a7b"
-_STYLE = {
-    **PLOT_TEXT,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": "#cbd2d9",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-}
-_RANKS = LinearSegmentedColormap.from_list("ranks", ["#1a4e8a", "#7fb2df", "#f5f5f2", "#f2a65a", "#a83220"])
-_DEPTH = LinearSegmentedColormap.from_list("depth", ["#1b998b", "#3d5a98", "#6a3d7c", "#c8553d"])
 _POINTS: dict[str, Any] = {
     "color": RED,
     "marker": "o",
@@ -52,15 +28,14 @@ _POINTS: dict[str, Any] = {
     "linewidth": 1,
     "zorder": 4,
 }
-_DPI = 150
 _MAX_COLUMNS = 7
 _LABELLED_ROWS = 48  # up to here the rows of a heatmap stay readable one by one
 
 
 def draw_loss(run: RunData, path: Path) -> None:
     """Draw the training loss, raw and smoothed, the validation points and the rank changes over the steps."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.5, 5.2 if run.changes else 4.4)
+    with matplotlib.rc_context(STYLE):
+        figure = make_figure(9.5, 5.2 if run.changes else 4.4)
         grid = figure.add_gridspec(2 if run.changes else 1, 1, height_ratios=[5, 1] if run.changes else [1])
         axes = figure.add_subplot(grid[0])
         _draw_losses(axes, run)
@@ -69,7 +44,7 @@ def draw_loss(run: RunData, path: Path) -> None:
             axes.tick_params(labelbottom=False)
         else:
             axes.set_xlabel("step")
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
 
 
 def draw_rank_heatmap(run: RunData, path: Path) -> None:
@@ -81,21 +56,19 @@ def draw_rank_heatmap(run: RunData, path: Path) -> None:
     spread = max(1, int(np.abs(everything - start).max()))
     norm = TwoSlopeNorm(start, vmin=max(min(1, start - 1), start - spread), vmax=start + spread)
     rows = max(len(names) for names in kinds.values())
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         lines, columns = _grid_of(len(kinds))
         names_width = 1.8 if OTHERS in kinds else 0.0
         height = 1.1 + lines * (0.75 + max(1.2, min(rows, 64) * 0.185))
-        figure = _figure(max(7.0, 1.9 + _panel_width(columns) * columns + names_width), height)
+        figure = make_figure(max(7.0, 1.9 + _panel_width(columns) * columns + names_width), height)
         panels = figure.subplots(lines, columns, squeeze=False)
         for panel, (kind, names) in zip(panels.flat, kinds.items(), strict=False):
             values = np.asarray([history[name] for name in names])
-            panel.imshow(values, cmap=_RANKS, norm=norm, aspect="auto", interpolation="nearest")
+            panel.imshow(values, cmap=RANKS, norm=norm, aspect="auto", interpolation="nearest")
             _dress_heatmap(panel, values, steps, [layer_label(name, kind) for name in names])
             panel.set_title(f"{kind}  Σ {values[:, 0].sum()} → {values[:, -1].sum()}", fontsize=10)
         _hide_rest(panels, len(kinds))
-        _add_colour_bar(
-            figure, panels, ScalarMappable(norm, _RANKS), f"rank (pale: {start}, as at the start)"
-        )
+        _add_colour_bar(figure, panels, ScalarMappable(norm, RANKS), f"rank (pale: {start}, as at the start)")
         _label(
             figure,
             f"{run.name}: ranks of {len(history)} matrices over {len(steps) - 1} changes "
@@ -103,21 +76,21 @@ def draw_rank_heatmap(run: RunData, path: Path) -> None:
             x="step of the change (0: start)",
             y="layer",
         )
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
 
 
 def draw_singular_values(run: RunData, path: Path) -> None:
     """Draw each matrix's |λ| at the end in falling order, one panel per module kind, coloured by layer."""
     kinds = group_by_kind(run.spectra)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         lines, columns = _grid_of(len(kinds))
-        figure = _figure(max(7.0, 1.6 + _panel_width(columns) * columns), 1.0 + 3.1 * lines)
+        figure = make_figure(max(7.0, 1.6 + _panel_width(columns) * columns), 1.0 + 3.1 * lines)
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
         norm = Normalize(0, max(1, max(len(names) for names in kinds.values()) - 1))
         for panel, (kind, names) in zip(panels.flat, kinds.items(), strict=False):
             for depth, name in enumerate(names):
                 values = np.sort(np.abs(run.spectra[name]))[::-1]
-                colour = _DEPTH(norm(depth))
+                colour = DEPTH(norm(depth))
                 places = np.arange(1, len(values) + 1)
                 panel.plot(places, values, "o-", color=colour, linewidth=1, markersize=2.6, alpha=0.75)
             panel.set_title(kind, fontsize=10)
@@ -125,14 +98,14 @@ def draw_singular_values(run: RunData, path: Path) -> None:
             panel.set_xlim(left=0.5)
         panels[0, 0].set_ylim(bottom=0)
         _hide_rest(panels, len(kinds))
-        _add_colour_bar(figure, panels, ScalarMappable(norm, _DEPTH), "layer")
+        _add_colour_bar(figure, panels, ScalarMappable(norm, DEPTH), "layer")
         _label(
             figure,
             f"{run.name}: strength |λ| of the directions of each matrix at the end",
             x="direction, strongest first",
             y="|λ|",
         )
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
 
 
 def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
@@ -173,12 +146,6 @@ def _label(figure: Figure, title: str, *, x: str, y: str) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.supxlabel(x, fontsize=10)
     figure.supylabel(y, fontsize=10)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _draw_losses(axes: Any, run: RunData) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from flexlora_ds.files.reading import MIB, read_json_object, read_text
 from flexlora_ds.plain_text import printable
 from launch.options.yaml_text import read_entries
 from launch.run_folder.folder import RunFolder
-from launch.run_folder.rows import SUMMARY, Check, fault_of, is_number, list_of, object_of
+from launch.run_folder.new_directions import NewDirection, life_stories
+from launch.run_folder.rows import DIRECTIONS, SUMMARY, Check, fault_of, is_number, list_of, object_of
 
 OTHERS = "others"
 _MEND = "restore the file, or remove it"
@@ -36,6 +37,10 @@ class RunData:
     changes: list[Row]
     validation: list[Row]
     spectra: Mapping[str, list[float]]
+    births: list[NewDirection] = field(default_factory=list)
+    """Every direction born after the start."""
+    worth: Mapping[str, Any] = field(default_factory=dict)
+    """directions.json, where a run has ended."""
 
     @property
     def warnings(self) -> list[str]:
@@ -80,15 +85,27 @@ def read_run(path: str | Path) -> RunData:
     spectra = _read_object(
         folder.path / "spectra.json", {"spectra": object_of(list_of(is_number))}, "spectra"
     )
+    options = _read_options(folder.options)
+    worth = _read_object(folder.path / "directions.json", DIRECTIONS)
     return RunData(
         name=printable(folder.path.resolve().name),
-        options=_read_options(folder.options),
+        options=options,
         summary=_read_object(folder.path / "summary.json", SUMMARY),
         metrics=metrics,
         changes=changes,
         validation=folder.validation.read(),
         spectra={name: [math.nan if x is None else x for x in values] for name, values in spectra.items()},
+        births=_births(worth, changes, options),
+        worth=worth,
     )
+
+
+def _births(worth: Mapping[str, Any], changes: list[Row], options: Mapping[str, Any]) -> list[NewDirection]:
+    """As the run's end wrote them, or as the changes so far tell."""
+    if "directions" in worth:
+        keys = [known.name for known in fields(NewDirection)]
+        return [NewDirection(**{key: row[key] for key in keys}) for row in worth["directions"]]
+    return life_stories(changes, str(options.get("new_direction", "–")))
 
 
 def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ import pytest
 from flexlora_ds.errors import CommandError
 from flexlora_ds.files.ownership import remove
 from launch.report.__main__ import main
+from launch.report.birth_table import MOST_DIRECTIONS, births_of
+from launch.report.births import line_of, medians_of
 from launch.report.build import build_report
 from launch.report.page import page
 from launch.report.plots import smooth
 from launch.report.run_data import OTHERS, group_by_kind, layer_label, read_run
 from launch.run_folder.folder import RunFolder, StepMetrics, Summary
+from launch.run_folder.new_directions import NewDirection, life_stories
 
 KINDS = ("self_attn.q_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in KINDS]
@@ -44,6 +48,8 @@ def write_run(path: Path, *, changes: int = 3, spectra: bool = True, finished: b
         ranks[NAMES[-1]] += 1
         run.log_validation(step, 0.5)
         run.log_rank_change(rank_change(step, ranks))
+    if finished and changes:
+        run.write_directions(worth(run.rank_changes.read()))
     if spectra:
         run.write_spectra({name: np.linspace(-1, 1, rank).tolist() for name, rank in ranks.items()})
     if finished:
@@ -51,6 +57,21 @@ def write_run(path: Path, *, changes: int = 3, spectra: bool = True, finished: b
             Summary("finished", 40, 0.03, 80.0, 4000, 50.0, 0.5, 24_000, 23_999.5, changes, ["collapse <b>"])
         )
     return run
+
+
+def worth(changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """directions.json of a run with these changes."""
+    stories = life_stories(changes, "orthogonal")
+    for story in stories:
+        story.lam_end = 0.25
+    weighed = [{"born": [story.born], "survivors": 1, "rise": 0.0123} for story in stories]
+    every = {"born": [story.born for story in stories], "survivors": len(stories), "rise": 0.0456}
+    return {
+        "loss": 0.5,
+        "changes": weighed,
+        "together": every,
+        "directions": [asdict(story) for story in stories],
+    }
 
 
 def rank_change(step: int, ranks: dict[str, int]) -> dict[str, Any]:
@@ -69,6 +90,7 @@ def rank_change(step: int, ranks: dict[str, int]) -> dict[str, Any]:
         "loss_after": 0.5,
         "spectrum_error": 0.001,
         "seconds": 0.25,
+        "newborn": {NAMES[-1]: [[born, 0.01 * (step - born)] for born in range(10, step, 10)]},
         "warnings": ["young prunes"] if step == 20 else [],
     }
 
@@ -98,16 +120,16 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_finished_run_has_three_plots_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+def test_a_finished_run_has_four_plots_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path / "demo")
     index = build_report(tmp_path / "demo")
     assert index == tmp_path / "demo" / "report" / "index.html"
-    for name in ("loss.png", "rank_heatmap.png", "singular_values.png"):
+    for name in ("loss.png", "rank_heatmap.png", "singular_values.png", "new_directions.png"):
         pixels = matplotlib.image.imread(index.with_name(name))
         assert min(pixels.shape[:2]) > 300
         assert pixels.std() > 0.02  # something is drawn on it
     page = Page(index.read_text())
-    assert len(page.images) == 3
+    assert len(page.images) == 4
     assert all(source.startswith("data:image/png;base64,") for source in page.images)
     assert page.links == []
     for text in (
@@ -117,9 +139,12 @@ def test_a_finished_run_has_three_plots_and_a_page_that_needs_nothing_else(tmp_p
         "step 20: young prunes",
         "24,000",
         "– → 0.5000",
+        "+0.0123",
+        "+0.0456",
+        "3 of 3 directions",
     ):
         assert text in page.text
-    assert page.text.count(NAMES[-1]) == 3  # expanded at each change
+    assert page.text.count(NAMES[-1]) == 6  # expanded at each change, and born there
 
 
 def test_what_a_run_folder_says_is_never_markup(tmp_path: Path) -> None:
@@ -149,7 +174,7 @@ def test_the_history_starts_before_the_first_change(tmp_path: Path) -> None:
     [
         (0, True, ["loss.png", "rank_heatmap.png", "singular_values.png"]),
         (0, False, ["loss.png"]),
-        (2, False, ["loss.png", "rank_heatmap.png"]),
+        (2, False, ["loss.png", "new_directions.png", "rank_heatmap.png"]),
     ],
 )
 def test_a_run_without_changes_or_spectra_or_still_going_on(
@@ -264,7 +289,8 @@ def test_a_report_on_files_of_other_types_is_made_or_refused_in_one_line(tmp_pat
     run = write_run(tmp_path / "run")
     run.metrics.path.write_text("\n".join(run.metrics.path.read_text().split("\n")[:2]) + "\n")
     tried = refused = 0
-    for name in ("summary.json", "spectra.json", "metrics.jsonl", "ranks.jsonl", "validation.jsonl"):
+    files = ("summary.json", "spectra.json", "directions.json")
+    for name in (*files, "metrics.jsonl", "ranks.jsonl", "validation.jsonl"):
         path = run.path / name
         whole = path.read_text()
         path.write_text(json.dumps(json.loads(whole)) if name.endswith("n") else whole)
@@ -292,7 +318,8 @@ BAD_TEXTS = [
 
 
 @pytest.mark.parametrize(
-    "name", ["summary.json", "spectra.json", "options.yaml", "metrics.jsonl", "ranks.jsonl"]
+    "name",
+    ["summary.json", "spectra.json", "directions.json", "options.yaml", "metrics.jsonl", "ranks.jsonl"],
 )
 def test_what_is_no_such_file_is_one_line(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -324,7 +351,14 @@ def test_hostile_text_in_every_field_of_every_file_is_never_markup(tmp_path: Pat
         "".join(f"{key}: {json.dumps(HOSTILE)}\n" for key in ("method", "model", "data", "rank"))
     )
     shown = 0
-    for name in ("summary.json", "spectra.json", "ranks.jsonl", "metrics.jsonl", "validation.jsonl"):
+    for name in (
+        "summary.json",
+        "spectra.json",
+        "directions.json",
+        "ranks.jsonl",
+        "metrics.jsonl",
+        "validation.jsonl",
+    ):
         path = run.path / name
         whole = path.read_text()
         first, *rest = [json.dumps(json.loads(whole))] if name.endswith("n") else whole.split("\n")
@@ -341,6 +375,50 @@ def test_hostile_text_in_every_field_of_every_file_is_never_markup(tmp_path: Pat
     assert shown >= 6  # state, warning, version; pruned and expanded matrices, warnings of a change
 
 
+def test_a_run_still_going_on_shows_the_lives_of_its_directions_so_far(tmp_path: Path) -> None:
+    run = write_run(tmp_path, finished=False, spectra=False)
+    found = births_of(read_run(run.path))
+    assert found is not None and found.loss == "–"
+    assert [row["born at step"] for row in found.changes] == ["10", "20", "30"]
+    assert [row["last λ"] for row in found.directions] == ["0.2000", "0.1000", "–"]
+    assert {row["loss without these"] for row in found.changes} == {"–"}
+
+
+def test_lines_go_from_the_birth_to_the_end_and_medians_are_of_what_is_seen() -> None:
+    story = NewDirection("a", 10, "gradient", lam=[[20, -0.5], [30, None]], lam_end=0.75)
+    assert line_of(story, 40) == [(10, 0.0), (20, 0.5), (40, 0.75)]
+    assert medians_of([[(10, 0.0), (20, 1.0)], [(10, 0.0), (20, 2.0), (30, 4.0)]]) == [
+        (10, 0.0),
+        (20, 1.5),
+        (30, 4.0),
+    ]
+
+
+def test_the_table_of_single_directions_is_bounded_by_the_largest(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path).path)
+    births = [NewDirection("a", 10, "gradient", lam_end=i / 1000) for i in range(MOST_DIRECTIONS + 50)]
+    found = births_of(replace(run, births=births, worth={}))
+    assert found is not None and len(found.directions) == MOST_DIRECTIONS
+    assert found.total == MOST_DIRECTIONS + 50 and found.directions[0]["last λ"] == "0.2490"
+    assert found.changes[0]["|λ| of these, median"] == "0.12"
+
+
+def test_a_market_that_traded_nothing_says_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path, changes=1)
+    market = {
+        "gain": {"a": 0.002, "b": 0.001},
+        "loss": {"a": 0.05, "b": 0.03},
+        "expected_gain": 0.0,
+        "expected_loss": 0.0,
+    }
+    ranks = dict.fromkeys(NAMES, 4)
+    run.log_rank_change(rank_change(20, ranks) | {"market": market, "pruned": [], "expanded": []})
+    run.log_rank_change(rank_change(30, ranks) | {"market": market | {"expected_gain": 0.2}})
+    shown = Page(page(read_run(run.path), {})).text
+    assert "traded nothing: best gain 0.002 against cheapest loss 0.03" in shown
+    assert "expected gain 0.2 for loss 0" in shown
+
+
 NAMES_OF_FOLDERS = ["$", "_run", "a $\\frac$ b", "caf\udce9", "x\ny", "%s {0} #"]
 
 
@@ -350,7 +428,7 @@ NAMES_OF_FOLDERS = ["$", "_run", "a $\\frac$ b", "caf\udce9", "x\ny", "%s {0} #"
 def test_a_folders_name_is_no_markup(tmp_path: Path, name: str) -> None:
     run = write_run(tmp_path / name)
     index = build_report(run.path)
-    assert len(Page(index.read_text()).images) == 3
+    assert len(Page(index.read_text()).images) == 4
     assert name in Page(index.read_text()).text or not name.isprintable()
 
 
@@ -362,4 +440,4 @@ def test_names_of_matrices_are_no_mathematics(tmp_path: Path) -> None:
         for old, new in names.items():
             text = text.replace(old, new)
         path.write_text(text)
-    assert len(Page(build_report(run.path).read_text()).images) == 3
+    assert len(Page(build_report(run.path).read_text()).images) == 4
