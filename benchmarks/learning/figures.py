@@ -72,7 +72,21 @@ def growth(folder: Path) -> dict[str, float]:
         "grown to": last,
         "loss after first": after(first),
         "loss after last": after(last),
+        **worth(folder),
     }
+
+
+def worth(folder: Path) -> dict[str, float]:
+    """The rise of the validation loss without all directions born in the run, and its sum change by change.
+
+    {} for a run that did not weigh them.
+    """
+    path = folder / "directions.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("loss") is None:
+        return {}
+    rises = [row["rise"] for row in found["changes"]]
+    return {"worth together": float(found["together"]["rise"]), "worth one by one": float(sum(rises))}
 
 
 def spectra(folder: Path) -> dict[str, float]:

@@ -100,17 +100,20 @@ def growth_table(comparison: Comparison) -> str:
         return ""
     keys = ("loss after first", "loss after last")
     header = ["", "grown after steps", f"{AFTERMATH} steps from the first on", ": Gaussian, by seed"]
-    header += [f"{AFTERMATH} steps after the last", ": Gaussian, by seed", "last validation"]
+    header += [f"{AFTERMATH} steps after the last", ": Gaussian, by seed"]
+    header += ["worth together", ": Gaussian, by seed", "worth, sum over changes", ": Gaussian, by seed"]
+    header += ["last validation"]
 
     def cells(setting: str) -> list[str]:
         rows, plain = comparison.rows(setting), plain_growth(setting)
         beside = comparison.rows(plain) if plain in comparison.settings else []
         found = [f"{rows[0]['grown from']:g}–{rows[0]['grown to']:g}"]
-        for key in keys:
+        for key in (*keys, "worth together", "worth one by one"):
             found += [_mean(rows, key), _ratios(rows, beside, key) if beside else NONE]
         return [*found, _mean(rows, "val, end")]
 
     said = f"Mean training loss of the {AFTERMATH} steps that follow a growth, and its ratio to Gaussian directions'."
+    said += " Worth: the rise of the last validation loss without the directions that were grown."
     return _section(said, header, ([setting, *cells(setting)] for setting in grown))
 
 
@@ -145,6 +148,6 @@ def _ratios(rows: Sequence[dict[str, float]], references: Sequence[dict[str, flo
     """Seed by seed; a dash where the reference did not run."""
     show: Callable[[float], str] = "{:.3f}".format
     return ", ".join(
-        NONE if beside is None else show(row[key] / beside[key])
+        NONE if beside is None or key not in row or key not in beside else show(row[key] / beside[key])
         for row, beside in zip(rows, references, strict=True)
     )

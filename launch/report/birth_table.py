@@ -64,7 +64,7 @@ def _summary(step: str, stories: Sequence[NewDirection], rise: str) -> dict[str,
         "noise, median": _median(story.noise for story in stories),
         "alive": f"{len(alive):,}",
         "|λ| of these, median": _median(_last(story) for story in alive),
-        "loss without these": rise,
+        "rise of the loss without": rise,
     }
 
 

@@ -1,4 +1,4 @@
-"""The three plots of a report, drawn with matplotlib's Agg canvas: no display, no global state."""
+"""Plots of losses, ranks and singular values, drawn with matplotlib's Agg canvas: no display, no global state."""
 
 from __future__ import annotations
 

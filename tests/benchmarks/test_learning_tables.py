@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.intervals import paired_difference
 from benchmarks.learning.comparison import Comparison, compare
-from benchmarks.learning.figures import growth, training, validation
+from benchmarks.learning.figures import growth, training, validation, worth
 from benchmarks.learning.runs import Run, Runner, require_same_options
 from benchmarks.learning.tables import growth_table, rates_table, training_table, validation_table
 from flexlora_ds.errors import UserError
@@ -145,3 +145,13 @@ def test_a_smaller_rank_keeps_the_scale(tmp_path: Path) -> None:
     options = parse_options(runner.arguments(run))
     assert (options.rank, options.alpha, options.init) == (6, 12.0, "gradient")
     assert runner.folder(run) == tmp_path / "gradient-rank-6-1"
+
+
+def test_figures_hold_the_worth_of_what_was_grown(tmp_path: Path) -> None:
+    assert worth(tmp_path) == {}
+    rises = [{"born": [5], "survivors": 1, "rise": 0.25}, {"born": [6], "survivors": 1, "rise": 0.5}]
+    found = {"loss": 1.0, "changes": rises, "together": {"born": [5, 6], "survivors": 2, "rise": 1.0}}
+    (tmp_path / "directions.json").write_text(json.dumps(found))
+    assert worth(tmp_path) == {"worth together": 1.0, "worth one by one": 0.75}
+    (tmp_path / "directions.json").write_text(json.dumps({**found, "loss": None}))
+    assert worth(tmp_path) == {}

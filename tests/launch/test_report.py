@@ -381,7 +381,7 @@ def test_a_run_still_going_on_shows_the_lives_of_its_directions_so_far(tmp_path:
     assert found is not None and found.loss == "–"
     assert [row["born at step"] for row in found.changes] == ["10", "20", "30"]
     assert [row["last λ"] for row in found.directions] == ["0.2000", "0.1000", "–"]
-    assert {row["loss without these"] for row in found.changes} == {"–"}
+    assert {row["rise of the loss without"] for row in found.changes} == {"–"}
 
 
 def test_lines_go_from_the_birth_to_the_end_and_medians_are_of_what_is_seen() -> None:
