@@ -23,6 +23,9 @@ _SHAPES: dict[str, Callable[[Fraction], Fraction]] = {
 }
 
 
+LEAST_INTERVAL = 20
+"""The least that `adjust_interval: auto` gives, in steps: what a new direction needs before its worth can be seen."""
+
 MOST_CHANGES = 100_000
 """Rank changes of a run; their sizes are listed beforehand."""
 
@@ -55,7 +58,8 @@ class Calendar:
 def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
     """Fill in the `auto` parts of the calendar for a run of `total_steps` steps.
 
-    They keep the proportions of the paper's run: 5,000, 5,000 and 1,000 of its 31,931 steps.
+    They keep the proportions of the paper's run: 5,000, 5,000 and 1,000 of its 31,931 steps; but changes are at least
+    `LEAST_INTERVAL` steps apart.
 
     Raises:
         UserError: the run has no step, or its freeze precedes its start (unless ranks never change).
@@ -65,7 +69,7 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
     calendar = Calendar(
         start=_resolved("adjust_start", config.adjust_start, total_steps),
         freeze=_resolved("adjust_freeze", config.adjust_freeze, total_steps),
-        interval=max(1, _resolved("adjust_interval", config.adjust_interval, total_steps)),
+        interval=_interval(config.adjust_interval, total_steps),
         total_steps=total_steps,
     )
     if config.adjust_size > 0 and calendar.end < calendar.start:
@@ -135,6 +139,12 @@ def describe(total_steps: int, config: FlexLoRAConfig, total_rank: int) -> str:
     changes = f"{len(sizes):,} change{'s' if len(sizes) > 1 else ''}"
     span = f"every {calendar.interval:,} steps from step {min(sizes):,} to {max(sizes):,}"
     return f"{changes}, at most {sum(sizes.values()):,} of {total_rank:,} directions ({span})"
+
+
+def _interval(value: int | str, total_steps: int) -> int:
+    if isinstance(value, int):
+        return value
+    return max(LEAST_INTERVAL, _resolved("adjust_interval", value, total_steps))
 
 
 def _resolved(name: str, value: int | str, total_steps: int) -> int:

@@ -15,7 +15,7 @@ from tests.helpers.markdown import blocks, pages
 from tests.helpers.processes import ROOT, Processes
 from tests.helpers.raw_rows import write_split
 
-STEPS = 8
+STEPS = 40
 
 
 def examples(page: str) -> list[str]:
