@@ -76,14 +76,14 @@ def plan_ranks(
     if config.direction == "prune":
         pruned, expanded = candidates.prunable[: max(0, size)], []
     elif config.direction == "expand":
-        pruned, expanded = [], _affordable(candidates.expandable[: max(0, size)], costs, budget)
+        pruned, expanded = [], affordable(candidates.expandable[: max(0, size)], costs, budget)
     elif budget is None:
         k = _balanced_length(candidates, size)
         pruned, expanded = candidates.prunable[:k], candidates.expandable[:k]
     else:
         pruned = candidates.prunable[: _balanced_length(candidates, size)]
         budget += sum(costs[name] for name in pruned)
-        expanded = _affordable(_above(pruned, candidates)[: max(0, size)], costs, budget)
+        expanded = affordable(_above(pruned, candidates)[: max(0, size)], costs, budget)
     return RankPlan(pruned, expanded, _score_margin(pruned, expanded, candidates))
 
 
@@ -128,7 +128,7 @@ def _above(pruned: Sequence[str], candidates: _Candidates) -> list[str]:
     return [name for name in candidates.expandable if name not in taken and candidates.scores[name] >= floor]
 
 
-def _affordable(names: Sequence[str], costs: Mapping[str, int], budget: int | None) -> list[str]:
+def affordable(names: Sequence[str], costs: Mapping[str, int], budget: int | None) -> list[str]:
     """The leading names whose costs sum to at most `budget` parameters (None: all of them)."""
     if budget is None:
         return list(names)

@@ -31,6 +31,7 @@ Importance = Literal[
     "matrix_energy_entropy",
     "random",
     "reversed",
+    "growth",
 ]
 Direction = Literal["both", "prune", "expand"]
 NewDirection = Literal["zero_impact", "small", "zero", "orthogonal", "gradient"]
@@ -92,11 +93,11 @@ class FlexLoRAConfig:
     adjust_freeze: Annotated[Count | Auto, RANK_CHANGES] = "auto"
     """Steps at the end without a change; auto is 15.66 % of the run."""
     adjust_interval: Annotated[Positive | Auto, RANK_CHANGES] = "auto"
-    """Steps from one change to the next; auto is 3.13 % of the run."""
+    """Steps from one change to the next; auto is 3.13 % of the run, but at least 20."""
     schedule: Annotated[Schedule, RANK_CHANGES] = "cubic"
     """How the size of a change falls from adjust_size over the calendar."""
     importance: Annotated[Importance, RANK_CHANGES] = "entropy"
-    """The score of a matrix, read from its λ: high scores gain directions, low scores lose them."""
+    """What gives a matrix rank: a score read from its λ, or with growth prices, where only what pays is traded."""
     direction: Annotated[Direction, RANK_CHANGES] = "both"
     """Whether a change prunes, expands, or does both."""
     budget: Annotated[Budget, RANK_CHANGES] = "ranks"
@@ -179,6 +180,12 @@ class FlexLoRAConfig:
         if self.max_rank is not None and self.max_rank < self.rank:
             place = self.place("max_rank")
             raise UserError(f"max_rank {self.max_rank} is below rank {self.rank}", place, "raise it")
+        if self.importance == "growth" and self.adjust_size and self.new_direction != "gradient":
+            raise UserError(
+                f"importance growth prices directions of the gradient, but new_direction is {self.new_direction}",
+                self.place("importance"),
+                "set new_direction gradient",
+            )
         if self.orth_form == "decoupled" and self.orth_strength > 0.5:
             raise UserError(
                 f"orth_weight {self.orth_weight} overshoots with orth_form decoupled",

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context
+from flexlora_ds.adapter.parameter_groups import lambda_factor
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.allocation import RankPlan, plan_ranks
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.directions import TensorEdit, matrix_edits, smallest_directions
-from flexlora_ds.gradient.growth import NewPair, StepSketch
+from flexlora_ds.gradient.growth import StepSketch
+from flexlora_ds.gradient.sketch import Growth
 from flexlora_ds.importance import not_expandable, score_matrices, spectrum_error
+from flexlora_ds.market import Prices, gain_of, market_of, plan_trades, rises_of
 from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
 from flexlora_ds.rank_change import RankChange, newborn_of
@@ -138,12 +142,16 @@ class RankController:
             with_sensitivity=self.config.importance == "sensitivity",
         )
         error = max(spectrum_error(matrix.lam, matrix.exact) for matrix in matrices.values())
-        scores = self._scores(step, matrices)
-        plan = self._plan(size, scores, matrices)
+        prices = self._prices(step, matrices) if self.config.importance == "growth" else None
+        scores = self._scores(step, matrices) if prices is None else dict(prices.gain)
+        plan = self._plan(size, scores, matrices, prices)
         loss_before, seconds_before = self._timed_validation(plan)
-        born = {} if self._sketch is None else self._sketch.pairs(plan.expanded)
+        if prices is not None:
+            born = {name: prices.growths[name] for name in plan.expanded}
+        else:
+            born = {} if self._sketch is None else self._sketch.growths(plan.expanded)
         newborn = newborn_of(self.births, {name: matrix.lam for name, matrix in matrices.items()})
-        ages = self._apply(step, plan, matrices, born)
+        ages = self._apply(step, plan, matrices, born, prices)
         loss_after, seconds_after = self._timed_validation(plan)
         self.changes += 1
         change = RankChange(
@@ -160,7 +168,9 @@ class RankController:
             loss_before=loss_before,
             loss_after=loss_after,
             spectrum_error=error,
-            sigma={name: pair.sigma for name, pair in born.items()},
+            sigma={name: growth.sigma for name, growth in born.items()},
+            noise={name: growth.error for name, growth in born.items() if math.isfinite(growth.error)},
+            market=None if prices is None else market_of(prices, plan, _mature_of(matrices)),
             newborn=newborn,
             seconds=time.perf_counter() - started - seconds_before - seconds_after,
         )
@@ -185,7 +195,37 @@ class RankController:
             step=step,
         )
 
-    def _plan(self, size: int, scores: dict[str, float], matrices: Mapping[str, MatrixView]) -> RankPlan:
+    def _prices(self, step: int, matrices: Mapping[str, MatrixView]) -> Prices:
+        """What a direction more would gain and one less would cost, by the records of `step`; collective."""
+        assert self._sketch is not None, "importance growth comes with new_direction gradient"
+        growths, living = self._sketch.growths(list(matrices)), self._sketch.living()
+        travel = float(self.engine.basic_optimizer.param_groups[0]["lr"]) * self.interval
+        return Prices(
+            gain={
+                name: gain_of(growths.get(name), layer.scaling, travel * lambda_factor(layer, self.config))
+                for name, layer in self.layers.items()
+            },
+            rises={
+                name: rises_of(m.lam, living[name], self.layers[name].scaling) for name, m in matrices.items()
+            },
+            growths=growths,
+        )
+
+    def _plan(
+        self, size: int, scores: dict[str, float], matrices: Mapping[str, MatrixView], prices: Prices | None
+    ) -> RankPlan:
+        barred = not_expandable({name: m.lam for name, m in matrices.items()}, self.config)
+        if prices is not None:
+            return plan_trades(
+                prices,
+                self.ranks,
+                size,
+                self.config,
+                self.shapes,
+                _mature_of(matrices),
+                limit=self.parameter_limit,
+                not_expandable=barred,
+            )
         return plan_ranks(
             scores,
             self.ranks,
@@ -194,7 +234,7 @@ class RankController:
             self.shapes,
             limit=self.parameter_limit,
             not_prunable=[name for name, matrix in matrices.items() if not matrix.mature.any()],
-            not_expandable=not_expandable({name: m.lam for name, m in matrices.items()}, self.config),
+            not_expandable=barred,
         )
 
     def _mature(self, name: str) -> list[bool]:
@@ -206,7 +246,8 @@ class RankController:
         step: int,
         plan: RankPlan,
         matrices: Mapping[str, MatrixView],
-        born: Mapping[str, NewPair],
+        born: Mapping[str, Growth],
+        prices: Prices | None,
     ) -> list[int]:
         """Resize what the plan names; returns the ages in steps of the pruned directions.
 
@@ -218,13 +259,19 @@ class RankController:
         ages = []
         births = dict(self.births)
         for name in (*plan.pruned, *plan.expanded):
-            lam, mature = matrices[name].lam, matrices[name].mature.tolist()
-            gone = smallest_directions(lam, 1, mature) if name in plan.pruned else []
+            lam, mature = matrices[name].lam, matrices[name].mature
+            gone: list[int] = []
+            if name in plan.pruned:
+                gone = (
+                    [prices.cheapest(name, mature)]
+                    if prices
+                    else smallest_directions(lam, 1, mature.tolist())
+                )
             keep = [i for i in range(len(lam)) if i not in gone]
             added = int(name in plan.expanded)
             ages += [step - births[name][i][0] for i in gone]
             births[name] = [births[name][i] for i in keep] + [(step, self.changes + 1)] * added
-            pair = (born[name].p, born[name].q) if name in born else None
+            pair = (born[name].left, born[name].right) if name in born else None
             edits.update(matrix_edits(self.layers[name], keep, added, self.config, step, pair))
         resize(self.engine, edits)
         self.births = births
@@ -232,9 +279,13 @@ class RankController:
 
     def _lr_factor(self) -> float:
         """The learning-rate schedule's factor: current over initial rate of the first group."""
-        group = self.engine.basic_optimizer.param_groups[0]
-        initial = group.get("initial_lr", self.engine.basic_optimizer.defaults.get("lr", 0.0))
-        return float(group["lr"]) / float(initial) if initial else 1.0
+        initial = self._initial_lr()
+        return float(self.engine.basic_optimizer.param_groups[0]["lr"]) / initial if initial else 1.0
+
+    def _initial_lr(self) -> float:
+        """The rate of P and Q before any schedule."""
+        optimizer = self.engine.basic_optimizer
+        return float(optimizer.param_groups[0].get("initial_lr", optimizer.defaults.get("lr", 0.0)))
 
     def _penalty_coefficient(self) -> float:
         """γ/n in the units of the scaled loss, on the first micro-step of each update; 0 on the others.
@@ -268,3 +319,7 @@ class RankController:
         self._pending = int(state["pending"])
         self.watch = PruneWatch(**state["watch"])
         self._prepare(int(state.get("step", 0)) + 1)
+
+
+def _mature_of(matrices: Mapping[str, MatrixView]) -> dict[str, Tensor]:
+    return {name: matrix.mature for name, matrix in matrices.items()}

@@ -11,6 +11,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Market:
+    """The prices of one change under `importance: growth`, in units of the loss; each counts against the trade."""
+
+    gain: dict[str, float]
+    """By matrix, the least that its best new direction should lower the loss until the next change; 0 for nothing."""
+    loss: dict[str, float]
+    """By matrix, the most that the loss should rise without its cheapest direction."""
+    expected_gain: float
+    """The sum of the gains that were bought; 0 where nothing was traded."""
+    expected_loss: float
+    """The sum of the losses that were taken for it."""
+
+
+@dataclass(frozen=True)
 class RankChange:
     """One rank change, as applied after `step`. Losses are None where no validation was given."""
 
@@ -31,6 +45,10 @@ class RankChange:
     seconds: float
     sigma: dict[str, float] = field(default_factory=dict)
     """By expanded matrix, the singular value of ∂L/∂W along the new direction, where it is the gradient's."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """By expanded matrix, the standard error of ∂L/∂W along its new direction, from parts of the step's records."""
+    market: Market | None = None
+    """With `importance: growth`, what was offered and traded."""
     newborn: dict[str, list[list[float]]] = field(default_factory=dict)
     """By matrix, [step born, λ before this change] of each living direction that was born after the start."""
     warnings: list[str] = field(default_factory=list)

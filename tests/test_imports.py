@@ -38,7 +38,7 @@ FLOORS = {
     ),
     "flexlora_ds": (
         ("controller", "export"),
-        ("orthogonalise", "exports"),
+        ("orthogonalise", "exports", "market"),
         ("peft_reading",),
         (
             "checkpoint",

@@ -50,6 +50,8 @@ class ForwardContext:
     `row_keys`: int64, one key per row of the layers' input (`flexlora_ds.dropout.mask`), or None for keys drawn from
     torch's own generator at every layer.
     `penalty`: the coefficient source of a regulariser in the loss (`norm`, `squared`), or None.
+    `row_folds`: int64 [rows], the part of the records that each row belongs to, for an observer that compares parts; or
+    None for the rows' places.
     `observer`: what looks at the rows that pass by, and at their gradients, or None.
     `fused_masks`: compute dropout inside one kernel; None does so where there is one (`flexlora_ds.dropout.apply`).
     `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
@@ -57,6 +59,7 @@ class ForwardContext:
     """
 
     row_keys: Tensor | None = None
+    row_folds: Tensor | None = None
     penalty: PenaltyGradient | None = None
     observer: RowObserver | None = None
     fused_masks: bool | None = None

@@ -7,8 +7,9 @@ the backward pass and runs once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class GradientProducts:
         """y [..., out] unchanged; its backward adds this call's part for the matrix `name`. x: [..., in]."""
         if name not in self.right and name not in self.left:
             return y
-        out: Tensor = _Collect.apply(y, x, name, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _Collect.apply(y, x, partial(self.add, name))  # type: ignore[no-untyped-call]
         return out
 
     def add(self, name: str, grad: Tensor, x: Tensor) -> None:
@@ -55,20 +56,68 @@ class GradientProducts:
             self.of_left[name] += (grad @ self.left[name]).T @ x
 
 
+class FoldedProducts:
+    """The same sums for each of several parts of the records: what one part says can be checked on the others.
+
+    Args:
+        shapes, right, left: as `GradientProducts`, which all parts share.
+        count: how many parts there are.
+        folds_of: a layer's input [..., in] -> int64 [rows], the part that each of its rows belongs to.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        right: Mapping[str, Tensor],
+        left: Mapping[str, Tensor],
+        count: int,
+        folds_of: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.left = left
+        self._parts = [GradientProducts(shapes, right=right, left=left) for _ in range(count)]
+        self._folds_of = folds_of
+        self._known: tuple[Tensor, list[Tensor]] | None = None
+
+    def of_right(self, name: str) -> Tensor:
+        """G Ωᵀ by part, [parts, out, k]."""
+        return torch.stack([part.of_right[name] for part in self._parts])
+
+    def of_left(self, name: str) -> Tensor:
+        """Uᵀ G by part, [parts, l, in]."""
+        return torch.stack([part.of_left[name] for part in self._parts])
+
+    def attach(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """y [..., out] unchanged; its backward adds this call's rows to their parts. x: [..., in]."""
+        add = partial(self._add, name, self._rows_of(x))
+        out: Tensor = _Collect.apply(y, x, add)  # type: ignore[no-untyped-call]
+        return out
+
+    def _rows_of(self, x: Tensor) -> list[Tensor]:
+        """The numbers of each part's rows. Found once for all layers: on a GPU the search waits for the device."""
+        folds = self._folds_of(x)
+        if self._known is None or self._known[0] is not folds:
+            self._known = folds, [(folds == part).nonzero()[:, 0] for part in range(len(self._parts))]
+        return self._known[1]
+
+    def _add(self, name: str, rows: list[Tensor], grad: Tensor, x: Tensor) -> None:
+        for part, of_part in zip(self._parts, rows, strict=True):
+            part.add(name, grad.index_select(0, of_part), x.index_select(0, of_part))
+
+
 class _Collect(torch.autograd.Function):
     """y [..., out], x [..., in]."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, name: str, products: GradientProducts) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.name, ctx.products = name, products
+        ctx.add = add
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.products.add(ctx.name, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return grad, None, None, None
+        ctx.add(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return grad, None, None
 
 
 @contextmanager

@@ -7,31 +7,23 @@ collects what the uninterrupted one did, and no batch is computed twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flexlora_ds.adapter.inject import linear_shapes
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context, gaussian
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.gradient.agreement import is_usable, of_first_process, summed
-from flexlora_ds.gradient.collect import GradientProducts
-from flexlora_ds.gradient.sketch import leading_triples, one_pass_factors, outside_of, sketch_width
+from flexlora_ds.gradient.collect import FoldedProducts
+from flexlora_ds.gradient.sketch import Growth, growth_of, one_pass_factors, outside_of, sketch_width
 from flexlora_ds.partitions import MASTER, live_shards, loss_scale
+from flexlora_ds.rounding import ceil_div
 from flexlora_ds.seeds import generator
 
-
-@dataclass(frozen=True)
-class NewPair:
-    """One direction for a matrix: unit vectors orthogonal to its others."""
-
-    p: Tensor
-    """[out, 1], fp32."""
-    q: Tensor
-    """[1, in], fp32."""
-    sigma: float
-    """The singular value of ∂L/∂W outside of the matrix's other directions."""
+FOLDS = 4
+"""Parts of a step's records, for the estimate on fresh ones: fewer say less of the spread, more cost memory."""
 
 
 class StepSketch:
@@ -40,20 +32,29 @@ class StepSketch:
     def __init__(self, engine: Any, config: FlexLoRAConfig) -> None:
         self._engine = engine
         self._config = config
+        self._of_living = config.importance == "growth"
         self._context = forward_context(engine.module)
         self._layers: dict[str, AdaptedLinear] = adapters(engine.module)
         self._shapes = linear_shapes(engine.module, list(self._layers))
-        self._products: GradientProducts | None = None
+        self._columns: dict[str, int] = {}
+        self._left: dict[str, Tensor] = {}
+        self._products: FoldedProducts | None = None
         self._scale = 1.0
+        self._places: tuple[tuple[int, int, int], Tensor] | None = None
 
     def begin(self, step: int) -> None:
-        """Collect from now on, over the micro-batches of `step`."""
+        """Collect from now on, over the micro-batches of `step`; collective where the living directions are priced."""
         right, left = {}, {}
+        masters = _whole(self._engine, list(self._layers.values())) if self._of_living else {}
         for name, (out, width) in self._shapes.items():
-            k = sketch_width(1, out, width)
+            k = ceil_div(sketch_width(1, out, width), FOLDS)
+            self._columns[name] = k
             right[name] = self._factor(step, name, "right", k, width)
-            left[name] = self._factor(step, name, "left", 2 * k + 1, out).T
-        self._products = GradientProducts(self._shapes, right=right, left=left)
+            if masters:
+                right[name] = torch.cat([right[name], masters[self._layers[name].Q]])
+            left[name] = self._factor(step, name, "left", 2 * FOLDS * k + 1, out).T
+        self._left = {name: masters[layer.P] for name, layer in self._layers.items()} if masters else {}
+        self._products = FoldedProducts(self._shapes, right, left, FOLDS, self._folds_of)
         self._context.observer = self._products
         self._scale = loss_scale(self._engine) * self._engine.world_size
 
@@ -61,24 +62,74 @@ class StepSketch:
         """Collect no more; what was collected stays until the next `begin`."""
         self._context.observer = None
 
-    def pairs(self, names: Sequence[str]) -> dict[str, NewPair]:
-        """A direction for each of these matrices whose gradient was finite and not zero; collective."""
+    def growths(self, names: Sequence[str]) -> dict[str, Growth]:
+        """The best new direction of each matrix whose gradient was finite and not zero; collective.
+
+        p and q are orthogonal to the matrix's other directions; σ, `fresh` and `error` are those of ∂L/∂W.
+        """
         assert self._products is not None, "begin(step) comes before the step"
-        left = self._products.left
-        sketches = summed({name: self._products.of_right[name] for name in names})
-        co_sketches = summed({name: self._products.of_left[name] for name in names})
+        products = self._products
+        sketches = summed({name: products.of_right(name)[:, :, : self._columns[name]] for name in names})
+        co_sketches = summed({name: products.of_left(name) for name in names})
         masters = _whole(self._engine, [self._layers[name] for name in names])
-        p, q, sigma = {}, {}, {}
+        found = {}
         for name in names:
             if not (is_usable(sketches[name]) and is_usable(co_sketches[name])):
                 continue
-            layer = self._layers[name]
-            factors = one_pass_factors(sketches[name], co_sketches[name], left[name])
-            triples = leading_triples(*outside_of(*factors, masters[layer.P], masters[layer.Q]), 1)
-            p[name], q[name] = triples.left, triples.right
-            sigma[name] = float(triples.sigma[0]) / self._scale
-        p, q = of_first_process(p), of_first_process(q)
-        return {name: NewPair(p[name], q[name], sigma[name]) for name in p}
+            layer, columns = self._layers[name], torch.cat(list(sketches[name]), 1)
+            factors = one_pass_factors(columns, co_sketches[name], products.left[name])
+            found[name] = growth_of(*outside_of(*factors, masters[layer.P], masters[layer.Q]))
+        return self._of_first_process(found)
+
+    def living(self) -> dict[str, Tensor]:
+        """pᵢᵀ G qᵢ of every direction that the step began with, by part of its records, [parts, r]; collective.
+
+        Float64 on the CPU. Times the scale s it is ∂L/∂λ, before any clipping. Only with `importance: growth`.
+        """
+        assert self._products is not None and self._left, "begin(step) comes before the step"
+        along = {
+            name: torch.einsum("aor,or->ar", self._products.of_right(name)[:, :, self._columns[name] :], P)
+            for name, P in self._left.items()
+        }
+        return {name: value.double().cpu() / self._scale for name, value in summed(along).items()}
+
+    def _of_first_process(self, found: Mapping[str, Growth]) -> dict[str, Growth]:
+        """Without the loss's scale, and the same to the bit on every process."""
+        left = of_first_process({name: growth.left for name, growth in found.items()})
+        right = of_first_process({name: growth.right for name, growth in found.items()})
+        numbers = of_first_process(
+            {
+                name: torch.tensor([growth.sigma, growth.fresh, growth.error], dtype=torch.float64).to(
+                    growth.left.device
+                )
+                / self._scale
+                for name, growth in found.items()
+            }
+        )
+        return {name: Growth(left[name], right[name], *numbers[name].tolist()) for name in found}
+
+    def _folds_of(self, x: Tensor) -> Tensor:
+        """The part of the records that each row of a layer's input [..., in] belongs to.
+
+        As the trainer says (`ForwardContext.row_folds`). Else by place: the records of a batch [n, T, in] in turn, as
+        if the global batch were dealt out to the processes in runs; the rows of anything else in runs.
+        """
+        rows = x.numel() // x.shape[-1]
+        said = self._context.row_folds
+        if said is not None and said.numel() == rows:
+            return said
+        engine, batched = self._engine, x.dim() > 2
+        accumulation = engine.gradient_accumulation_steps()
+        micro_step = engine.micro_steps % accumulation
+        key = (rows, len(x) if batched else 0, micro_step)
+        if self._places is None or self._places[0] != key:
+            places = torch.arange(rows, device=x.device)
+            if batched and len(x) * accumulation * engine.world_size >= FOLDS:
+                first = (micro_step * engine.world_size + engine.global_rank) * len(x)
+                self._places = key, (places // (rows // len(x)) + first) % FOLDS
+            else:
+                self._places = key, places * FOLDS // rows
+        return self._places[1]
 
     def _factor(self, step: int, name: str, role: str, rows: int, width: int) -> Tensor:
         rng = generator(self._config.seed, "sketch", step, name, role)

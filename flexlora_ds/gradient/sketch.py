@@ -7,6 +7,7 @@ decomposition of B = Uᵀ G [k, in], with U an orthonormal basis of Y, gives the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +51,15 @@ def one_pass_factors(sketch: Tensor, co_sketch: Tensor, left_factor: Tensor) -> 
 
     Args:
         sketch: Y, [out, k].
-        co_sketch: Z = Ψ G, [l, in], l > k.
+        co_sketch: Z = Ψ G, [..., l, in], l > k; of several matrices whose columns U spans, or of one.
         left_factor: Ψᵀ, [out, l].
 
     Returns:
-        U [out, k] with orthonormal columns and B [k, in], fp32.
+        U [out, k] with orthonormal columns and B [..., k, in], fp32.
     """
     basis = range_basis(sketch)
     seen = left_factor.double().T @ basis.double()
-    return basis, torch.linalg.lstsq(seen, co_sketch.double()).solution.float()
+    return basis, (torch.linalg.pinv(seen) @ co_sketch.double()).float()
 
 
 def outside_of(basis: Tensor, projected: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def outside_of(basis: Tensor, projected: Tensor, p: Tensor, q: Tensor) -> tuple[
 
     Args:
         basis: U, [out, k], orthonormal columns.
-        projected: B, [k, in].
+        projected: B, [..., k, in].
         p: P, [out, r]; its columns need not be orthonormal.
         q: Q, [r, in].
     """
@@ -90,3 +91,52 @@ def leading_triples(basis: Tensor, projected: Tensor, rank: int) -> Triples:
     """
     left, sigma, right = torch.linalg.svd(projected.double(), full_matrices=False)
     return Triples((basis.double() @ left[:, :rank]).float(), sigma[:rank].float(), right[:rank].float())
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The leading pair of G = Σ Gᵢ, and what it is worth on records that did not choose it."""
+
+    left: Tensor
+    """p, [out, 1], fp32, of norm 1."""
+    right: Tensor
+    """q, [1, in], fp32, of norm 1."""
+    sigma: float
+    """pᵀ G q: on the records that chose it, so that noise alone gives a large value too."""
+    fresh: float
+    """Σ pᵢᵀ Gᵢ qᵢ, each pair the leading one of the other parts' sum: its expectation is 0 where G is noise."""
+    error: float
+    """The standard error of `fresh`, from the parts' spread; not a number with one part."""
+
+
+def growth_of(basis: Tensor, projected: Tensor) -> Growth:
+    """The leading pair of Σ Gᵢ and its leave-one-out estimate.
+
+    All of it happens in the Gram matrices Bᵢ Bⱼᵀ. U spans the columns of every part alike, so that turning the sign of
+    one part changes neither U nor the distribution of noise: the estimate is free of the choice.
+
+    Args:
+        basis: U, [out, k], orthonormal columns.
+        projected: Bᵢ = Uᵀ Gᵢ, [parts, k, in].
+    """
+    parts = len(projected)
+    B = projected.double()
+    grams = torch.einsum("aki,bli->abkl", B, B)
+    of_all = grams.sum((0, 1))
+    u, sigma = _leading(of_all)
+    v = u @ B.sum(0) / max(sigma, 1e-300)
+    found = []
+    for part in range(parts if parts > 1 else 0):
+        others = [other for other in range(parts) if other != part]
+        u_others, sigma_others = _leading(grams[others][:, others].sum((0, 1)))
+        along = float(u_others @ grams[part, others].sum(0) @ u_others)
+        found.append(along / sigma_others if sigma_others > 0 else 0.0)
+    spread = float(torch.tensor(found, dtype=torch.float64).std()) if parts > 1 else math.nan
+    p = (basis.double() @ u).float()
+    return Growth(p[:, None], v.float()[None], sigma, math.fsum(found), spread * math.sqrt(parts))
+
+
+def _leading(gram: Tensor) -> tuple[Tensor, float]:
+    """The leading left vector, [k], and singular value of a matrix by its Gram matrix [k, k]."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors[:, -1], math.sqrt(max(float(values[-1]), 0.0))

@@ -39,6 +39,17 @@ class MicroBatch:
     tokens: int
     target_tokens: int
     segment_lengths: tuple[int, ...] | None = None
+    places: tuple[int, ...] | None = None
+    """The number of each record in its global batch; None where there is none."""
+
+    def folds_of_rows(self, folds: int) -> Tensor | None:
+        """By row of `input_ids`, flat: which of `folds` parts its record is in; a batch is dealt out in turn."""
+        if self.places is None:
+            return None
+        of_records = torch.tensor(self.places) % folds
+        if self.segment_lengths is None:
+            return of_records.repeat_interleave(self.input_ids.shape[1])
+        return of_records.repeat_interleave(torch.tensor(self.segment_lengths))
 
     def pinned(self) -> MicroBatch:
         """Return the batch with what a GPU copies in page-locked memory, so that the copies wait for nothing."""
@@ -135,7 +146,8 @@ class TrainingBatches:
         for micro_step in range(self.accumulation):
             first = (micro_step * self._share.world_size + self._share.rank) * size
             rows = [self._examples[int(index)] for index in indices[first : first + size]]
-            yield self._arrange(rows, seed=self._seed, step=step)
+            made = self._arrange(rows, seed=self._seed, step=step)
+            yield replace(made, places=tuple(range(first, first + size)))
 
     def _indices(self, step: int) -> Ints:
         indices = self._order.indices(step)

@@ -16,6 +16,7 @@ from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.controller import RankController
 from flexlora_ds.files.safetensors_file import save_tensors
 from flexlora_ds.files.text import write_text_atomically
+from flexlora_ds.gradient.growth import FOLDS
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
 from flexlora_ds.peft_format import PROMPT_FILE, prompt_note, require_finite
 from flexlora_ds.rank_change import RankChange
@@ -97,8 +98,11 @@ class FlexLoRA:
         self._context = forward_context(engine.module)
 
     def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
-        """Seed the dropout masks of this micro-batch."""
-        self._context.row_keys = batch.row_keys.to(device, non_blocking=True)
+        """Seed the dropout masks of this micro-batch, and say whose its rows are where gradients are looked at."""
+        context = self._context
+        context.row_keys = batch.row_keys.to(device, non_blocking=True)
+        folds = None if context.observer is None else batch.folds_of_rows(FOLDS)
+        context.row_folds = None if folds is None else folds.to(device)
 
     def after_step(self, step: int) -> RankChange | None:
         """Regularise, and change ranks where a change is due."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed import comm
 
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_change import Market, RankChange
 from launch.data.batches import GlobalBatch
 from launch.engine.methods import Method
 from launch.progress import Progress
@@ -145,7 +145,18 @@ class RunLog:
         """Write a rank change, and say its warnings."""
         self.folder.log_rank_change(change.to_dict())
         self.progress.rank_change(change.step, len(change.pruned), len(change.expanded))
+        if change.market is not None and not change.expanded and not change.pruned:
+            self.progress.message(f"step {change.step}: {_why_nothing(change.market)}")
         if change.loss_after is not None and math.isfinite(change.loss_after):
             self.folder.log_validation(change.step, change.loss_after)
         for text in change.warnings:
             self.warn(f"step {change.step}: {text}")
+
+
+def _why_nothing(market: Market) -> str:
+    """Why the market traded nothing, in one line."""
+    best = max(market.gain.values(), default=0.0)
+    if best <= 0:
+        return "nothing traded: no gradient outside of the directions stands out of its noise"
+    cheapest = min(market.loss.values(), default=math.inf)
+    return f"nothing traded: a new direction gains at least {best:.2g}, the cheapest old one may cost {cheapest:.2g}"

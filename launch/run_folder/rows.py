@@ -102,6 +102,7 @@ MARKET: Mapping[str, Check] = {
     "expected_gain": is_number,
     "expected_loss": is_number,
 }
+"""The keys of a row's `market`, which is null where the importance is a score."""
 
 SOMETIMES: Mapping[str, Check] = {
     "warnings": list_of(is_text),

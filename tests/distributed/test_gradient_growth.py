@@ -58,3 +58,25 @@ def test_bf16(two_processes: Processes) -> None:
         (change,) = result["changes"]
         assert change["before"] == change["after"]
         assert set(change["sigma"]) == set(change["expanded"])
+
+
+@pytest.mark.parametrize(
+    "case", [{"stage": 2, "gas": 2}, pytest.param({"stage": 3}, marks=pytest.mark.full)], ids=str
+)
+def test_the_market_prices_what_autograd_says(
+    one_process: Processes, two_processes: Processes, case: dict[str, Any]
+) -> None:
+    """A direction costs by ∂L/∂λ of the step's records, the same at every stage and count of processes."""
+    (alone,) = one_process.run(worker.priced, {"stage": 0})
+    assert len(alone["exact"]) > 4
+    for name, gradient in alone["exact"].items():
+        assert alone["found"][name] == pytest.approx(gradient, rel=1e-3, abs=1e-7)
+    for result in two_processes.run(worker.priced, case):
+        for name, gradient in alone["found"].items():
+            assert result["found"][name] == pytest.approx(gradient, rel=1e-3, abs=1e-6)
+        assert result["total"] == alone["total"], "the budget is kept"
+        for change in (*result["changes"], *alone["changes"]):
+            market = change["market"]
+            assert set(market["gain"]) == set(market["loss"]) == set(alone["found"])
+            assert len(change["pruned"]) == len(change["expanded"])
+            assert market["expected_gain"] > market["expected_loss"] or not change["expanded"]

@@ -115,18 +115,22 @@ def test_the_command_starts_from_the_gradient_alike_at_every_stage(
     assert training.ranks(tmp_path / "sharded") == training.ranks(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("importance", ["entropy", "growth"])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    place: Place, two_processes: Processes, tmp_path: Path
+    place: Place, two_processes: Processes, tmp_path: Path, importance: str
 ) -> None:
     """It does not start again, and looks at the gradients of the step before the next change (after step 8)."""
-    options = {"new_direction": "gradient", "save_every": 7, "keep_checkpoints": 9}
+    options = {"new_direction": "gradient", "importance": importance, "save_every": 7, "keep_checkpoints": 9}
     whole = run(two_processes, place, tmp_path / "whole", **options)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000007"
     rest = run(two_processes, place, tmp_path / "rest", **options, resume=str(checkpoint))
     assert rest[-9:] == whole[-9:]
     changes = [training.read_lines(tmp_path / name / "ranks.jsonl")[-2:] for name in ("whole", "rest")]
     assert [change["sigma"] for change in changes[0]] == [change["sigma"] for change in changes[1]]
-    assert all(set(change["sigma"]) == set(change["expanded"]) != set() for change in changes[0])
+    assert [change["market"] for change in changes[0]] == [change["market"] for change in changes[1]]
+    for change in changes[0]:
+        assert set(change["sigma"]) == set(change["expanded"])
+        assert change["expanded"] if importance == "entropy" else change["market"]["gain"]
 
 
 def test_directions_of_the_gradient_without_changes_are_doubted(

@@ -133,6 +133,45 @@ def grown(case: dict[str, Any]) -> dict[str, Any]:
     return {"losses": losses, "changes": changes}
 
 
+def priced(case: dict[str, Any]) -> dict[str, Any]:
+    """∂L/∂λ of the living directions by the sketch of step 5, at stage 0 autograd's beside it, and what was traded."""
+    _, world = tiny.start()
+    options = {"importance": "growth", "direction": "both", "rank": 3, "adjust_freeze": 0}
+    config = FlexLoRAConfig(**{**GROWING, **options, **case.get("options", {})})
+    model: Any = tiny.tiny_llama()
+    inject_adapters(model, config)
+    ds = tiny.ds_config(case["stage"], "fp32", world, case.get("gas", 1))
+    engine = tiny.make_engine(model, config, ds)
+    controller = RankController(engine, config, 10)
+    exact: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
+    changes = []
+    for step in range(1, 11):
+        rows = rows_of(step)
+        if step == 5 and case["stage"] == 0:
+            exact = _gradients_of_lambda(engine, rows)
+        tiny.train_step(engine, rows)
+        if step == 5:
+            assert controller._sketch is not None
+            controller._sketch.end()
+            along = controller._sketch.living()
+            scaling = config.alpha / config.rank
+            found = {name: (scaling * value.sum(0)).tolist() for name, value in along.items()}
+        change = controller.after_step(step)
+        if change is not None:
+            changes.append(change.to_dict())
+    return {"exact": exact, "found": found, "changes": changes, "total": controller.total_rank}
+
+
+def _gradients_of_lambda(engine: Any, rows: list[list[int]]) -> dict[str, list[float]]:
+    layers, context = adapters(engine.module), forward_context(engine.module)
+    observer, context.observer = context.observer, None
+    loss = tiny.token_loss(engine.module, rows) / tiny.targets(rows)
+    gradients = torch.autograd.grad(loss, [layer.lam for layer in layers.values()])
+    context.observer = observer
+    return {name: gradient.tolist() for name, gradient in zip(layers, gradients, strict=True)}
+
+
 def _all_reduce(value: Tensor) -> None:
     from deepspeed import comm
 
