@@ -21,7 +21,8 @@ from launch.distributed.process import world_size_of_environment
 from launch.engine.adam import adam_settings
 from launch.engine.ds_config import resolve_ds_config
 from launch.engine.ds_json import read_ds_json
-from launch.engine.methods import FlexLoRA, PeftLoRA
+from launch.engine.methods.flexlora import FlexLoRA
+from launch.engine.methods.peft_lora import PeftLoRA
 from launch.model.compiled_blocks import compile_blocks
 from launch.model.head_loss import install_head_loss
 from launch.model.liger import apply_liger

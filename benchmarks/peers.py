@@ -1,4 +1,4 @@
-"""What FlexLoRA is measured against, with the face of `launch.engine.methods.Method` as far as a step needs it."""
+"""What FlexLoRA is measured against, with the face of a `Method` as far as a step needs it."""
 
 from __future__ import annotations
 

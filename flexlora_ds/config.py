@@ -128,13 +128,13 @@ class FlexLoRAConfig:
     init: Annotated[Init, ADAPTER, MUST_MATCH] = "gaussian"
     """How P and Q begin: at random, or along the first batches' gradient, meant for language models."""
     init_batches: Annotated[Positive, ADAPTER, MUST_MATCH] = 8
-    """Batches whose gradient `init gradient` looks at, twice; the model's output stays as it is."""
+    """Batches whose gradient `init gradient` looks at, twice, and method lora_ga once; the output stays as it is."""
     init_std: Annotated[Literal["unit"] | AboveZero, ADAPTER] = "unit"
     """Standard deviation of a Gaussian P and Q; unit gives every direction an expected norm of 1."""
     lambda_lr: Annotated[Auto | Annotated[float, Bounds(above=0, most=10**6)], ADAPTER] = "auto"
     """Learning rate of λ as a multiple of lr: auto is √min(in, out) of the layer, 1 is the paper's."""
     weight_decay: Annotated[NotNegative, ADAPTER] = 0.0
-    """Decoupled weight decay, of λ only (method lora: of all that it trains)."""
+    """Decoupled weight decay, of λ only (methods lora, lora_ga: of all that they train)."""
     seed: Annotated[int, Bounds(least=0, below=2**63), OPTIMIZATION, MUST_MATCH] = 42
     """Seed of the data order, the dropout masks and everything that the method draws."""
 

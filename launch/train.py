@@ -88,9 +88,10 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
         settled.line(),
         *settled.skeleton.remarks,
         f"{options.method}: {len(method.matrices)} matrices, {method.trainable_parameters:,} trainable parameters",
+        *method.remarks,
         f"{len(data.tokenised.train):,} records, {data.steps:,} steps of {options.batch_size}",
     ]
-    if options.method == "flexlora":
+    if options.traits.changes_ranks:
         config = options.to_flexlora_config()
         lines.append(describe(data.steps, config, method.total_rank))
         if config.adjust_size and not due_steps(data.steps, config):
@@ -99,6 +100,8 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
             run.log.warn("new_direction gradient has no effect: adjust_size is 0")
     elif "gradient" in (options.init, options.new_direction):
         run.log.warn(f"gradient has no effect in init and new_direction: method is {options.method}")
+    for doubt in method.doubts:
+        run.log.warn(doubt)
     for line in ([dropped] if dropped else []) + lines + start.messages:
         run.log.progress.message(line)
 

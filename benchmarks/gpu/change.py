@@ -19,7 +19,7 @@ from benchmarks.gpu.section import Conditions, Report
 from benchmarks.shapes import SHAPES, records
 from flexlora_ds.checkpoint.state import take_snapshot
 from launch.distributed.process import join_processes
-from launch.engine.methods import FlexLoRA
+from launch.engine.methods.flexlora import FlexLoRA
 
 RANK, RECORDS = 32, 16
 EVERY = 2

@@ -16,7 +16,7 @@ from flexlora_ds.base_model.precision import Dtype
 from launch.data.examples import IGNORED, Example
 from launch.distributed.process import join_processes
 from launch.engine.ds_json import read_ds_json
-from launch.engine.methods import FlexLoRA
+from launch.engine.methods.flexlora import FlexLoRA
 from launch.model.skeleton import read_skeleton
 from launch.planning.memory_plan import MemoryPlan
 

@@ -27,7 +27,8 @@ from benchmarks.peers import AdaLoRA, FrozenBase
 from benchmarks.shapes import SHAPES, records
 from launch.data.batches import MicroBatch
 from launch.distributed.process import join_processes
-from launch.engine.methods import FlexLoRA, PeftLoRA
+from launch.engine.methods.flexlora import FlexLoRA
+from launch.engine.methods.peft_lora import PeftLoRA
 
 LORA = "PEFT LoRA"
 AS_IT_COMES = "PEFT LoRA as it comes"

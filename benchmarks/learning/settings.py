@@ -8,6 +8,7 @@ STARTS: dict[str, dict[str, object]] = {
     LORA: {"method": "lora"},
     "default": {},
     "gradient": {"init": "gradient"},
+    "LoRA-GA": {"method": "lora_ga"},
 }
 """How a run begins."""
 

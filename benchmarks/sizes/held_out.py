@@ -73,7 +73,7 @@ class HeldOut:
                 run logged last; or in fp32 not that of `adapter`.
         """
         found = self.loss(adapter)
-        if self._options.method == "flexlora":
+        if self._options.traits.changes_ranks:
             own, exact = self._of_layers()
             self._require_same(exact, found, "its layers in fp32 give")
         else:

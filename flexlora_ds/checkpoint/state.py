@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ from flexlora_ds.checkpoint.files import (
 from flexlora_ds.checkpoint.generators import generator_states, set_generator_states
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.safetensors_file import save_tensors
+
+_CONSTANT = "constant "
+_NO_STATE = ("process ", _CONSTANT)
+"""What labels begin with of tensors that are no state of a parameter."""
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 State = dict[str, Any]
 """The content of state.json."""
@@ -70,10 +76,18 @@ class Snapshot:
         return entries
 
 
-def take_snapshot(engine: Any, step: int, *, controller: Any = None, run: Mapping[str, Any]) -> Snapshot:
+def take_snapshot(
+    engine: Any,
+    step: int,
+    *,
+    controller: Any = None,
+    run: Mapping[str, Any],
+    constants: Mapping[str, Tensor] = _NONE,
+) -> Snapshot:
     """Copy the state after `step`; collective, between two steps.
 
     `controller`: the RankController, where ranks can change. `run`: what the caller wants back, JSON.
+    `constants`: tensors that the caller wants back, by name; on the CPU, the same on every process, never changed.
     """
     from flexlora_ds.partitions import state_by_name
 
@@ -88,9 +102,11 @@ def take_snapshot(engine: Any, step: int, *, controller: Any = None, run: Mappin
         "scaler": state_by_name.scaler_state(engine),
         "controller": None if controller is None else controller.state_dict(),
         "run": dict(run),
+        "constants": {name: list(value.shape) for name, value in constants.items()},
     }
     index, count = int(engine.global_rank), int(engine.world_size)
     tensors = state_by_name.copy_share(engine, index, count) | generator_states(index, engine.device)
+    tensors |= {f"{_CONSTANT}{n}": v for i, (n, v) in enumerate(constants.items()) if i % count == index}
     return Snapshot(index, count, tensors, state)
 
 
@@ -169,8 +185,17 @@ class Checkpoint:
         for path in self.shards:
             with safe_open(path, framework="pt") as file:
                 for text in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    if not text.startswith("process "):
+                    if not text.startswith(_NO_STATE):
                         yield text, file.get_tensor(text)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The `constants` of `take_snapshot`."""
+        found = {}
+        for path in self.shards if self.state.get("constants") else ():
+            with safe_open(path, framework="pt") as file:
+                names = [text for text in file.keys() if text.startswith(_CONSTANT)]  # noqa: SIM118
+                found.update({text.removeprefix(_CONSTANT): file.get_tensor(text) for text in names})
+        return found
 
     def _generators(self, index: int, count: int) -> dict[str, Tensor]:
         """This process's generator states; none where the number of processes is another."""
@@ -243,6 +268,7 @@ def _read_state(path: Path, folder: Path) -> State:
 def _require_tensors(shards: Sequence[Path], state: State, folder: Path) -> None:
     """Every state of every parameter must be there once, in its shape."""
     expected = {f"{n}:{key}": list(shape) for n, shape in state["shapes"].items() for key in state["keys"]}
+    expected.update({f"{_CONSTANT}{n}": list(s) for n, s in state.get("constants", {}).items()})
     found: dict[str, list[int]] = {}
     for path in shards:
         try:

@@ -79,7 +79,7 @@ def prepare_data(
     if vocabulary is not None:
         require_known_tokens(data, tokenizer, vocabulary, str(path))
     _require_batch(options, len(data.train))
-    if options.method == "flexlora":
+    if options.traits.changes_ranks:
         require_countable(steps_of(options, data), options.to_flexlora_config())
     return data
 

@@ -16,7 +16,8 @@ from launch.distributed.process import Process
 from launch.engine.deepspeed_check import late_refusals
 from launch.engine.ds_json import DsJson
 from launch.engine.lr_schedule import build_lr_scheduler
-from launch.engine.methods import Method, build_method
+from launch.engine.methods.protocol import ANEW, Beginning, Method
+from launch.engine.methods.registry import build_method
 from launch.engine.settled import Settled
 from launch.model.attention import implementation_of
 from launch.model.compiled_blocks import compile_blocks
@@ -30,11 +31,16 @@ if TYPE_CHECKING:
 
 
 def build_engine(
-    settled: Settled, steps: int, process: Process, ranks: Mapping[str, int] | None = None
+    settled: Settled,
+    steps: int,
+    process: Process,
+    ranks: Mapping[str, int] | None = None,
+    beginning: Beginning = ANEW,
 ) -> tuple[DeepSpeedEngine, Method]:
     """Load the model, adapt it, and wrap it in a DeepSpeed engine.
 
     `ranks` are those of a checkpoint to be continued; None begins with the options' rank everywhere.
+    `beginning` is what the method may look at before the model is adapted.
 
     Raises:
         UserError: the model is missing or gated, the adapter does not fit it, or it mixes packed examples.
@@ -44,14 +50,14 @@ def build_engine(
     options, ds_config = settled.options, dict(settled.ds_config)
     method = build_method(options)
     model = load_base(settled, process)
-    trained = method.adapt(model)
+    if settled.computation.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained = method.adapt(model, beginning)
     if settled.computation.compiled == "blocks":
         compile_blocks(trained)
     if ranks is not None:
         set_ranks(trained, ranks)
-    if settled.computation.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     trained.train()
     optimizer = method.optimizer(trained, settled.adam)
     with late_refusals(DsJson(ds_config, options.ds)):

@@ -13,7 +13,7 @@ from deepspeed import comm
 
 from flexlora_ds.rank_change import Market, RankChange
 from launch.data.batches import GlobalBatch
-from launch.engine.methods import Method
+from launch.engine.methods.protocol import Method
 from launch.progress import Progress
 from launch.run_folder.folder import RunFolder, StepMetrics
 

@@ -18,7 +18,8 @@ from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process, limit_collectives
 from launch.distributed.signals import SignalWatcher
 from launch.engine.build import build_engine
-from launch.engine.methods import Method
+from launch.engine.first_batches import FirstBatches
+from launch.engine.methods.protocol import Beginning, Method
 from launch.engine.settled import Settled
 from launch.loop.finite_guard import FiniteGuard
 from launch.loop.run_log import RunLog
@@ -127,8 +128,9 @@ def begin(
     Raises:
         UserError: as `launch.engine.build.build_engine`. RunError: the checkpoint does not fit.
     """
-    engine, method = build_engine(settled, batches.steps, process, start.ranks)
     options, steps = settled.options, batches.steps
+    beginning = Beginning(FirstBatches.of(options, batches, process.device), start.constants)
+    engine, method = build_engine(settled, steps, process, start.ranks, beginning)
     progress = Progress(steps, log_every=options.log_every, start=start.step, shows=process.is_rank_zero)
     log = RunLog(folder, engine, method, progress, process.device, every=options.log_every, last=steps)
     stop = StopAgreement(process, watcher, folder)
@@ -158,7 +160,17 @@ def begin(
         return {**fixed, "journal": log.state_dict(), "guard": guard.state_dict(), LOG_SEALS: folder.seals()}
 
     every, keep = options.save_every, options.keep_checkpoints
-    saver = Saver(folder, process, engine, controller, notes, every=every, keep=keep, last=steps)
+    saver = Saver(
+        folder,
+        process,
+        engine,
+        controller,
+        notes,
+        constants=method.constants,
+        every=every,
+        keep=keep,
+        last=steps,
+    )
     session = Session(options, process, folder, engine, method, batches, log, validator, guard, stop, saver)
     session.resume(start)
     return session

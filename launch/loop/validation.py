@@ -11,7 +11,7 @@ from deepspeed import comm
 from launch.data.batches import ValidationBatches
 from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process
-from launch.engine.methods import Method
+from launch.engine.methods.protocol import Method
 from launch.model.token_loss import head_of, token_loss
 from launch.run_folder.folder import RunFolder
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import show
 from launch.model.liger import foreign_base
+from launch.options.method_traits import TRAITS
 from launch.options.train_options import Attention, Compile, Method
 
 
@@ -44,7 +45,7 @@ def require_compiler(asked: bool | Compile, *, method: Method, config: Any, plac
     if not asked:
         return
     wanted = f"compile {show(asked)}"
-    if asked == "blocks" and method != "flexlora":
+    if asked == "blocks" and not TRAITS[method].changes_ranks:
         raise UserError(f"{wanted} knows FlexLoRA's adapters only", place, "choose pieces or leave it false")
     foreign = foreign_base(config)
     if foreign:

@@ -27,10 +27,11 @@ from flexlora_ds.config import (
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import Bounds, Group, OnResume, OptionSpec, option_specs
 from flexlora_ds.plain_text import printable
+from launch.options.method_traits import TRAITS, MethodTraits
 from launch.options.sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Method = Literal["flexlora", "lora"]
+Method = Literal["flexlora", "lora", "lora_ga"]
 Attention = Literal["flash", "varlen", "sdpa", "eager"]
 Kernels = Literal["liger", "none"]
 Compile = Literal["pieces", "blocks"]
@@ -74,7 +75,7 @@ class TrainOptions(FlexLoRAConfig):
     """DeepSpeed's JSON; its auto values are filled in from these options."""
 
     method: Annotated[Method, ADAPTER, MUST_MATCH] = "flexlora"
-    """What is trained: FlexLoRA, or PEFT's LoRA in the same loop for comparison."""
+    """What is trained: FlexLoRA; for comparison PEFT's LoRA, or its LoRA-GA, in the same loop."""
 
     epochs: Annotated[float, Bounds(above=0, most=10**6), OPTIMIZATION, MAY_CHANGE] = 3.0
     """Passes over the training records; parts of one are allowed."""
@@ -152,6 +153,11 @@ class TrainOptions(FlexLoRAConfig):
     def prompt_date(self) -> str | None:
         """The date that the chat template is given; None where it asks for none, or the day is not settled yet."""
         return None if self.template_date == "auto" else self.template_date
+
+    @property
+    def traits(self) -> MethodTraits:
+        """What sets the method apart from others."""
+        return TRAITS[self.method]
 
     def place(self, key: str) -> str:
         """Where the value of a key was given, for a message's parentheses."""

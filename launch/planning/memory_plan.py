@@ -44,12 +44,14 @@ class MemoryPlan:
             loss_chunk=self._loss_chunk(),
             optimizer_states=5 if options.importance == "sensitivity" else 3,
         )
-        copies = options.dropout > 0 and options.method == "lora"  # FlexLoRA's node keeps no dropped copy
+        copies = (
+            options.dropout > 0 and not options.traits.changes_ranks
+        )  # FlexLoRA's node keeps no dropped copy
         inputs = sum(into for _, into in skeleton.shapes.values()) if copies else 0
         return estimate_memory(
             ModelShape.from_config(skeleton.text_config, skeleton.parameters),
             setting,
-            trainable_parameters(skeleton.shapes, options.rank, with_lambda=options.method == "flexlora"),
+            trainable_parameters(skeleton.shapes, options.rank, with_lambda=options.traits.changes_ranks),
             micro_batch * options.cutoff_len,
             dropped_inputs=inputs,
         )

@@ -94,7 +94,7 @@ def _run_lines(plan: DryRunPage) -> Iterator[str]:
 
 
 def _module_lines(plan: DryRunPage) -> Iterator[str]:
-    rank, with_lambda = plan.options.rank, plan.options.method == "flexlora"
+    rank, with_lambda = plan.options.rank, plan.options.traits.changes_ranks
     for group in group_modules(plan.shapes):
         out, into = group.shape
         of_rank = trainable_parameters({group.pattern: group.shape}, 1, with_lambda=with_lambda)
@@ -120,7 +120,7 @@ def _memory_lines(plan: DryRunPage) -> Iterator[str]:
 
 
 def _calendar_lines(plan: DryRunPage) -> Iterator[str]:
-    if plan.options.method != "flexlora":
+    if not plan.options.traits.changes_ranks:
         yield f"none: ranks are fixed with method {plan.options.method}"
         return
     config = plan.options.to_flexlora_config()

@@ -11,6 +11,7 @@ from launch.engine.adam import adam_settings
 from launch.engine.deepspeed_check import require_accepted
 from launch.engine.ds_config import resolve_ds_config
 from launch.engine.ds_json import read_ds_json
+from launch.engine.methods.lora_ga import require_possible
 from launch.engine.settled import Settled
 from launch.engine.unsupported import check_refusals, require_dtype
 from launch.model.attention import Machine, require_separable, resolve_attention, resolve_packed, torch_varlen
@@ -49,7 +50,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     check_refusals(source.settings, source.origin)
     require_accepted(source)
     dtype = resolve_dtype(options.dtype, gpu=torch.cuda.is_available())
-    limited_rank = options.rank if options.method == "flexlora" else None
+    limited_rank = options.rank if options.traits.changes_ranks else None
     skeleton = read_skeleton(options.model, options.target_modules, limited_rank)
     checkpointing = resolve_checkpointing(options, dtype, world_size, source.settings, skeleton)
     layout = MemoryPlan(options, dtype, world_size, source.settings, skeleton, checkpointing).layout()
@@ -62,6 +63,8 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     require_stage(
         options.compile, stage=ds_config["zero_optimization"]["stage"], place=options.place("compile")
     )
+    if options.traits.changes_base:
+        require_possible(options, ds_config["zero_optimization"]["stage"], skeleton.shapes)
     require_dtype(dtype, options.place("dtype"))
     used = repeatable.replace(
         micro_batch_size=layout.micro_batch_size,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.state import Checkpoint, open_checkpoint
 from flexlora_ds.errors import RunError, UserError
@@ -44,6 +46,11 @@ class Start:
     def step(self) -> int:
         """The steps done already."""
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What the method keeps from its beginning (`Method.constants`); empty without a checkpoint."""
+        return {} if self.checkpoint is None else self.checkpoint.constants()
 
     @property
     def ranks(self) -> dict[str, int] | None:

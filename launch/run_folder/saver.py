@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.state import Snapshot, take_snapshot
@@ -58,7 +60,7 @@ class Saver:
 
     Every method is collective unless it says otherwise.
 
-    `run`: what goes into the checkpoint beside the state of the engine.
+    `run`: what goes into the checkpoint beside the state of the engine; `constants`: tensors that never change.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Saver:
         controller: RankController | None,
         run: Callable[[], dict[str, Any]],
         *,
+        constants: Mapping[str, Tensor],
         every: int,
         keep: int,
         last: int,
@@ -78,6 +81,7 @@ class Saver:
         self._engine = engine
         self._controller = controller
         self._run = run
+        self._constants = constants
         self._every = every
         self._keep = keep
         self._last = last
@@ -104,7 +108,9 @@ class Saver:
         self.complete()
         # All write into the folder that process 0 makes.
         part = Path(on_rank_zero(self._process, lambda: self._part(step)))
-        snapshot = take_snapshot(self._engine, step, controller=self._controller, run=self._run())
+        snapshot = take_snapshot(
+            self._engine, step, controller=self._controller, run=self._run(), constants=self._constants
+        )
         self._writing = _Writing(part, snapshot)
         self.saved = step
 

@@ -20,11 +20,12 @@ def with_logits(arguments: list[str]) -> dict[str, Any]:
 
     from safetensors.torch import save_file
 
-    from launch.engine import methods
+    from launch.engine.methods.flexlora import FlexLoRA
+    from launch.engine.methods.peft_lora import PeftLoRA
 
     def saving(original: Any) -> Any:
         def save(self: Any, folder: Path, base_model: str) -> Any:
-            flexlora = isinstance(self, methods.FlexLoRA)
+            flexlora = isinstance(self, FlexLoRA)
             engine = self.controller.engine if flexlora else self.engine
             engine.eval()
             with torch.no_grad():
@@ -35,7 +36,7 @@ def with_logits(arguments: list[str]) -> dict[str, Any]:
 
         return save
 
-    kinds = (methods.FlexLoRA, methods.PeftLoRA)
+    kinds = (FlexLoRA, PeftLoRA)
     first, second = (patch.object(kind, "save", saving(kind.save)) for kind in kinds)
     with first, second:
         return training.command(arguments)

@@ -339,6 +339,6 @@ def test_a_micro_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_every_method_of_the_option_can_be_built() -> None:
-    from launch.engine.methods import METHODS
+    from launch.engine.methods.registry import METHODS
 
     assert set(METHODS) == set(get_args(Method))

@@ -141,6 +141,8 @@ def test_a_precision_that_the_device_lacks(refused: Callable[..., str]) -> None:
         ({"attention": "flash"}, "attention flash needs a GPU"),
         ({"attention": "varlen"}, "attention varlen needs torch 2.10 or later"),
         ({"compile": "blocks", "stage": 3}, "compile blocks needs ZeRO-0, 1 or 2"),
+        ({"method": "lora_ga", "stage": 3}, "method lora_ga needs ZeRO-0, 1 or 2"),
+        ({"method": "lora_ga", "rank": 40}, "method lora_ga takes 2 · rank = 80 singular pairs"),
         ({"compile": "blocks", "method": "lora"}, "compile blocks knows FlexLoRA's adapters only"),
         ({"compile": True, "kernels": "liger"}, "kernels liger replaces what compile true would compile"),
     ],

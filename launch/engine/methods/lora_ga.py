@@ -1,0 +1,190 @@
+"""PEFT's LoRA-GA: LoRA that begins along the gradient, on a base from which that beginning is taken out.
+
+PEFT (0.21) computes it, at its default settings: G, the mean gradient of the first batches, U S Vᵀ its leading 2r
+singular triples; A₀ = Vᵀ's first r rows, B₀ = U S's other r columns (`ArB2r`), times out^¼ / √16 (`stable`). The base
+becomes W − s B₀A₀, so the first output is the base's without dropout, up to the rounding of the changed base in its
+dtype (Wang, Yu, Li 2024, LoRA-GA, arXiv 2407.05000).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flexlora_ds.adapter.inject import linear_names, match_modules
+from flexlora_ds.errors import UserError
+from flexlora_ds.orientation import LayerShape
+from launch.engine.first_batches import FirstBatches
+from launch.engine.methods.peft_lora import PeftLoRA
+from launch.engine.methods.protocol import ANEW, Beginning
+from launch.options.train_options import TrainOptions
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+GRADIENT = "_peft_loraga_grad"
+"""Where PEFT keeps a layer's gradient until it has made A and B of it."""
+HALF_SCALE = 1024.0
+"""What fp16 losses are multiplied by, so that small gradients do not vanish; the gradients are divided by it."""
+
+
+def require_possible(options: TrainOptions, stage: int, shapes: Mapping[str, LayerShape]) -> None:
+    """See that a run can begin so, before a weight is loaded.
+
+    Raises:
+        UserError: ZeRO-3, or a layer that has fewer than 2 · rank singular pairs.
+    """
+    if stage == 3:
+        raise UserError(
+            "method lora_ga needs ZeRO-0, 1 or 2: it takes the gradient of whole weights",
+            options.place("method"),
+            "choose a DeepSpeed JSON of one of these",
+        )
+    for name, shape in shapes.items():
+        if 2 * options.rank > min(shape):
+            raise UserError(
+                f"method lora_ga takes 2 · rank = {2 * options.rank} singular pairs, {name} has {min(shape)}",
+                options.place("rank"),
+                "lower rank",
+            )
+
+
+class LoraGA(PeftLoRA):
+    """PEFT's LoRA-GA, under the same loop, data and loss."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        super().__init__(options)
+        self._initial: dict[str, Tensor] = {}
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """A₀ and B₀ by the names of the parameters: they say what the base has become."""
+        return self._initial
+
+    def lora_config(self, **others: Any) -> LoraConfig:
+        """With PEFT's defaults of LoRA-GA."""
+        from peft import LoraGAConfig
+
+        return super().lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **others)
+
+    def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
+        """Begin along the gradient of the first batches, or as the checkpoint's run began.
+
+        Raises:
+            UserError: a layer shares its weight with another, which would change with it.
+        """
+        self.matrices = match_modules(linear_names(model), self.options.target_modules)
+        _require_own_weights(model, self.matrices)
+        if beginning.constants:
+            wrapped = self.wrapped(model)
+            _begin_as_before(wrapped, beginning.constants)
+        else:
+            assert beginning.batches is not None, "LoRA-GA begins with the gradient of batches"
+            self._estimate(model, beginning.batches)
+            wrapped = self.wrapped(model)
+            _agree(wrapped)
+        self._initial = {
+            name: p.detach().to("cpu", copy=True) for name, p in wrapped.named_parameters() if p.requires_grad
+        }
+        return wrapped
+
+    def _estimate(self, model: nn.Module, batches: FirstBatches) -> None:
+        """Leave at every layer the gradient of the mean loss, the same on all processes; collective."""
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        half = any(p.dtype == torch.float16 for p in model.parameters())
+        scale = HALF_SCALE if half else 1.0
+        # PEFT divides a layer's sum by the number of its backward passes.
+        weight = scale * batches.micro_batches
+
+        def train_step() -> None:
+            for loss in batches.losses(model):
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
+
+        with warnings.catch_warnings():
+            # The first layer's input needs no gradient; PEFT's hook counts its passes all the same.
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
+            preprocess_loraga(model, self.lora_config(), train_step)
+        without = [n for n in self.matrices if not _share_gradient(model.get_submodule(n), scale)]
+        self.remarks.append(f"LoRA-GA from the gradient of {batches.records:,} records")
+        self.doubts += batches.shortage()
+        if without:
+            self.doubts.append(
+                f"no finite gradient but zero: {len(without)} matrices begin as plain LoRA ({without[0]})"
+            )
+
+    def on_the_base(self, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """s (B A − B₀ A₀) as a LoRA of twice the rank, at the same scale: what was trained, on the base as it was."""
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        config.init_lora_weights, config.lora_ga_config = True, None
+        initial = {name.replace(".default.", "."): value.float() for name, value in self._initial.items()}
+        return {
+            name: torch.cat([value, initial[name]], 0)
+            if ".lora_A." in name
+            else torch.cat([value, -initial[name]], 1)
+            for name, value in tensors.items()
+        }
+
+
+def _require_own_weights(model: nn.Module, matrices: list[str]) -> None:
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name in matrices:
+        if owners[id(model.get_submodule(name).weight)] > 1:
+            raise UserError(
+                f"method lora_ga changes {name}, whose weight another layer shares",
+                "target_modules",
+                "leave it out",
+            )
+
+
+def _share_gradient(layer: Any, scale: float) -> bool:
+    """Sum a layer's gradient over the processes, in fp32; False, and no gradient, where it is of no use."""
+    from deepspeed import comm
+
+    found = getattr(layer, GRADIENT, None)
+    whole = torch.zeros_like(layer.weight, dtype=torch.float32) if found is None else found.float()
+    comm.all_reduce(whole)
+    usable = bool(torch.isfinite(whole).all()) and bool(whole.any())
+    if usable:
+        setattr(layer, GRADIENT, whole / scale)
+    elif found is not None:
+        delattr(layer, GRADIENT)
+    return usable
+
+
+def _agree(wrapped: nn.Module) -> None:
+    """Process 0's A₀, B₀ and base for all: another processor's linear algebra may flip a sign."""
+    from deepspeed import comm
+
+    with torch.no_grad():
+        for _, layer in _lora_layers(wrapped):
+            pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            for p in (*pair, layer.get_base_layer().weight):
+                p.data = p.data.contiguous()
+                comm.broadcast(p.data, 0)
+
+
+@torch.no_grad()
+def _begin_as_before(wrapped: nn.Module, constants: Mapping[str, Tensor]) -> None:
+    """Write A₀ and B₀ and take s B₀A₀ out of the base, as PEFT's `lora_ga_init` does."""
+    named = dict(wrapped.named_parameters())
+    for name, value in constants.items():
+        named[name].copy_(value)
+    for _, layer in _lora_layers(wrapped):
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if not B.any():
+            continue  # it began as plain LoRA, beside an unchanged base
+        base = layer.get_base_layer().weight
+        offset = layer.scaling["default"] * (B.float() @ A.float())
+        base.copy_(base.float() - (offset.T if layer.fan_in_fan_out else offset))
+
+
+def _lora_layers(wrapped: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
