@@ -127,8 +127,8 @@ def test_packing_that_mixes_examples_ends_the_run_before_its_first_step(
 @pytest.mark.full
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "lora"}, {"init": "gradient"}, {"gradient_checkpointing": True}],
-    ids=["lora", "gradient", "recomputed"],
+    [{"method": "lora"}, {"method": "lora_ga"}, {"init": "gradient"}, {"gradient_checkpointing": True}],
+    ids=["lora", "lora_ga", "gradient", "recomputed"],
 )
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "phi"])
 def test_other_ways_to_train_are_alike_at_every_stage(
@@ -142,7 +142,10 @@ def test_other_ways_to_train_are_alike_at_every_stage(
     base = write_model(tmp_path / "base", kind)
     asked = {"model": base, "dropout": 0.0, **changes}
     whole = train(one_process, place, tmp_path / "whole", 0, **asked)
-    parted = train(two_processes, place, tmp_path / "parted", 3, **asked)
-    assert training.losses(parted) == pytest.approx(training.losses(whole), rel=1e-5)
+    # LoRA-GA: not at ZeRO-3, and rounding may turn the sign of a singular vector.
+    last, near = (2, 1e-2) if changes.get("method") == "lora_ga" else (3, 1e-5)
+    parted = train(two_processes, place, tmp_path / "parted", last, **asked)
+    assert training.losses(parted)[0] == pytest.approx(training.losses(whole)[0], rel=1e-5)
+    assert training.losses(parted) == pytest.approx(training.losses(whole), rel=near)
     by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), parted / "adapter")
     assert apart(logits(by_peft), load_file(parted / TRAINING_LOGITS)["logits"]) < 1e-5
