@@ -134,14 +134,21 @@ def changes(run: Path) -> list[dict[str, Any]]:
 
 
 def test_every_file_is_there(alone: Path) -> None:
-    for name in ("options.yaml", "metrics.jsonl", "ranks.jsonl", "validation.jsonl", "summary.json"):
+    for name in (
+        "options.yaml",
+        "metrics.jsonl",
+        "ranks.jsonl",
+        "validation.jsonl",
+        "directions.json",
+        "summary.json",
+    ):
         assert (alone / name).is_file(), name
     assert (alone / "adapter" / "adapter_config.json").is_file()
     assert (alone / "adapter" / "adapter_model.safetensors").is_file()
     for name in ("loss.png", "rank_heatmap.png", "singular_values.png"):
         assert (alone / "report" / name).read_bytes().startswith(b"\x89PNG"), name
     page = (alone / "report" / "index.html").read_text()
-    assert page.startswith("<!doctype html>") and page.count("data:image/png") == 3
+    assert page.startswith("<!doctype html>") and page.count("data:image/png") == 4
 
 
 def test_metrics(alone: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from flexlora_ds.rank_change import newborn_of
 from flexlora_ds.worth import by_birth, together
+from launch.loop import worth
 from launch.loop.worth import MOST_GROUPS, grouped
 from launch.run_folder.new_directions import life_stories, with_last_values
 from launch.run_folder.rows import DIRECTIONS, RANK_CHANGE, fault_of
@@ -108,3 +111,28 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
     first, second = (read_lines(run / "metrics.jsonl") for run in (one, other))
     assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+def test_a_stop_ends_the_weighing_and_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    losses = iter([1.0, 1.5, math.nan, math.nan])
+    monkeypatch.setattr(
+        worth, "rises_without", lambda engine, groups, validate, loss: [validate() - loss for _ in groups]
+    )
+
+    class Validator:
+        last_loss = None
+
+        def __call__(self) -> float:
+            return next(losses)
+
+    session: Any = SimpleNamespace(
+        method=SimpleNamespace(controller=SimpleNamespace(births=BIRTHS)),
+        validator=Validator(),
+        options=SimpleNamespace(weigh_directions=True),
+        log=SimpleNamespace(progress=SimpleNamespace(message=said.append)),
+        engine=None,
+    )
+    found = worth.weigh(session)
+    assert [row["rise"] for row in found["changes"]] == [0.5, pytest.approx(math.nan, nan_ok=True)]
+    assert "4 validations" in said[0] and said[1].startswith("1 of 3 rises")
