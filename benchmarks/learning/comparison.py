@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.learning.figures import figures
+from benchmarks.learning.further import FURTHER
 from benchmarks.learning.runs import Run, Runner
 
 Figures = dict[str, float]
@@ -46,8 +47,8 @@ def compare(
 ) -> Comparison:
     """Train what has not been trained, and read all.
 
-    With `rates` every setting runs at each of them on the first seed. The other seeds run at the one of the lowest last
-    validation loss. Runs of the reference at other settings' rates are read where they exist; none is trained for that.
+    With `rates` every setting runs at each of them on the first seed. The other seeds run at the best (`best_rate`).
+    Runs of the reference at other settings' rates are read where they exist; none is trained for that.
 
     Raises:
         RunError, UserError: as `Runner.train`.
@@ -65,6 +66,12 @@ def compare(
 
 
 def best_rate(found: dict[Run, Figures], setting: str) -> str | None:
-    """The rate of the lowest last validation loss; of equal ones the first."""
-    tried = {run: row["val, end"] for run, row in found.items() if run.setting == setting}
+    """The rate of the lowest loss by `criterion`; of equal ones the first."""
+    key = criterion(found)
+    tried = {run: row[key] for run, row in found.items() if run.setting == setting}
     return min(tried, key=lambda run: tried[run]).rate
+
+
+def criterion(found: dict[Run, Figures]) -> str:
+    """The figure that rates are chosen by: the loss on further records where all have it, else the last validation."""
+    return FURTHER if all(FURTHER in row for row in found.values()) else "val, end"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from benchmarks.intervals import paired_difference
-from benchmarks.learning.comparison import Comparison
+from benchmarks.learning.comparison import Comparison, criterion
 from benchmarks.learning.figures import AFTERMATH, EARLY, QUARTERS
+from benchmarks.learning.further import COUNT, FURTHER
 from benchmarks.learning.settings import plain_growth
 from flexlora_ds.files.markdown import markdown_table
 
@@ -19,15 +20,15 @@ SPECTRA = ("violation", "spectrum error", "entropies' rank correlation")
 
 def page(comparison: Comparison) -> str:
     """All tables that there is something for."""
-    parts = (rates_table, validation_table, training_table, growth_table, spectra_table)
+    parts = (rates_table, validation_table, further_table, training_table, growth_table, spectra_table)
     return "\n".join(text for part in parts if (text := part(comparison)))
 
 
 def rates_table(comparison: Comparison) -> str:
-    """The last validation loss at every rate on the first seed; '' where one rate was given."""
+    """The loss that chose the rate, at every rate on the first seed; '' where one rate was given."""
     if len(comparison.rates) < 2:
         return ""
-    seed = comparison.seeds[0]
+    seed, key = comparison.seeds[0], criterion(comparison.found)
 
     def cells(setting: str) -> list[str]:
         by_rate = {
@@ -35,40 +36,45 @@ def rates_table(comparison: Comparison) -> str:
             for run, row in comparison.found.items()
             if (run.setting, run.seed) == (setting, seed)
         }
-        losses = [f"{by_rate[rate]['val, end']:.4f}" for rate in comparison.rates]
+        losses = [f"{by_rate[rate][key]:.4f}" for rate in comparison.rates]
         return [*losses, str(comparison.chosen[setting])]
 
     header = ["", *(f"lr {rate}" for rate in comparison.rates), "chosen"]
-    said = f"Last validation loss on seed {seed} by learning rate. The other seeds run at the lowest."
+    what = "Last validation loss" if key != FURTHER else "Loss on further records"
+    said = f"{what} on seed {seed} by learning rate. The other seeds run at the lowest."
     return _section(said, header, ([setting, *cells(setting)] for setting in comparison.settings))
 
 
 def validation_table(comparison: Comparison) -> str:
     """Parameters and validation loss; against the reference seed by seed, with an interval."""
-    seeds, reference = comparison.seeds, comparison.reference
-    header = ["", "lr", "mean parameters", "middle", "last", f"last, seed {_listed(seeds)}"]
-    said = "Validation loss."
-    if reference is not None:
-        header += [f"minus {reference}, by seed", "mean (95 %)"]
-        said = (
-            f"Validation loss; the interval is a paired bootstrap over the {len(seeds)} seeds' differences."
-        )
-        if len(seeds) < 5:
-            said += f" Of {len(seeds)} differences it is little more than their range."
+    said, header = "Validation loss.", ["", "lr", "mean parameters", "middle", "last"]
+    header += [f"last, seed {_listed(comparison.seeds)}", *_against_header(comparison)]
 
     def cells(setting: str) -> list[str]:
         rows = comparison.rows(setting)
-        ends = [row["val, end"] for row in rows]
         found = [f"{rows[0]['lr']:g}", f"{np.mean([row['mean parameters'] for row in rows]):,.0f}"]
-        found += [_mean(rows, "val, middle"), _mean(rows, "val, end"), _each(ends, ".4f")]
-        if reference is None:
-            return found
-        if setting == reference:
-            return [*found, NONE, NONE]
-        gap = paired_difference(ends, [row["val, end"] for row in comparison.rows(reference)])
-        return [*found, _each(gap.each, "+.4f"), str(gap)]
+        found += [_mean(rows, "val, middle"), _mean(rows, "val, end"), _by_seed(rows, "val, end")]
+        return [*found, *_against(comparison, setting, "val, end")]
 
-    return _section(said, header, ([setting, *cells(setting)] for setting in comparison.settings))
+    rows = ([setting, *cells(setting)] for setting in comparison.settings)
+    return _section(said + _of_intervals(comparison), header, rows)
+
+
+def further_table(comparison: Comparison) -> str:
+    """The loss on records beyond those that a run held out; '' where it was not measured."""
+    if criterion(comparison.found) != FURTHER:
+        return ""
+    count = next(iter(comparison.found.values()))[COUNT]
+    said = f"Loss on {count:g} further records of each seed, which no run trained on or held out; adapters in fp32."
+    header = ["", "lr", f"held out ({count:g} records, fp32)", f"seed {_listed(comparison.seeds)}"]
+
+    def cells(setting: str) -> list[str]:
+        rows = comparison.rows(setting)
+        found = [f"{rows[0]['lr']:g}", _mean(rows, FURTHER), _by_seed(rows, FURTHER)]
+        return [*found, *_against(comparison, setting, FURTHER)]
+
+    rows = ([setting, *cells(setting)] for setting in comparison.settings)
+    return _section(said + _of_intervals(comparison), [*header, *_against_header(comparison)], rows)
 
 
 def training_table(comparison: Comparison) -> str:
@@ -132,8 +138,37 @@ def _section(said: str, header: Sequence[str], rows: Iterable[Sequence[str]]) ->
     return f"{said}\n\n{markdown_table(header, list(rows))}"
 
 
+def _against_header(comparison: Comparison) -> list[str]:
+    reference = comparison.reference
+    return [] if reference is None else [f"minus {reference}, by seed", "mean (95 %)"]
+
+
+def _against(comparison: Comparison, setting: str, key: str) -> list[str]:
+    """The differences to the reference, and the interval of their mean; [] without a reference."""
+    if comparison.reference is None:
+        return []
+    if setting == comparison.reference:
+        return [NONE, NONE]
+    own, others = comparison.rows(setting), comparison.rows(comparison.reference)
+    gap = paired_difference([row[key] for row in own], [row[key] for row in others])
+    return [_each(gap.each, "+.4f"), str(gap)]
+
+
+def _of_intervals(comparison: Comparison) -> str:
+    """What the interval is, for the sentence above a table."""
+    count = len(comparison.seeds)
+    if comparison.reference is None:
+        return ""
+    said = f" The interval is a paired bootstrap over the {count} seeds' differences."
+    return said if count >= 5 else f"{said} Of {count} differences it is little more than their range."
+
+
 def _mean(rows: Sequence[dict[str, float]], key: str) -> str:
     return f"{np.mean([row[key] for row in rows]):.4f}" if all(key in row for row in rows) else NONE
+
+
+def _by_seed(rows: Sequence[dict[str, float]], key: str) -> str:
+    return _each((row[key] for row in rows), ".4f")
 
 
 def _each(values: Iterable[float], form: str) -> str:

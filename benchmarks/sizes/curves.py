@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.learning.runs import Run, Runner
 from benchmarks.learning.settings import LORA
-from benchmarks.sizes.held_out import HeldOut
+from benchmarks.sizes.whole import HeldOut
 from flexlora_ds.errors import UserError
 from flexlora_ds.exports.truncation import Size, truncate
 from flexlora_ds.files.markdown import markdown_table

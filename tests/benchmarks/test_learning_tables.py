@@ -11,8 +11,15 @@ import pytest
 from benchmarks.intervals import paired_difference
 from benchmarks.learning.comparison import Comparison, compare
 from benchmarks.learning.figures import growth, training, validation, worth
+from benchmarks.learning.further import COUNT, FURTHER
 from benchmarks.learning.runs import Run, Runner, require_same_options
-from benchmarks.learning.tables import growth_table, rates_table, training_table, validation_table
+from benchmarks.learning.tables import (
+    further_table,
+    growth_table,
+    rates_table,
+    training_table,
+    validation_table,
+)
 from flexlora_ds.errors import UserError
 from launch.options.train_options import parse_options
 
@@ -100,6 +107,7 @@ def test_each_setting_runs_at_its_own_best_rate(tmp_path: Path) -> None:
     found = compare(runner, ["LoRA", "gradient"], [1, 2], ["1e-4", "1e-3"], "LoRA", read=made_up)
     assert found.chosen == {"LoRA": "1e-3", "gradient": "1e-4"}
     assert cells(rates_table(found), "gradient")[1:] == ["0.2000", "0.6000", "1e-4"]
+    assert further_table(found) == ""
     text = validation_table(found)
     assert cells(text, "gradient")[5:] == [
         "0.2000, 0.4500",
@@ -109,6 +117,30 @@ def test_each_setting_runs_at_its_own_best_rate(tmp_path: Path) -> None:
     assert "Of 2 differences" in text
     # To LoRA at 1e-4, which ran on seed 1 alone, and to LoRA at its own 1e-3.
     assert cells(training_table(found), "gradient")[-3:] == ["1.000, 2.000", "0.500, –", "0.250, 0.250"]
+
+
+def test_rates_are_chosen_on_further_records_where_they_were_measured(tmp_path: Path) -> None:
+    def further(end: float, loss: float) -> dict[str, float]:
+        return row(end) | {FURTHER: loss, COUNT: 192}
+
+    runner = Runner(tmp_path)
+    made = {
+        Run("LoRA", 1, "1e-4"): further(0.2, 0.5),
+        Run("LoRA", 1, "1e-3"): further(0.3, 0.4),
+        Run("LoRA", 2, "1e-3"): further(0.3, 0.3),
+        Run("gradient", 1, "1e-4"): further(0.3, 0.3),
+        Run("gradient", 1, "1e-3"): further(0.2, 0.5),
+        Run("gradient", 2, "1e-4"): further(0.3, 0.5),
+    }
+    lay_out(runner, made)
+    found = compare(runner, ["LoRA", "gradient"], [1, 2], ["1e-4", "1e-3"], "LoRA", read=made_up)
+    assert found.chosen == {"LoRA": "1e-3", "gradient": "1e-4"}
+    assert cells(rates_table(found), "gradient")[1:] == ["0.3000", "0.5000", "1e-4"]
+    text = further_table(found)
+    assert "held out (192 records, fp32)" in text
+    assert cells(text, "LoRA")[2:] == ["0.3500", "0.4000, 0.3000", "–", "–"]
+    assert cells(text, "gradient")[2:5] == ["0.4000", "0.3000, 0.5000", "-0.1000, +0.2000"]
+    assert cells(text, "gradient")[5] == "+0.0500 (-0.1000 to +0.2000)"
 
 
 def test_growth_is_compared_with_gaussian_growth_at_the_same_step() -> None:

@@ -11,8 +11,8 @@ import pytest
 from benchmarks.learning.runs import Run, Runner
 from benchmarks.sizes.__main__ import parse
 from benchmarks.sizes.curves import CURVES, PARA, TRAINED, TRUNCATED, Family, Point, measure, table
-from benchmarks.sizes.held_out import HeldOut
 from benchmarks.sizes.picture import draw
+from benchmarks.sizes.whole import HeldOut
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.peft_reading.plain import read_peft_adapter
 from tests.helpers.processes import Processes
