@@ -80,5 +80,10 @@ def run() -> None:
     print(page(comparison), end="")
 
 
+def main() -> int:
+    """Return 0, 2 after an error the user must change something for, 1 for what failed."""
+    return exit_code_of(run)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code_of(run))
+    sys.exit(main())
