@@ -142,7 +142,7 @@ RUN = (
     "python -m data_prep.report --data data",
     "python -m data_prep --source DIR --tasks openbookqa,ARC-Easy,ARC-Challenge,winogrande --out data/real",
     "python launch/train.py --ds ds_configs/zero2.json --recipe smollm2_135m --model SmolLM2-135M-Instruct.Q4_1.gguf "
-    "--data data/real/commonsense_170k.json --batch_size 2 --adjust_size 8 --grace 4 --val_every 0 "
+    "--data data/real/commonsense_170k.json --batch_size 2 --adjust_size 8 --adjust_interval 6 --grace 4 --val_every 0 "
     "--out runs/SmolLM2-135M",
     "python -m launch.report runs/SmolLM2-135M",
     "cp runs/SmolLM2-135M/report/rank_heatmap.png docs/images/ranks.png",

@@ -18,6 +18,7 @@ SHIPPED = {
     "llama3_8b_r8",
     "llama3_8b_r32",
     "llama3_8b_r8_8gpu",
+    "llama3_8b_growth",
     "paper_llama3_8b_r8",
     "paper_llama3_8b_r12",
     "paper_llama3_8b_r32",
@@ -91,6 +92,14 @@ def test_the_main_recipe_changes_ranks_as_often_as_the_paper() -> None:
     options = load("llama3_8b_r8")
     steps = total_steps(COMMONSENSE_RECORDS, options.epochs, options.batch_size)
     assert abs(len(due_steps(steps, options.to_flexlora_config())) - 21) <= 1
+
+
+def test_the_growth_recipe_is_the_main_run_but_for_the_gradient() -> None:
+    main, growth = load("llama3_8b_r8"), load("llama3_8b_growth")
+    values = growth.to_dict()
+    apart = {key for key, value in main.to_dict().items() if value != values[key]}
+    assert apart == {"recipe", "out", "init", "new_direction", "importance", "budget", "adjust_size"}
+    assert (growth.init, growth.new_direction, growth.importance) == ("gradient", "gradient", "growth")
 
 
 def test_the_8_gpu_recipe_is_the_same_run_cut_finer() -> None:
