@@ -68,18 +68,23 @@ class StepSketch:
         p and q are orthogonal to the matrix's other directions; σ, `fresh` and `error` are those of ∂L/∂W.
         """
         assert self._products is not None, "begin(step) comes before the step"
-        products = self._products
-        sketches = summed({name: products.of_right(name)[:, :, : self._columns[name]] for name in names})
-        co_sketches = summed({name: products.of_left(name) for name in names})
         masters = _whole(self._engine, [self._layers[name] for name in names])
         found = {}
-        for name in names:
-            if not (is_usable(sketches[name]) and is_usable(co_sketches[name])):
-                continue
-            layer, columns = self._layers[name], torch.cat(list(sketches[name]), 1)
-            factors = one_pass_factors(columns, co_sketches[name], products.left[name])
-            found[name] = growth_of(*outside_of(*factors, masters[layer.P], masters[layer.Q]))
+        for name in names:  # one at a time: the products of all matrices together are some hundred megabytes
+            growth = self._growth(name, masters[self._layers[name].P], masters[self._layers[name].Q])
+            if growth is not None:
+                found[name] = growth
         return self._of_first_process(found)
+
+    def _growth(self, name: str, p: Tensor, q: Tensor) -> Growth | None:
+        assert self._products is not None
+        sketch = self._products.of_right(name)[:, :, : self._columns[name]]
+        summed_up = summed({"sketch": sketch, "co_sketch": self._products.of_left(name)})
+        if not all(is_usable(value) for value in summed_up.values()):
+            return None
+        columns = torch.cat(list(summed_up["sketch"]), 1)
+        factors = one_pass_factors(columns, summed_up["co_sketch"], self._products.left[name])
+        return growth_of(*outside_of(*factors, p, q))
 
     def living(self) -> dict[str, Tensor]:
         """pᵢᵀ G qᵢ of every direction that the step began with, by part of its records, [parts, r]; collective.

@@ -159,4 +159,6 @@ def _why_nothing(market: Market) -> str:
     if best <= 0:
         return "nothing traded: no gradient outside of the directions stands out of its noise"
     cheapest = min(market.loss.values(), default=math.inf)
-    return f"nothing traded: a new direction gains at least {best:.2g}, the cheapest old one may cost {cheapest:.2g}"
+    if best <= cheapest:
+        return f"nothing traded: a direction gains at least {best:.2g}, the cheapest old one may cost {cheapest:.2g}"
+    return f"nothing traded: none gains more (at least {best:.2g}) than those may cost that would pay for it"

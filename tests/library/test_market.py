@@ -38,8 +38,8 @@ CHEAP = {"a": [0.3, 0.9], "b": [0.2, 0.1], "c": [0.5, 0.5], "d": [7.0, 6.0]}
 
 
 def test_a_gain_is_half_of_rate_times_gradient_at_the_lower_end() -> None:
-    assert gain_of(growth(3.0, 0.5), scaling=2.0, reach=0.1) == pytest.approx(0.5 * 2 * 0.1 * (3 - 2 * 0.5))
-    assert gain_of(growth(3.0, 1.6), 2.0, 0.1) == 0.0
+    assert gain_of(growth(3.0, 0.25), scaling=2.0, reach=0.1) == pytest.approx(0.5 * 2 * 0.1 * (3 - 8 * 0.25))
+    assert gain_of(growth(3.0, 0.4), 2.0, 0.1) == 0.0
     assert gain_of(growth(3.0, math.nan), 2.0, 0.1) == 0.0, "one record says nothing of its noise"
     assert gain_of(None, 2.0, 0.1) == 0.0
 
@@ -49,7 +49,7 @@ def test_a_rise_is_lambda_times_gradient_at_the_upper_end() -> None:
         [[1.0, 0.5], [3.0, -0.5]], dtype=torch.float64
     )  # parts' sums 4 and 0, errors 2 and 1
     found = rises_of(torch.tensor([-0.1, 0.2]), along, 2.0)
-    assert found.tolist() == pytest.approx([2 * 0.1 * (4 + 2 * 2), 2 * 0.2 * (0 + 2 * 1)])
+    assert found.tolist() == pytest.approx([2 * 0.1 * (4 + 8 * 2), 2 * 0.2 * (0 + 8 * 1)])
     assert rises_of(torch.tensor([0.1]), torch.ones(1, 1), 2.0).isinf().all()
 
 
@@ -84,7 +84,7 @@ def test_by_parameters_prices_are_per_parameter_and_the_limit_holds() -> None:
     """c is twice as large: it needs two sellers, and its gain counts half."""
     offered = prices({"c": 1.0, "d": 0.7, "a": 0.0, "b": 0.0}, CHEAP)
     assert plan(offered, budget="params") == (["b"], ["d"]), (
-        "d gains more a parameter; then a alone cannot pay c"
+        "d gains more a parameter; then a alone does not pay for c"
     )
     alone = prices({"c": 1.0, "d": 0.0, "a": 0.0, "b": 0.0}, CHEAP)
     assert plan(alone, budget="params") == (["b", "a"], ["c"])
@@ -114,7 +114,7 @@ def test_noise_has_a_leading_pair_and_says_nothing_on_fresh_records() -> None:
     assert abs(float(fresh.mean())) < 4 * float(fresh.std()) / 200**0.5, "free of the choice"
     assert float(fresh.std()) < 0.3 * float(sigma.mean())
     bought = sum(gain_of(g, 2.0, 0.1) > 0 for g in found)
-    assert bought < 30, "some 7 % by Student's t with three degrees of freedom"
+    assert bought < 9, "some 1 %"
 
 
 def test_a_signal_shows_on_fresh_records() -> None:
@@ -127,3 +127,4 @@ def test_a_signal_shows_on_fresh_records() -> None:
         assert abs(float(found.right[0].double() @ exact.Vh[0])) > 1 - 1e-6
         assert 36 < found.fresh < found.sigma, "below σ, which counts the noise that the pair was chosen by"
         assert found.fresh - 2 * found.error > 0
+    assert sum(gain_of(growth_of(*parts(12.0, seed)), 2.0, 0.1) > 0 for seed in range(20)) > 15
