@@ -9,9 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def _alone() -> bool:
+    """Also in a group of one that torch made without DeepSpeed, as other trainers do."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
 def summed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums over all processes; collective."""
-    if not dist.is_initialized():
+    if _alone():
         return dict(values)
     from deepspeed import comm
 
@@ -20,7 +25,7 @@ def summed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def of_first_process(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of process 0; collective. Another processor's linear algebra may flip a sign."""
-    if not dist.is_initialized():
+    if _alone():
         return dict(values)
     from deepspeed import comm
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from flexlora_ds.gradient.agreement import of_first_process, summed
 from flexlora_ds.gradient.sketch import (
     leading_triples,
     one_pass_factors,
@@ -66,3 +68,13 @@ def test_a_matrix_narrower_than_the_sketch_is_taken_whole() -> None:
     basis = range_basis(G @ normal(k, 9).T)
     found = leading_triples(basis, basis.T @ G, 4)
     assert found.sigma.tolist() == pytest.approx(torch.linalg.svdvals(G)[:4].tolist(), rel=1e-4)
+
+
+def test_one_process_that_torch_alone_has_joined_sums_nothing() -> None:
+    """Other trainers open a group of one, and DeepSpeed knows of none."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        values = {"a": torch.arange(3.0)}
+        assert summed(values)["a"].tolist() == of_first_process(values)["a"].tolist() == [0.0, 1.0, 2.0]
+    finally:
+        dist.destroy_process_group()
