@@ -318,7 +318,7 @@ class RankController:
         self.initial_total_rank = int(state["initial_total_rank"])
         self._pending = int(state["pending"])
         self.watch = PruneWatch(**state["watch"])
-        self._prepare(int(state.get("step", 0)) + 1)
+        self._prepare(int(state.get("step", self.engine.global_steps)) + 1)
 
 
 def _mature_of(matrices: Mapping[str, MatrixView]) -> dict[str, Tensor]:

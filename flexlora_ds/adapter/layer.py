@@ -7,7 +7,7 @@ a scale that followed the current rank would change the function at every rank c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -53,6 +53,7 @@ class ForwardContext:
     `row_folds`: int64 [rows], the part of the records that each row belongs to, for an observer that compares parts; or
     None for the rows' places.
     `observer`: what looks at the rows that pass by, and at their gradients, or None.
+    `renew`: called after P and Q were written anew; what an observer has read of them is read again. Or None.
     `fused_masks`: compute dropout inside one kernel; None does so where there is one (`flexlora_ds.dropout.apply`).
     `plain`: compute in single operations with autograd's gradients, the reference, instead of in one node.
     `handed`: set inside a compiled layer only (`launch.model.compiled_blocks`).
@@ -62,6 +63,7 @@ class ForwardContext:
     row_folds: Tensor | None = None
     penalty: PenaltyGradient | None = None
     observer: RowObserver | None = None
+    renew: Callable[[], None] | None = None
     fused_masks: bool | None = None
     plain: bool = False
     handed: Handed | None = None

@@ -134,11 +134,11 @@ def collecting(model: nn.Module, products: GradientProducts) -> Iterator[None]:
     hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for p in trained:
         p.requires_grad_(False)
-    context.observer = products
+    former, context.observer = context.observer, products
     try:
         yield
     finally:
-        context.observer = None
+        context.observer = former
         for p in trained:
             p.requires_grad_(True)
         hook.remove()

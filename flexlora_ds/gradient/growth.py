@@ -34,6 +34,8 @@ class StepSketch:
         self._config = config
         self._of_living = config.importance == "growth"
         self._context = forward_context(engine.module)
+        self._context.renew = self._begin_again
+        self._step = 0
         self._layers: dict[str, AdaptedLinear] = adapters(engine.module)
         self._shapes = linear_shapes(engine.module, list(self._layers))
         self._columns: dict[str, int] = {}
@@ -44,6 +46,7 @@ class StepSketch:
 
     def begin(self, step: int) -> None:
         """Collect from now on, over the micro-batches of `step`; collective where the living directions are priced."""
+        self._step = step
         right, left = {}, {}
         masters = _whole(self._engine, list(self._layers.values())) if self._of_living else {}
         for name, (out, width) in self._shapes.items():
@@ -57,6 +60,11 @@ class StepSketch:
         self._products = FoldedProducts(self._shapes, right, left, FOLDS, self._folds_of)
         self._context.observer = self._products
         self._scale = loss_scale(self._engine) * self._engine.world_size
+
+    def _begin_again(self) -> None:
+        """Where P and Q were written between `begin` and the step, as a start from the gradient does."""
+        if self._products is not None and self._context.observer is self._products:
+            self.begin(self._step)
 
     def end(self) -> None:
         """Collect no more; what was collected stays until the next `begin`."""

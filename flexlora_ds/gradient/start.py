@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flexlora_ds.adapter.inject import linear_shapes
-from flexlora_ds.adapter.layer import AdaptedLinear, adapters, gaussian
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context, gaussian
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.gradient.agreement import is_usable, of_first_process, summed
@@ -72,6 +72,8 @@ def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> 
         if is_usable(product)
     }
     _write(engine, layers, found)
+    if (renew := forward_context(model).renew) is not None:
+        renew()
     sigma = {name: triples.sigma.tolist() for name, triples in found.items()}
     return GradientStart(sigma, tuple(name for name in layers if name not in found))
 

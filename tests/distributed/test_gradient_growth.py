@@ -53,6 +53,19 @@ def test_it_is_the_same_everywhere(
         assert change["overlap"] < 1e-5, "orthogonal to the directions that were there"
 
 
+def test_a_start_from_the_gradient_leaves_the_sketch_of_the_first_step(one_process: Processes) -> None:
+    """Ranks change after step 1, whose sketch began before P and Q were written."""
+    (result,) = one_process.run(worker.first_change, {"stage": 0})
+    assert max(result["market"]["gain"].values()) > 0
+    for name, gradient in result["exact"].items():
+        assert result["found"][name] == pytest.approx(gradient, rel=1e-3, abs=1e-7)
+
+
+def test_a_state_of_before_steps_were_noted_goes_on(one_process: Processes) -> None:
+    (grew,) = one_process.run(worker.continued, {"stage": 0})
+    assert len(grew) == 5
+
+
 def test_bf16(two_processes: Processes) -> None:
     for result in two_processes.run(worker.grown, {"stage": 2, "dtype": "bf16"}):
         (change,) = result["changes"]

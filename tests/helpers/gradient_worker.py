@@ -163,6 +163,52 @@ def priced(case: dict[str, Any]) -> dict[str, Any]:
     return {"exact": exact, "found": found, "changes": changes, "total": controller.total_rank}
 
 
+def first_change(case: dict[str, Any]) -> dict[str, Any]:
+    """σ of the directions born after step 1 behind a start from the gradient; ∂L/∂λ by the sketch and by autograd."""
+    rank, world = tiny.start()
+    options = {"init": "gradient", "importance": "growth", "adjust_start": 0, "adjust_interval": 1}
+    config = FlexLoRAConfig(**{**GROWING, **options})
+    model: Any = tiny.tiny_llama()
+    inject_adapters(model, config)
+    engine = tiny.make_engine(model, config, tiny.ds_config(case["stage"], "fp32", world))
+    controller = RankController(engine, config, 10)
+    rows = rows_of(1)
+    own = rows[rank::world]
+    start_from_gradient(
+        engine, config, lambda: iter([tiny.token_loss(engine.module, own) / tiny.targets(rows)])
+    )
+    exact = _gradients_of_lambda(engine, rows) if case["stage"] == 0 else {}
+    tiny.train_step(engine, rows)
+    assert controller._sketch is not None
+    controller._sketch.end()
+    along = controller._sketch.living()
+    found = {name: (config.scaling * value.sum(0)).tolist() for name, value in along.items()}
+    change = controller.after_step(1)
+    assert change is not None
+    return {"exact": exact, "found": found, "market": change.to_dict()["market"], "sigma": change.sigma}
+
+
+def continued(case: dict[str, Any]) -> list[str]:
+    """What grew after step 5, at a controller that goes on after step 4 from a state that names no step."""
+    _, world = tiny.start()
+    config = FlexLoRAConfig(**GROWING)
+    model: Any = tiny.tiny_llama()
+    inject_adapters(model, config)
+    engine = tiny.make_engine(model, config, tiny.ds_config(case["stage"], "fp32", world))
+    controller = RankController(engine, config, 10)
+    for step in range(1, 5):
+        tiny.train_step(engine, rows_of(step))
+        controller.after_step(step)
+    state = {key: value for key, value in controller.state_dict().items() if key != "step"}
+    forward_context(engine.module).observer = None
+    controller = RankController(engine, config, 10)
+    controller.load_state_dict(state)
+    tiny.train_step(engine, rows_of(5))
+    change = controller.after_step(5)
+    assert change is not None
+    return list(change.sigma)
+
+
 def _gradients_of_lambda(engine: Any, rows: list[list[int]]) -> dict[str, list[float]]:
     layers, context = adapters(engine.module), forward_context(engine.module)
     observer, context.observer = context.observer, None
