@@ -77,6 +77,8 @@ def gain_of(growth: Growth | None, scaling: float, reach: float) -> float:
 def rises_of(lam: Tensor, along: Tensor, scaling: float) -> Tensor:
     """|λᵢ| · (upper end of |∂L/∂λᵢ|), [r], float64.
 
+    0 where λ is 0. Infinite where no part has a gradient: no record says what the direction is worth.
+
     Args:
         lam: λ, [r].
         along: pᵢᵀ Gⱼ qᵢ of the parts j of the records, [parts, r]; they sum to ∂L/∂λᵢ / s.
@@ -84,7 +86,9 @@ def rises_of(lam: Tensor, along: Tensor, scaling: float) -> Tensor:
     parts = len(along)
     error = along.std(0) * parts**0.5 if parts > 1 else torch.full_like(along[0], torch.inf)
     rises: Tensor = scaling * lam.double().abs() * (along.sum(0).abs() + STANDARD_ERRORS * error)
-    return torch.nan_to_num(rises, nan=torch.inf, posinf=torch.inf)
+    rises = torch.nan_to_num(rises, nan=torch.inf, posinf=torch.inf)
+    rises[~along.any(0)] = torch.inf
+    return rises.masked_fill(lam == 0, 0.0)
 
 
 def plan_trades(

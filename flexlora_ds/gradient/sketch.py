@@ -106,7 +106,7 @@ class Growth:
     fresh: float
     """Σ pᵢᵀ Gᵢ qᵢ, each pair the leading one of the other parts' sum: its expectation is 0 where G is noise."""
     error: float
-    """The standard error of `fresh`, from the parts' spread; not a number with one part."""
+    """The standard error of `fresh`, from the parts' spread; not a number where fewer than two have a gradient."""
 
 
 def growth_of(basis: Tensor, projected: Tensor) -> Growth:
@@ -131,7 +131,8 @@ def growth_of(basis: Tensor, projected: Tensor) -> Growth:
         u_others, sigma_others = _leading(grams[others][:, others].sum((0, 1)))
         along = float(u_others @ grams[part, others].sum(0) @ u_others)
         found.append(along / sigma_others if sigma_others > 0 else 0.0)
-    spread = float(torch.tensor(found, dtype=torch.float64).std()) if parts > 1 else math.nan
+    telling = sum(bool(part.any()) for part in B)
+    spread = float(torch.tensor(found, dtype=torch.float64).std()) if telling > 1 else math.nan
     p = (basis.double() @ u).float()
     return Growth(p[:, None], v.float()[None], sigma, math.fsum(found), spread * math.sqrt(parts))
 

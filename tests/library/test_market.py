@@ -53,6 +53,21 @@ def test_a_rise_is_lambda_times_gradient_at_the_upper_end() -> None:
     assert rises_of(torch.tensor([0.1]), torch.ones(1, 1), 2.0).isinf().all()
 
 
+def test_a_direction_that_no_record_has_seen_is_not_for_free() -> None:
+    found = rises_of(torch.tensor([-0.1, 0.0, 0.3]), torch.zeros(4, 3, dtype=torch.float64), 2.0)
+    assert found.tolist() == [math.inf, 0.0, math.inf]
+    unknown = torch.full((4, 2), math.nan, dtype=torch.float64)
+    assert rises_of(torch.tensor([0.1, 0.0]), unknown, 2.0).tolist() == [math.inf, 0.0]
+
+
+def test_records_of_one_part_say_nothing_of_their_noise() -> None:
+    U, G = parts(12.0, 0)
+    G[1:] = 0
+    found = growth_of(U, G)
+    assert math.isnan(found.error)
+    assert gain_of(found, 2.0, 0.1) == 0.0
+
+
 def test_the_best_buys_from_the_cheapest_while_it_pays() -> None:
     """d buys of b for 0.1, a of none: c would cost 0.5 and gains 0.4."""
     offered = prices({"d": 1.0, "a": 0.4, "b": 0.0, "c": 0.0}, CHEAP)
