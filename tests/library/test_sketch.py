@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from flexlora_ds.gradient.agreement import of_first_process, summed
 from flexlora_ds.gradient.sketch import (
     leading_triples,
     one_pass_factors,
@@ -15,6 +16,7 @@ from flexlora_ds.gradient.sketch import (
     range_basis,
     sketch_width,
 )
+from tests.helpers.processes import ROOT
 
 
 def matrix(out: int, width: int, sigma: list[float], noise: float = 0.01) -> Tensor:
@@ -70,11 +72,19 @@ def test_a_matrix_narrower_than_the_sketch_is_taken_whole() -> None:
     assert found.sigma.tolist() == pytest.approx(torch.linalg.svdvals(G)[:4].tolist(), rel=1e-4)
 
 
+ALONE = """
+import torch
+from torch import distributed
+from flexlora_ds.gradient.agreement import of_first_process, summed
+
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+values = {"a": torch.arange(3.0)}
+print(summed(values)["a"].tolist(), of_first_process(values)["a"].tolist())
+distributed.destroy_process_group()
+"""
+
+
 def test_one_process_that_torch_alone_has_joined_sums_nothing() -> None:
-    """Other trainers open a group of one, and DeepSpeed knows of none."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        values = {"a": torch.arange(3.0)}
-        assert summed(values)["a"].tolist() == of_first_process(values)["a"].tolist() == [0.0, 1.0, 2.0]
-    finally:
-        dist.destroy_process_group()
+    """Other trainers open a group of one, and DeepSpeed knows of none. In a process of its own: others have a group."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[0.0, 1.0, 2.0] [0.0, 1.0, 2.0]", done.stderr
