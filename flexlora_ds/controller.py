@@ -1,4 +1,4 @@
-"""The life of ranks during a run: after each step, is a change due? score -> plan -> apply -> record."""
+"""The life of ranks during a run: after each step, is a change due? decide -> apply -> record."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context
 from flexlora_ds.adapter.parameter_groups import lambda_factor
 from flexlora_ds.adapter.penalty import PenaltyGradient
-from flexlora_ds.allocation import RankPlan, plan_ranks
+from flexlora_ds.allocation import RankPlan
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.directions import TensorEdit, matrix_edits, smallest_directions
+from flexlora_ds.decision import Decision, by_price, by_score
+from flexlora_ds.directions import TensorEdit, matrix_edits
 from flexlora_ds.gradient.growth import StepSketch
 from flexlora_ds.gradient.sketch import Growth
-from flexlora_ds.importance import not_expandable, score_matrices, spectrum_error
-from flexlora_ds.market import Prices, gain_of, market_of, plan_trades, rises_of
+from flexlora_ds.importance import spectrum_error
+from flexlora_ds.market import Prices, gain_of, rises_of
 from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
 from flexlora_ds.rank_change import RankChange, newborn_of
@@ -142,22 +143,18 @@ class RankController:
             with_sensitivity=self.config.importance == "sensitivity",
         )
         error = max(spectrum_error(matrix.lam, matrix.exact) for matrix in matrices.values())
-        prices = self._prices(step, matrices) if self.config.importance == "growth" else None
-        scores = self._scores(step, matrices) if prices is None else dict(prices.gain)
-        plan = self._plan(size, scores, matrices, prices)
+        decision = self._decide(step, size, matrices)
+        plan = decision.plan
         loss_before, seconds_before = self._timed_validation(plan)
-        if prices is not None:
-            born = {name: prices.growths[name] for name in plan.expanded}
-        else:
-            born = {} if self._sketch is None else self._sketch.growths(plan.expanded)
+        born = self._born(decision)
         newborn = newborn_of(self.births, {name: matrix.lam for name, matrix in matrices.items()})
-        ages = self._apply(step, plan, matrices, born, prices)
+        ages = self._apply(step, decision, matrices, born)
         loss_after, seconds_after = self._timed_validation(plan)
         self.changes += 1
         change = RankChange(
             step=step,
             adjust_size=size,
-            importance=scores,
+            importance=decision.scores,
             score_margin=plan.score_margin,
             pruned=plan.pruned,
             expanded=plan.expanded,
@@ -170,7 +167,7 @@ class RankController:
             spectrum_error=error,
             sigma={name: growth.sigma for name, growth in born.items()},
             noise={name: growth.error for name, growth in born.items() if math.isfinite(growth.error)},
-            market=None if prices is None else market_of(prices, plan, _mature_of(matrices)),
+            market=decision.market,
             newborn=newborn,
             seconds=time.perf_counter() - started - seconds_before - seconds_after,
         )
@@ -183,20 +180,19 @@ class RankController:
         started = time.perf_counter()
         return self.validate(), time.perf_counter() - started
 
-    def _scores(self, step: int, matrices: Mapping[str, MatrixView]) -> dict[str, float]:
-        exact, sensitive = self.config.spectrum == "exact", self.config.importance == "sensitivity"
-        return score_matrices(
-            {name: matrix.mature_exact() if exact else matrix.lam for name, matrix in matrices.items()},
-            self.config,
-            mature=None if exact else {name: matrix.mature for name, matrix in matrices.items()},
-            sensitivity={n: m.sensitivity for n, m in matrices.items() if m.sensitivity is not None}
-            if sensitive
-            else None,
-            step=step,
-        )
+    def _decide(self, step: int, size: int, matrices: Mapping[str, MatrixView]) -> Decision:
+        if self.config.importance == "growth":
+            return by_price(matrices, self._prices(matrices), size, self.config, self.parameter_limit)
+        return by_score(matrices, size, self.config, self.parameter_limit, step)
 
-    def _prices(self, step: int, matrices: Mapping[str, MatrixView]) -> Prices:
-        """What a direction more would gain and one less would cost, by the records of `step`; collective."""
+    def _born(self, decision: Decision) -> dict[str, Growth]:
+        """The gradient's directions for the matrices that expand; collective where they are not known yet."""
+        if decision.growths is not None:
+            return {name: decision.growths[name] for name in decision.plan.expanded}
+        return {} if self._sketch is None else self._sketch.growths(decision.plan.expanded)
+
+    def _prices(self, matrices: Mapping[str, MatrixView]) -> Prices:
+        """What a direction more would gain and one less would cost, by the records of this step; collective."""
         assert self._sketch is not None, "importance growth comes with new_direction gradient"
         growths, living = self._sketch.growths(list(matrices)), self._sketch.living()
         travel = float(self.engine.basic_optimizer.param_groups[0]["lr"]) * self.interval
@@ -211,32 +207,6 @@ class RankController:
             growths=growths,
         )
 
-    def _plan(
-        self, size: int, scores: dict[str, float], matrices: Mapping[str, MatrixView], prices: Prices | None
-    ) -> RankPlan:
-        barred = not_expandable({name: m.lam for name, m in matrices.items()}, self.config)
-        if prices is not None:
-            return plan_trades(
-                prices,
-                self.ranks,
-                size,
-                self.config,
-                self.shapes,
-                _mature_of(matrices),
-                limit=self.parameter_limit,
-                not_expandable=barred,
-            )
-        return plan_ranks(
-            scores,
-            self.ranks,
-            size,
-            self.config,
-            self.shapes,
-            limit=self.parameter_limit,
-            not_prunable=[name for name, matrix in matrices.items() if not matrix.mature.any()],
-            not_expandable=barred,
-        )
-
     def _mature(self, name: str) -> list[bool]:
         """Which directions are at least `grace` changes old; those there from the start always are."""
         return [born == 0 or self.changes - change >= self.config.grace for born, change in self.births[name]]
@@ -244,32 +214,25 @@ class RankController:
     def _apply(
         self,
         step: int,
-        plan: RankPlan,
+        decision: Decision,
         matrices: Mapping[str, MatrixView],
         born: Mapping[str, Growth],
-        prices: Prices | None,
     ) -> list[int]:
-        """Resize what the plan names; returns the ages in steps of the pruned directions.
+        """Resize what was decided; returns the ages in steps of the pruned directions.
 
         `born`: directions along the gradient, for those matrices that have one.
         """
+        plan = decision.plan
         if plan.empty:
             return []
         edits: dict[nn.Parameter, TensorEdit] = {}
         ages = []
         births = dict(self.births)
         for name in (*plan.pruned, *plan.expanded):
-            lam, mature = matrices[name].lam, matrices[name].mature
-            gone: list[int] = []
-            if name in plan.pruned:
-                gone = (
-                    [prices.cheapest(name, mature)]
-                    if prices
-                    else smallest_directions(lam, 1, mature.tolist())
-                )
-            keep = [i for i in range(len(lam)) if i not in gone]
+            gone = decision.leaving.get(name)
+            keep = [i for i in range(len(matrices[name].lam)) if i != gone]
             added = int(name in plan.expanded)
-            ages += [step - births[name][i][0] for i in gone]
+            ages += [] if gone is None else [step - births[name][gone][0]]
             births[name] = [births[name][i] for i in keep] + [(step, self.changes + 1)] * added
             pair = (born[name].left, born[name].right) if name in born else None
             edits.update(matrix_edits(self.layers[name], keep, added, self.config, step, pair))
@@ -319,7 +282,3 @@ class RankController:
         self._pending = int(state["pending"])
         self.watch = PruneWatch(**state["watch"])
         self._prepare(int(state.get("step", self.engine.global_steps)) + 1)
-
-
-def _mature_of(matrices: Mapping[str, MatrixView]) -> dict[str, Tensor]:
-    return {name: matrix.mature for name, matrix in matrices.items()}

@@ -34,7 +34,6 @@ class Prices:
     """By matrix: the least that its best new direction should lower the loss until the next change; 0 for nothing."""
     rises: Mapping[str, Tensor]
     """By matrix: the most that the loss should rise without each direction, [r], float64."""
-
     growths: Mapping[str, Growth]
     """By matrix: that direction, where there is one."""
 

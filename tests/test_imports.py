@@ -38,6 +38,7 @@ FLOORS = {
     ),
     "flexlora_ds": (
         ("controller", "export"),
+        ("decision",),
         ("orthogonalise", "exports", "market"),
         ("peft_reading",),
         (
