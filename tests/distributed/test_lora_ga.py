@@ -16,6 +16,7 @@ from flexlora_ds import export
 from flexlora_ds.checkpoint.state import open_checkpoint
 from tests.helpers import training
 from tests.helpers.lora_ga_reference import mean_gradients
+from tests.helpers.model_logits import apart, logits
 from tests.helpers.processes import Processes
 from tests.helpers.resumed_runs import assert_same_run
 from tests.helpers.training import Place, make_place
@@ -55,16 +56,6 @@ def beginning(out: Path) -> dict[str, Tensor]:
         name.removeprefix("base_model.model.").removesuffix(".default.weight"): value
         for name, value in constants.items()
     }
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=IDS).logits
-    return found
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def base_of(place: Place) -> Any:
@@ -120,8 +111,8 @@ def test_the_adapter_belongs_on_the_original_base(
     expected = load_file(out / TRAINING_LOGITS)["logits"]
     by_peft = PeftModel.from_pretrained(base_of(place), out / "adapter")
     assert by_peft.peft_config["default"].r == 2 * RANK
-    assert apart(logits(base_of(place)), expected) > 1e-2
-    assert apart(logits(by_peft), expected) <= 1e-5
+    assert apart(logits(base_of(place), IDS), expected) > 1e-2
+    assert apart(logits(by_peft, IDS), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["peft-uniform", "merged"])
@@ -130,7 +121,7 @@ def test_the_exports_take_it(place: Place, alone: Path, tmp_path: Path, kind: st
     assert export.main(["--run", str(alone), "--to", kind, "--out", str(out)]) == 0
     model = AutoModelForCausalLM.from_pretrained(out) if kind == "merged" else base_of(place)
     model = model if kind == "merged" else PeftModel.from_pretrained(model, out)
-    assert apart(logits(model), load_file(alone / TRAINING_LOGITS)["logits"]) <= 1e-5
+    assert apart(logits(model, IDS), load_file(alone / TRAINING_LOGITS)["logits"]) <= 1e-5
 
 
 @pytest.mark.parametrize(

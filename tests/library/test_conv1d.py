@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flexlora_ds import FlexLoRAConfig, adapters, inject_adapters
@@ -23,20 +23,10 @@ from flexlora_ds.export import (
     write_peft_adapter,
 )
 from flexlora_ds.peft_format import write_adapter
+from tests.helpers.model_logits import IDS, apart, logits
 from tests.helpers.zoo import make_model, write_model
 
-IDS = torch.randint(0, 420, (3, 20), generator=torch.Generator().manual_seed(3))
 CONFIG = FlexLoRAConfig(rank=3, alpha=7.0, dropout=0.0, target_modules=("all-linear",))
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=IDS).logits
-    return found
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def with_one_linear(model: Any) -> Any:

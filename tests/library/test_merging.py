@@ -17,19 +17,8 @@ from eval.model.merging import merge_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.export import export_merged, main, read_peft_adapter
 from flexlora_ds.exports.probe import probe_logits
+from tests.helpers.model_logits import apart, logits
 from tests.helpers.zoo import make_model, write_model
-
-IDS = torch.randint(0, 420, (3, 20), generator=torch.Generator().manual_seed(3))
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=IDS).logits
-    return found
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def write_adapter(base: Path, out: Path, targets: list[str] | str) -> Path:

@@ -24,6 +24,7 @@ from flexlora_ds.exports.checks import source_logits
 from flexlora_ds.exports.probe import probe_logits
 from flexlora_ds.peft_reading.attach import attach_adapter
 from flexlora_ds.peft_reading.config import HARMLESS, pattern_value, require_plain, require_types
+from tests.helpers.model_logits import apart
 from tests.helpers.zoo import write_model
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
@@ -55,10 +56,6 @@ def train_in_pretence(base: Path, out: Path, targets: list[str] | str, **options
                     p.add_(0.05 * torch.randn(p.shape, generator=rng))
         model.save_pretrained(out)
         return probe_logits(model)
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(
