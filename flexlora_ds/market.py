@@ -7,6 +7,7 @@ the lower end is below zero: nothing is worth buying, and the market stops by it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ def plan_trades(
 
     Prices are per direction, under `budget: params` per parameter. A matrix is bought for or sells, one direction, not
     both. Under `direction: expand` a purchase needs a gain and, with `budget: params`, room below the limit; under
-    `prune` the `size` cheapest go, as the calendar says.
+    `prune` the `size` cheapest go, as the calendar says. A price that is not known sells nothing.
 
     Args:
         limit: for `budget: params`, the most Σ rank · (in + out) may be; None = its present value.
@@ -116,7 +117,7 @@ def plan_trades(
     room = limit - sum(ranks[n] * costs[n] for n in ranks) if by_parameter and limit is not None else 0
     losses = prices.losses(mature)
     sellers = sorted(
-        (name for name in losses if ranks[name] > config.min_rank),
+        (name for name in losses if ranks[name] > config.min_rank and losses[name] < math.inf),
         key=lambda name: losses[name] / costs[name],
     )
     if config.direction == "prune":

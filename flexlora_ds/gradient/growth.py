@@ -124,29 +124,34 @@ class StepSketch:
     def _folds_of(self, x: Tensor) -> Tensor:
         """The part of the records that each row of a layer's input [..., in] belongs to.
 
-        As the trainer says (`ForwardContext.row_folds`). Else by place: the records of a batch [n, T, in] in turn, as
-        if the global batch were dealt out to the processes in runs; the rows of anything else in runs.
+        As the trainer says (`ForwardContext.row_folds`), else by place.
         """
         rows = x.numel() // x.shape[-1]
         said = self._context.row_folds
         if said is not None and said.numel() == rows:
             return said
-        engine, batched = self._engine, x.dim() > 2
-        accumulation = engine.gradient_accumulation_steps()
-        micro_step = engine.micro_steps % accumulation
-        key = (rows, len(x) if batched else 0, micro_step)
+        engine, records = self._engine, len(x) if x.dim() > 2 else 0
+        micro_step = engine.micro_steps % engine.gradient_accumulation_steps()
+        key = (rows, records, micro_step)
         if self._places is None or self._places[0] != key:
-            places = torch.arange(rows, device=x.device)
-            if batched and len(x) * accumulation * engine.world_size >= FOLDS:
-                first = (micro_step * engine.world_size + engine.global_rank) * len(x)
-                self._places = key, (places // (rows // len(x)) + first) % FOLDS
-            else:
-                self._places = key, places * FOLDS // rows
+            first = (micro_step * engine.world_size + engine.global_rank) * records
+            self._places = key, folds_by_place(rows, records, first, x.device)
         return self._places[1]
 
     def _factor(self, step: int, name: str, role: str, rows: int, width: int) -> Tensor:
         rng = generator(self._config.seed, "sketch", step, name, role)
         return gaussian(rows, width, 1.0, rng).to(self._engine.device)
+
+
+def folds_by_place(rows: int, records: int, first: int, device: torch.device) -> Tensor:
+    """The part of the records that each row is in, int64 [rows]: the records in turn, or without records in runs.
+
+    Args:
+        records: how many records of equal length the rows are; 0 where rows do not tell (an expert's tokens).
+        first: the number of the first of them in the global batch.
+    """
+    places = torch.arange(rows, device=device)
+    return (places // (rows // records) + first) % FOLDS if records else places * FOLDS // rows
 
 
 def _whole(engine: Any, layers: Sequence[AdaptedLinear]) -> Mapping[nn.Parameter, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexlora_ds import FlexLoRAConfig
+from flexlora_ds.gradient.growth import folds_by_place
 from flexlora_ds.gradient.sketch import Growth, growth_of
 from flexlora_ds.market import Prices, gain_of, market_of, plan_trades, rises_of
 
@@ -111,6 +112,19 @@ def test_one_sided_directions() -> None:
     assert plan(offered, direction="expand") == ([], ["d", "a"])
     assert plan(offered, direction="expand", budget="params") == ([], [])
     assert plan(offered, direction="prune", size=2) == (["b", "a"], [])
+
+
+def test_a_price_that_is_not_known_sells_nothing() -> None:
+    unknown = {**CHEAP, "b": [math.inf, math.inf]}
+    assert plan(prices(dict.fromkeys(NAMES, 0.0), unknown), direction="prune") == (["a", "c", "d"], [])
+
+
+def test_rows_are_dealt_out_by_whole_records() -> None:
+    """A record is never in two parts: what it says twice would look like agreement."""
+    cpu = torch.device("cpu")
+    assert folds_by_place(6, 3, 3, cpu).tolist() == [3, 3, 0, 0, 1, 1]
+    assert folds_by_place(5, 1, 0, cpu).tolist() == [0] * 5
+    assert folds_by_place(8, 0, 0, cpu).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def parts(signal: float, seed: int) -> tuple[Tensor, Tensor]:
