@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch is imported anywhere: by default it takes all cores, which several test processes share.
@@ -44,6 +45,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Runs of the tests leave no tokenised data in the user's own cache."""
     os.environ["FLEXLORA_CACHE"] = str(tmp_path_factory.mktemp("token_cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """A group that a test leaves in this process, and its port, would reach whatever a later test starts."""
+    port = os.environ.get("MASTER_PORT")
+    yield
+    torch = sys.modules.get("torch")
+    left = torch is not None and torch.distributed.is_initialized()
+    assert not left, "a process group is left in the tests' own process: use one_process"
+    assert os.environ.get("MASTER_PORT") == port, (
+        "MASTER_PORT is left in the tests' own process: use one_process"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from launch.loop import worth
 from launch.loop.worth import MOST_GROUPS, grouped
 from launch.run_folder.new_directions import life_stories, with_last_values
 from launch.run_folder.rows import DIRECTIONS, RANK_CHANGE, fault_of
-from launch.train import main
+from tests.helpers import training
+from tests.helpers.processes import Processes
 from tests.helpers.training import CHANGES, make_place, read_lines
 
 BIRTHS = {"a": [(0, 0), (5, 1), (9, 2)], "b": [(0, 0)], "c": [(9, 2)]}
@@ -77,14 +78,19 @@ def test_a_row_may_have_a_market_or_none(market: Any, right: bool) -> None:
     assert (fault_of({"step": 1, "market": market, "newborn": {"a": [[1, None]]}}, kind) is None) == right
 
 
-def test_a_run_ends_with_what_its_directions_are_worth(tmp_path: Path) -> None:
+def train(processes: Processes, arguments: list[str]) -> None:
+    (done,) = processes.run(training.command, arguments)
+    assert done["code"] == 0, done["stderr"]
+
+
+def test_a_run_ends_with_what_its_directions_are_worth(tmp_path: Path, one_process: Processes) -> None:
     """Weighing changes no bit of the adapter or of a loss, and a run that had stopped weighs the same."""
     place = make_place(tmp_path)
     for out, options in {
         "weighed": {},
         "not": {"weigh_directions": "false"},
     }.items():
-        assert main(place.arguments(tmp_path / out, **options)) == 0
+        train(one_process, place.arguments(tmp_path / out, **options))
     runs = {name: tmp_path / name for name in ("weighed", "not")}
     assert_same_run(runs["weighed"], runs["not"])
     weighed, not_weighed = (json.loads((run / "directions.json").read_text()) for run in runs.values())
@@ -102,7 +108,7 @@ def test_a_run_ends_with_what_its_directions_are_worth(tmp_path: Path) -> None:
     assert all(story["lam_end"] in spectra[story["matrix"]] for story in alive)
     # The same command finds the run at its end, and weighs again from what the checkpoint holds.
     (runs["weighed"] / "directions.json").unlink()
-    assert main(place.arguments(runs["weighed"])) == 0
+    train(one_process, place.arguments(runs["weighed"]))
     assert json.loads((runs["weighed"] / "directions.json").read_text()) == weighed
 
 
