@@ -16,6 +16,7 @@ __all__ = [
     "inject_adapters",
     "rises_without",
     "save_adapter",
+    "start_from_adapter",
     "start_from_gradient",
 ]
 
@@ -27,6 +28,7 @@ _HOMES = {
     "inject_adapters": "flexlora_ds.adapter.inject",
     "rises_without": "flexlora_ds.worth",
     "save_adapter": "flexlora_ds.saving",
+    "start_from_adapter": "flexlora_ds.adapter_start",
     "start_from_gradient": "flexlora_ds.gradient.start",
 }
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from flexlora_ds.adapter.inject import inject_adapters
     from flexlora_ds.adapter.layer import adapters
     from flexlora_ds.adapter.parameter_groups import build_optimizer
+    from flexlora_ds.adapter_start import start_from_adapter
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController
     from flexlora_ds.gradient.start import start_from_gradient

@@ -37,7 +37,7 @@ FLOORS = {
         ("command", "progress"),
     ),
     "flexlora_ds": (
-        ("controller", "export"),
+        ("controller", "export", "adapter_start"),
         ("decision",),
         ("orthogonalise", "exports", "market"),
         ("peft_reading",),

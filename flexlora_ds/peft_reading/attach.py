@@ -92,27 +92,30 @@ def _load(model: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Any, lis
     return adapted, missing, list(result.unexpected_keys)
 
 
-def adapter_folder(adapter: str) -> Path:
-    """Where an adapter lies, fetched if it is an id of the hub; its weights are safetensors. UserError if not."""
+def adapter_folder(adapter: str, place: str = "--adapter") -> Path:
+    """Where an adapter lies, fetched if it is an id of the hub; its weights are safetensors. UserError if not.
+
+    `place` names the option for messages.
+    """
     folder = Path(adapter)
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise UserError(
-            f"no {CONFIG_FILE} in {folder}", "--adapter", "give the folder that holds it, e.g. RUN/adapter"
+            f"no {CONFIG_FILE} in {folder}", place, "give the folder that holds it, e.g. RUN/adapter"
         )
     if not folder.is_dir() and (folder.is_absolute() or adapter.count("/") != 1 or adapter.startswith(".")):
-        raise UserError(f"no adapter folder {adapter}", "--adapter", "train one, or give a hub id")
+        raise UserError(f"no adapter folder {adapter}", place, "train one, or give a hub id")
     source = ModelSource(adapter, adapter, local=folder.is_dir())
     with one_line_errors(source, "adapter"):
         folder = fetch(source, "model")
     if not (folder / WEIGHTS_FILE).exists():
-        raise _without_safetensors(adapter, folder)
+        raise _without_safetensors(adapter, folder, place)
     return folder
 
 
-def _without_safetensors(adapter: str, folder: Path) -> UserError:
+def _without_safetensors(adapter: str, folder: Path, place: str) -> UserError:
     pickled = folder / "adapter_model.bin"
     if not pickled.is_file():
-        return UserError(f"no {WEIGHTS_FILE} in {folder}", "--adapter", "fetch the adapter again")
+        return UserError(f"no {WEIGHTS_FILE} in {folder}", place, "fetch the adapter again")
     return UserError(
         f"adapter {adapter} has pickled weights, which are never read: only safetensors are",
         pickled.name,

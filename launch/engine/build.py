@@ -67,6 +67,9 @@ def build_engine(
             lr_scheduler=build_lr_scheduler(optimizer, options, steps),
             config=ds_config,
         )
+    if beginning.adapter is not None:
+        # Process 0's P, λ and Q, to all.
+        beginning.adapter.write(engine)
     fuse_gradient_checks(engine)
     _try_packing(engine, settled, process)
     # PEFT's own dropout; FlexLoRA's masks have named seeds.

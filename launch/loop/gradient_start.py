@@ -20,6 +20,9 @@ def begin_directions(run: Session) -> None:
     config = run.options.to_flexlora_config()
     if not run.options.traits.changes_ranks or config.init != "gradient":
         return
+    if run.options.init_adapter:
+        run.log.progress.message("init gradient has no effect: P and Q are those of init_adapter")
+        return
     batches = FirstBatches.of(run.options, run.data, run.process.device)
     started = time.perf_counter()
     found = start_from_gradient(

@@ -17,6 +17,7 @@ from launch.data.prepare import Data, steps_of
 from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process, limit_collectives
 from launch.distributed.signals import SignalWatcher
+from launch.engine.adapter_start import identify_adapter, share_start
 from launch.engine.build import build_engine
 from launch.engine.first_batches import FirstBatches
 from launch.engine.methods.protocol import Beginning, Method
@@ -109,9 +110,11 @@ def identify(options: TrainOptions, data: TokenisedData, process: Process) -> Id
     """What this run is a run of; process 0 looks at the model's files."""
     steps = steps_of(options, data)
     model = options.model
-    fingerprint, revision = on_rank_zero(process, lambda: [base_fingerprint(model), base_revision(model)])
+    fingerprint, revision, adapter = on_rank_zero(
+        process, lambda: [base_fingerprint(model), base_revision(model), identify_adapter(options)]
+    )
     base = Base(model, revision, fingerprint)
-    return Identity.of(options, base, data.train.digest(), steps)
+    return Identity.of(options, base, data.train.digest(), steps, adapter)
 
 
 def begin(
@@ -129,7 +132,8 @@ def begin(
         UserError: as `launch.engine.build.build_engine`. RunError: the checkpoint does not fit.
     """
     options, steps = settled.options, batches.steps
-    beginning = Beginning(FirstBatches.of(options, batches, process.device), start.constants)
+    adapter = None if start.checkpoint else share_start(options, settled.skeleton.shapes, process)
+    beginning = Beginning(FirstBatches.of(options, batches, process.device), start.constants, adapter)
     engine, method = build_engine(settled, steps, process, start.ranks, beginning)
     progress = Progress(steps, log_every=options.log_every, start=start.step, shows=process.is_rank_zero)
     log = RunLog(folder, engine, method, progress, process.device, every=options.log_every, last=steps)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexlora_ds.adapter.inject import check_rank, linear_names, linear_shapes, match_modules
@@ -37,6 +37,8 @@ class Skeleton:
     """What of the base a run does without, one line each."""
     attention: frozenset[str] = frozenset({"eager", "sdpa", "flash_attention_2"})
     """The kernels that its class can compute with, under transformers' names."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Where an adapter begins at another rank than the options'."""
 
     @property
     def text_config(self) -> Any:

@@ -77,6 +77,11 @@ class TrainOptions(FlexLoRAConfig):
     method: Annotated[Method, ADAPTER, MUST_MATCH] = "flexlora"
     """What is trained: FlexLoRA; for comparison PEFT's LoRA, or its LoRA-GA, in the same loop."""
 
+    init_adapter: Annotated[str, ADAPTER, MAY_CHANGE] = ""
+    """A PEFT LoRA to go on from, a folder or a hub id: its update becomes P, λ and Q (method flexlora). Empty: none."""
+    init_rank_budget: Annotated[Positive | None, ADAPTER, MUST_MATCH] = None
+    """The most directions to keep of init_adapter, by one threshold over all its singular values; none keeps all."""
+
     epochs: Annotated[float, Bounds(above=0, most=10**6), OPTIMIZATION, MAY_CHANGE] = 3.0
     """Passes over the training records; parts of one are allowed."""
     max_steps: Annotated[Annotated[int, Bounds(least=1, most=10**12)] | None, OPTIMIZATION, MAY_CHANGE] = None

@@ -10,6 +10,7 @@ from launch.data.examples import IGNORED, TokenisedData
 from launch.data.prepare import load_tokenizer_of, prepare_data, steps_of
 from launch.data.template_date import resolve_template_date
 from launch.distributed.process import world_size_of_environment
+from launch.engine.adapter_start import identify_adapter
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
@@ -34,7 +35,9 @@ def dry_run(options: TrainOptions) -> None:
     plan = memory_of(settled)
     data = prepare_data(options, tokenizer, skeleton.vocabulary)
     steps = steps_of(options, data)
-    begins = expect_start(settled.options, Identity.of(settled.options, None, data.train.digest(), steps))
+    adapter = identify_adapter(options)
+    identity = Identity.of(settled.options, None, data.train.digest(), steps, adapter)
+    begins = expect_start(settled.options, identity)
     dropped = data.dropped_line()
     page = DryRunPage(
         options=options,
@@ -46,6 +49,7 @@ def dry_run(options: TrainOptions) -> None:
         memory=plan.at(layout.micro_batch_size),
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
+        ranks=skeleton.ranks,
         notes=[*([dropped] if dropped else []), settled.line(), *skeleton.remarks, *begins],
     )
     text = render_plan(page)

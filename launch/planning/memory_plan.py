@@ -51,7 +51,12 @@ class MemoryPlan:
         return estimate_memory(
             ModelShape.from_config(skeleton.text_config, skeleton.parameters),
             setting,
-            trainable_parameters(skeleton.shapes, options.rank, with_lambda=options.traits.changes_ranks),
+            trainable_parameters(
+                skeleton.shapes,
+                options.rank,
+                with_lambda=options.traits.changes_ranks,
+                ranks=skeleton.ranks,
+            ),
             micro_batch * options.cutoff_len,
             dropped_inputs=inputs,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from flexlora_ds.schedule import adjustment_size, describe, due_steps
 from launch.data.batch_layout import BatchLayout
@@ -15,6 +16,8 @@ from launch.planning.memory_estimate import GIB, MemoryEstimate
 Shapes = Mapping[str, tuple[int, int]]
 """(out, in) of every adapted linear layer, by module name in the order of the model."""
 
+NO_OTHERS: Mapping[str, int] = MappingProxyType({})
+"""Every matrix begins at the options' rank."""
 CALENDAR_LINES = 8
 EXAMPLE_CHARACTERS = 1500
 LOSS_MARKS = ("⟦", "⟧")
@@ -47,11 +50,15 @@ class DryRunPage:
     """One example as decoded tokens, each with whether it is in the loss."""
     notes: Sequence[str] = ()
     """Remarks to print as they are, such as how many records were dropped."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Where an adapter begins at another rank than the options'."""
 
 
-def trainable_parameters(shapes: Shapes, rank: int, *, with_lambda: bool = True) -> int:
-    """Parameters of adapters of one rank: P, Q and (not for LoRA) λ."""
-    return sum(rank * (out + into + with_lambda) for out, into in shapes.values())
+def trainable_parameters(
+    shapes: Shapes, rank: int, *, with_lambda: bool = True, ranks: Mapping[str, int] = NO_OTHERS
+) -> int:
+    """Parameters of adapters: P, Q and (not for LoRA) λ; `ranks` says which do not begin at `rank`."""
+    return sum(ranks.get(n, rank) * (out + into + with_lambda) for n, (out, into) in shapes.items())
 
 
 def group_modules(shapes: Shapes) -> list[ModuleGroup]:
@@ -99,10 +106,12 @@ def _module_lines(plan: DryRunPage) -> Iterator[str]:
         out, into = group.shape
         of_rank = trainable_parameters({group.pattern: group.shape}, 1, with_lambda=with_lambda)
         yield f"{group.count:5} × {group.pattern}  {out:,} × {into:,}, {of_rank:,} parameters a rank"
-    total = trainable_parameters(plan.shapes, rank, with_lambda=with_lambda)
+    total = trainable_parameters(plan.shapes, rank, with_lambda=with_lambda, ranks=plan.ranks)
+    ranks = sorted({plan.ranks.get(name, rank) for name in plan.shapes})
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     part = total / max(1, plan.base_parameters + total)
     yield (
-        f"{len(plan.shapes)} layers, rank {rank}: {total:,} trainable parameters, {part:.2%} of "
+        f"{len(plan.shapes)} layers, rank {shown}: {total:,} trainable parameters, {part:.2%} of "
         f"{plan.base_parameters + total:,}"
     )
 
@@ -124,7 +133,8 @@ def _calendar_lines(plan: DryRunPage) -> Iterator[str]:
         yield f"none: ranks are fixed with method {plan.options.method}"
         return
     config = plan.options.to_flexlora_config()
-    yield describe(plan.total_steps, config, len(plan.shapes) * plan.options.rank)
+    total_rank = sum(plan.ranks.get(name, plan.options.rank) for name in plan.shapes)
+    yield describe(plan.total_steps, config, total_rank)
     steps = due_steps(plan.total_steps, config)
     sizes = itertools.groupby(steps, lambda step: adjustment_size(step, plan.total_steps, config))
     stretches = [(size, list(of_size)) for size, of_size in sizes]

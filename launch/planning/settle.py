@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from flexlora_ds.base_model.precision import Dtype, resolve_dtype
 from launch.data.prepare import resolve_prompt
 from launch.distributed.process import choose_accelerator
 from launch.engine.adam import adam_settings
+from launch.engine.adapter_start import read_start
 from launch.engine.deepspeed_check import require_accepted
 from launch.engine.ds_config import resolve_ds_config
 from launch.engine.ds_json import read_ds_json
@@ -52,6 +55,8 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     dtype = resolve_dtype(options.dtype, gpu=torch.cuda.is_available())
     limited_rank = options.rank if options.traits.changes_ranks else None
     skeleton = read_skeleton(options.model, options.target_modules, limited_rank)
+    if (start := read_start(options, skeleton.shapes)) is not None:
+        skeleton = replace(skeleton, ranks=dict(start.ranks))
     checkpointing = resolve_checkpointing(options, dtype, world_size, source.settings, skeleton)
     layout = MemoryPlan(options, dtype, world_size, source.settings, skeleton, checkpointing).layout()
     computation = _computation(options, dtype, skeleton, checkpointing)

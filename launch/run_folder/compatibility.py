@@ -41,13 +41,22 @@ class Identity:
     """Of the tokenised training examples."""
     total_steps: int
     options: Mapping[str, Any]
+    adapter: str | None = None
+    """The fingerprint of the adapter that it began with."""
 
     @classmethod
-    def of(cls, options: TrainOptions, base: Base | None, data: str, total_steps: int) -> Identity:
+    def of(
+        cls,
+        options: TrainOptions,
+        base: Base | None,
+        data: str,
+        total_steps: int,
+        adapter: str | None = None,
+    ) -> Identity:
         """The identity of a run about to begin."""
         values = {spec.name: getattr(options, spec.name) for spec in SPECS}
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return cls(base, data, total_steps, plain)
+        return cls(base, data, total_steps, plain, adapter)
 
     def to_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -73,6 +82,9 @@ class Identity:
         base = _base_of(saved)
         if self.base is not None and base.fingerprint != self.base.fingerprint:
             _refuse(checkpoint, "base model", base, f"{self.base} (its files differ)")
+        if saved.get("adapter") != self.adapter:
+            here = f"{self.options['init_adapter'] or 'none'} (its files differ)"
+            _refuse(checkpoint, "init_adapter", options.get("init_adapter") or "none", here)
         if saved.get("data") != self.data:
             _refuse(
                 checkpoint,

@@ -18,6 +18,7 @@ from flexlora_ds.rank_change import RankChange
 from flexlora_ds.saving import save_adapter
 from launch.data.batches import MicroBatch
 from launch.engine.adam import AdamSettings
+from launch.engine.adapter_start import doubts_of, line_of
 from launch.engine.methods.protocol import ANEW, Beginning
 from launch.options.train_options import TrainOptions
 
@@ -48,8 +49,15 @@ class FlexLoRA:
         return {}
 
     def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
-        """Inject the adapters in place."""
+        """Inject the adapters in place, and begin with those that the run goes on from."""
         self.matrices = inject_adapters(model, self.config)
+        if beginning.adapter is not None:
+            beginning.adapter.prepare(model)
+            self.remarks += [
+                *beginning.adapter.remarks,
+                line_of(beginning.adapter, self.options, self.matrices),
+            ]
+            self.doubts += doubts_of(beginning.adapter, self.options)
         return model
 
     def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from flexlora_ds.adapter_start import AdapterStart
 from flexlora_ds.controller import RankController
 from flexlora_ds.rank_change import RankChange
 from launch.data.batches import MicroBatch
@@ -28,6 +29,8 @@ class Beginning:
     """Those of the run's first steps."""
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     """`Method.constants` of the checkpoint that is continued; empty for a run that begins."""
+    adapter: AdapterStart | None = None
+    """The adapter that a run which begins goes on from."""
 
 
 ANEW = Beginning()
