@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
 from flexlora_ds.base_model.precision import TORCH_DTYPES
-from flexlora_ds.partitions import fuse_gradient_checks
+from flexlora_ds.partitions.fused_checks import fuse_gradient_checks
 from launch.data.batch_layout import batch_layout
 from launch.data.batches import MicroBatch, collate, pack
 from launch.data.examples import Example

@@ -1,6 +1,6 @@
 """FlexLoRA: low-rank adapters ΔW = s · P diag(λ) Q whose rank changes while they train.
 
-Importing this package imports no DeepSpeed: only `RankController`, `rises_without` and `save_adapter` need an engine.
+Importing this package imports no DeepSpeed. What takes an engine takes DeepSpeed's, or a `TorchEngine` in plain torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FlexLoRAConfig",
     "RankController",
+    "TorchEngine",
     "adapters",
     "build_optimizer",
     "inject_adapters",
@@ -23,6 +24,7 @@ __all__ = [
 _HOMES = {
     "FlexLoRAConfig": "flexlora_ds.config",
     "RankController": "flexlora_ds.controller",
+    "TorchEngine": "flexlora_ds.partitions.torch_engine",
     "adapters": "flexlora_ds.adapter.layer",
     "build_optimizer": "flexlora_ds.adapter.parameter_groups",
     "inject_adapters": "flexlora_ds.adapter.inject",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController
     from flexlora_ds.gradient.start import start_from_gradient
+    from flexlora_ds.partitions.torch_engine import TorchEngine
     from flexlora_ds.saving import save_adapter
     from flexlora_ds.worth import rises_without
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 
 def _alone() -> bool:
-    """Also in a group of one that torch made without DeepSpeed, as other trainers do."""
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
@@ -18,18 +17,14 @@ def summed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums over all processes; collective."""
     if _alone():
         return dict(values)
-    from deepspeed import comm
-
-    return _in_one_message(values, comm.all_reduce)
+    return _in_one_message(values, dist.all_reduce)
 
 
 def of_first_process(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of process 0; collective. Another processor's linear algebra may flip a sign."""
     if _alone():
         return dict(values)
-    from deepspeed import comm
-
-    return _in_one_message(values, lambda flat: comm.broadcast(flat, 0))
+    return _in_one_message(values, lambda flat: dist.broadcast(flat, 0))
 
 
 def _in_one_message(values: Mapping[str, Tensor], send: Callable[[Tensor], object]) -> dict[str, Tensor]:

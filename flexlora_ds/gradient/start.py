@@ -21,6 +21,7 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.gradient.agreement import is_usable, of_first_process, summed
 from flexlora_ds.gradient.collect import GradientProducts, collecting
 from flexlora_ds.gradient.sketch import Triples, leading_triples, range_basis, sketch_width
+from flexlora_ds.partitions import MASTER, TorchEngine, live_shards
 from flexlora_ds.seeds import generator
 
 Losses = Callable[[], Iterable[Tensor]]
@@ -43,11 +44,11 @@ class GradientStart:
 def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> GradientStart:
     """Give every matrix the leading singular pairs of its gradient as P and Q; λ stays 0. Collective.
 
-    Two passes over the same batches: G Ωᵀ, then Uᵀ G. Right after `deepspeed.initialize`, at any ZeRO stage. No
+    Two passes over the same batches: G Ωᵀ, then Uᵀ G. Before the first step, at any ZeRO stage. No
     parameter gets a gradient and no step is taken. A matrix whose gradient is zero or not finite keeps what it has.
 
     Args:
-        engine: the DeepSpeed engine, whose `module` computes the losses; or, in one process without DeepSpeed, the
+        engine: the DeepSpeed engine, or a `TorchEngine`, whose `module` computes the losses; or, in one process, the
             model itself.
         losses: the same losses at every call.
 
@@ -104,8 +105,6 @@ def _write(engine: Any, layers: Mapping[str, AdaptedLinear], found: Mapping[str,
     right = of_first_process({name: triples.right for name, triples in found.items()})
     pairs = {layers[name].P: left[name] for name in found} | {layers[name].Q: right[name] for name in found}
     if _has_engine(engine):
-        from flexlora_ds.partitions import MASTER, live_shards
-
         live_shards(engine).write_all(MASTER, pairs)
         return
     for p, value in pairs.items():
@@ -113,7 +112,7 @@ def _write(engine: Any, layers: Mapping[str, AdaptedLinear], found: Mapping[str,
 
 
 def _has_engine(engine: Any) -> bool:
-    return hasattr(engine, "zero_optimization_stage")
+    return isinstance(engine, TorchEngine) or hasattr(engine, "zero_optimization_stage")
 
 
 def _model_of(engine: Any) -> nn.Module:

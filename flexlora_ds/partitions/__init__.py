@@ -1,15 +1,16 @@
-"""The training state of parameters inside a live DeepSpeed engine: read it, write it, give parameters new shapes.
+"""The training state of parameters in a live engine, DeepSpeed's or plain torch's: read it, write it, reshape it.
 
-The only package that touches DeepSpeed's internals (read from 0.19.8). The training state of a parameter is its fp32
-master weight, every per-element optimizer state and its step, whole, by name, whatever the ZeRO stage, the offload or
-the number of processes; nothing outside this package knows how ZeRO lays memory out.
+The only package that touches DeepSpeed's internals (read from 0.19.8), and none of it is imported before there is an
+engine of DeepSpeed's. The training state of a parameter is its fp32 master weight, every per-element optimizer state
+and its step, whole, by name, whatever the ZeRO stage, the offload or the number of processes; nothing outside this
+package knows how ZeRO lays memory out.
 """
 
-from flexlora_ds.partitions.finite import GradientProbe, fuse_gradient_checks, skip_non_finite
+from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
-from flexlora_ds.partitions.rebuild import resize
-from flexlora_ds.partitions.rebuild_wrapper import forget_construction
+from flexlora_ds.partitions.rebuild import forget_construction, resize
 from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards
+from flexlora_ds.partitions.torch_engine import TorchEngine
 from flexlora_ds.partitions.transfer import Edit
 
 __all__ = [
@@ -18,8 +19,8 @@ __all__ = [
     "Edit",
     "GradientProbe",
     "Shards",
+    "TorchEngine",
     "forget_construction",
-    "fuse_gradient_checks",
     "live_shards",
     "loss_scale",
     "resize",

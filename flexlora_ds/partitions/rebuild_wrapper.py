@@ -1,7 +1,5 @@
 """Construct a wrapper into the object that is there, without what its constructor does for a whole model.
 
-And undo what any construction does to the optimizer (`forget_construction`).
-
 Read from DeepSpeed 0.19.8. The names replaced are those that `DeepSpeedEngine._configure_*_optimizer` and the
 constructors call; each is put back when the construction ends.
 """
@@ -69,13 +67,3 @@ class _Unprinted(dict[Any, Any]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} names>"
-
-
-def forget_construction(engine: Any) -> None:
-    """Before the first step, drop optimizer state that came from construction alone.
-
-    FP16_UnfusedOptimizer (stage 0 with bf16 or fp16; unfused_optimizer.py `initialize_optimizer_states`, 0.19.8) runs
-    one step with zero gradients: the step count and every age would start at 1 at that stage only.
-    """
-    if engine.global_steps == 0:
-        engine.basic_optimizer.state.clear()

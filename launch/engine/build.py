@@ -11,7 +11,7 @@ from flexlora_ds.base_model.loading import load_causal_lm
 from flexlora_ds.base_model.own_dropout import turn_off_dropout
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.state import set_ranks
-from flexlora_ds.partitions import fuse_gradient_checks
+from flexlora_ds.partitions.fused_checks import fuse_gradient_checks
 from launch.distributed.process import Process
 from launch.engine.deepspeed_check import late_refusals
 from launch.engine.ds_json import DsJson

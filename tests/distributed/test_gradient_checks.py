@@ -44,7 +44,7 @@ def gradients_of(wrapper: Any) -> list[torch.Tensor]:
 
 def norms(case: dict[str, Any]) -> dict[str, list[float]]:
     """In each process: for each group DeepSpeed's norm of the gradients, the fused one, and that of float64."""
-    from flexlora_ds.partitions.finite import fused_norm
+    from flexlora_ds.partitions.fused_checks import fused_norm
 
     engine, _ = backward(case)
     wrapper = engine.optimizer
@@ -68,7 +68,7 @@ def test_the_norm_is_deepspeeds_own(processes: Processes, stage: int) -> None:
 
 def verdicts(case: dict[str, Any]) -> dict[str, bool]:
     """In each process: DeepSpeed's verdict and ours, after a value was put into the last process's gradients."""
-    from flexlora_ds.partitions.finite import overflow_of
+    from flexlora_ds.partitions.fused_checks import overflow_of
 
     engine, rank = backward(case)
     wrapper = engine.optimizer

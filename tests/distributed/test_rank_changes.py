@@ -37,9 +37,9 @@ def relative(losses: list[float], others: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_ranks_and_losses_are_those_of_plain_torch(processes: Processes, stage: int) -> None:
-    """60 steps with 4 changes, records of unequal length, fp32."""
+@pytest.mark.parametrize("stage", [*range(4), worker.TORCH])
+def test_ranks_and_losses_are_those_of_plain_torch(processes: Processes, stage: int | str) -> None:
+    """60 steps with 4 changes, records of unequal length, fp32; also without an engine of DeepSpeed's."""
     results = processes.run(worker.trajectory, {"stage": stage})
     expected = reference()
     assert len(expected["ranks"]) == 4
@@ -50,9 +50,9 @@ def test_ranks_and_losses_are_those_of_plain_torch(processes: Processes, stage: 
         assert result["checksum"] == results[0]["checksum"]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("stage", [0, 2, 3, pytest.param(1, marks=pytest.mark.full), worker.TORCH])
 @pytest.mark.parametrize("gas", [2])
-def test_accumulation_changes_nothing(processes: Processes, stage: int, gas: int) -> None:
+def test_accumulation_changes_nothing(processes: Processes, stage: int | str, gas: int) -> None:
     (result, *_) = processes.run(worker.trajectory, {"stage": stage, "gas": gas, "steps": 30})
     assert relative(result["losses"], reference()["losses"][:30]) < 1e-5
     assert result["ranks"] == reference()["ranks"][:2]
@@ -74,9 +74,9 @@ def test_an_empty_plan_changes_nothing(processes: Processes, stage: int, dtype: 
         assert losses[control] != losses["none"], control
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_every_state_of_every_survivor_is_carried_exactly(processes: Processes, stage: int) -> None:
-    for dtype in ("fp32", "bf16"):
+@pytest.mark.parametrize("stage", [*range(4), worker.TORCH])
+def test_every_state_of_every_survivor_is_carried_exactly(processes: Processes, stage: int | str) -> None:
+    for dtype in ("fp32",) if stage == worker.TORCH else ("fp32", "bf16"):
         for worst in processes.run(worker.carried_state, {"stage": stage, "dtype": dtype}):
             assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
 
@@ -135,7 +135,7 @@ def test_prunes_report_the_loss_on_both_sides(processes: Processes) -> None:
 def test_options_agree_between_stages(processes: Processes, options: dict[str, Any]) -> None:
     results = [
         processes.run(worker.trajectory, {"stage": stage, "options": options, "steps": 40})[0]
-        for stage in (0, 2, 3)
+        for stage in (0, 2, 3, worker.TORCH)
     ]
     for result in results[1:]:
         assert result["ranks"] == results[0]["ranks"]
@@ -170,7 +170,7 @@ def test_bf16_differs_between_stages_by_its_own_noise(processes: Processes, stag
 @pytest.mark.parametrize("form", ["norm", "squared"])
 def test_the_penalty_is_that_of_autograd(processes: Processes, form: str) -> None:
     expected = autograd_penalty(form)
-    for stage in (0, 2, 3):
+    for stage in (0, 2, 3, worker.TORCH):
         (result, *_) = processes.run(worker.penalty_gradient, {"stage": stage, "form": form, "gas": 2})
         assert relative(result["losses"], expected) < 1e-5
 

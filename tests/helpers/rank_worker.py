@@ -19,6 +19,8 @@ from tests.helpers import tiny
 
 CALENDAR = {"adjust_start": 5, "adjust_freeze": 8, "adjust_interval": 10}  # due at 15, 25, 35, 45 of 60
 TOTAL = 60
+TORCH = "torch"
+"""In place of a ZeRO stage: no DeepSpeed engine; alone, or in DistributedDataParallel."""
 
 
 def configuration(**options: Any) -> FlexLoRAConfig:
@@ -32,7 +34,8 @@ def setup(case: dict[str, Any], config: FlexLoRAConfig) -> tuple[Any, RankContro
     dtype = case.get("dtype", "fp32")
     model = tiny.adapted_llama(config, dtype)
     ds = tiny.ds_config(case["stage"], dtype, world, case.get("gas", 1), **case.get("zero", {}))
-    engine = tiny.make_engine(model, config, ds, total=200)
+    make = tiny.make_torch_engine if case["stage"] == TORCH else tiny.make_engine
+    engine = make(model, config, ds, total=200)
     return engine, RankController(engine, config, case.get("total", TOTAL))
 
 

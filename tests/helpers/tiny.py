@@ -142,6 +142,25 @@ def make_engine(
     return engine
 
 
+def make_torch_engine(
+    model: nn.Module, config: FlexLoRAConfig, ds: dict[str, Any], lr: float = 5e-3, total: int = 200
+) -> Any:
+    """The same training in plain torch: on one process alone, in several under DistributedDataParallel."""
+    from deepspeed import comm
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from flexlora_ds import TorchEngine, build_optimizer
+
+    optimizer = build_optimizer(model, config, lr)
+    return TorchEngine(
+        nn.parallel.DistributedDataParallel(model) if comm.get_world_size() > 1 else model,
+        optimizer,
+        lr_scheduler=LambdaLR(optimizer, lambda k: min((k + 1) / 5, max(0.0, 1 - k / total))),
+        accumulation_steps=ds["gradient_accumulation_steps"],
+        max_grad_norm=ds["gradient_clipping"],
+    )
+
+
 def train_step(engine: Any, rows: list[list[int]]) -> float:
     """One global step over `rows`; the loss per target token of the whole global batch, summed over processes."""
     from deepspeed import comm

@@ -42,7 +42,7 @@ def run(conditions: Conditions, report: Report) -> None:
 
 def gradient_checks(conditions: Conditions) -> tuple[bool, str]:
     """Norm, and verdict on one element that is not finite, in every precision; an empty gradient among them."""
-    from flexlora_ds.partitions.finite import fused_norm, overflow_of
+    from flexlora_ds.partitions.fused_checks import fused_norm, overflow_of
 
     def one_by_one(gradients: Any, params: Any, norm_type: float) -> Tensor:
         norms = [torch.linalg.vector_norm(g.double(), ord=norm_type) for g in gradients]
