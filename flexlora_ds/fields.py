@@ -124,6 +124,8 @@ def describe_kind(kind: Any, *, text: bool = True) -> str:
         plain, bounds = _bounded(member)
         if get_origin(plain) is Literal:
             words += [word if text else repr(word) for word in get_args(plain)]
+        elif known := _names_of(plain):
+            words.append(f"names of {', '.join(known)}, separated by commas")
         else:
             words.append(f"{_KIND_WORDS[plain]} {bounds or ''}".rstrip())
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
@@ -132,7 +134,14 @@ def describe_kind(kind: Any, *, text: bool = True) -> str:
 def choices(kind: Any) -> tuple[str, ...]:
     """The words that an annotation allows."""
     plain = [_bounded(member)[0] for member in _members(kind)]
-    return tuple(word for member in plain if get_origin(member) is Literal for word in get_args(member))
+    words = (get_args(member) if get_origin(member) is Literal else _names_of(member) for member in plain)
+    return tuple(word for group in words for word in group)
+
+
+def _names_of(kind: Any) -> tuple[str, ...]:
+    """The names that a list of chosen names may hold; empty for any other kind."""
+    inner = get_args(kind)[0] if get_origin(kind) is tuple else None
+    return get_args(inner) if get_origin(inner) is Literal else ()
 
 
 def remedy(value: object, kind: Any, *, text: bool) -> str:
@@ -223,7 +232,8 @@ def _as_member(value: object, kind: Any, text: bool) -> object:
         return _as_number(value, kind, text)
     if kind is str:
         return value if isinstance(value, str) and _is_text(value) else _MISFIT
-    return _as_names(value, text)
+    names, known = _as_names(value, text), _names_of(kind)
+    return _MISFIT if known and names is not _MISFIT and not set(names) <= set(known) else names
 
 
 def _as_bool(value: object, text: bool) -> object:
@@ -246,7 +256,7 @@ def _as_number(value: object, kind: type[int] | type[float], text: bool) -> obje
     return number if fits else _MISFIT
 
 
-def _as_names(value: object, text: bool) -> object:
+def _as_names(value: object, text: bool) -> Any:
     """Names separated by commas in a text; in Python a single string is one name."""
     entries = (value.split(",") if text else [value]) if isinstance(value, str) else value
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):

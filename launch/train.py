@@ -36,6 +36,7 @@ from launch.engine.settled import Settled
 from launch.loop.finish import finish, stop
 from launch.loop.gradient_start import begin_directions
 from launch.loop.session import Session, begin, identify, run_folder
+from launch.loop.tracked import tracked
 from launch.model.token_loss import head_of, token_loss
 from launch.options.command_line import answer
 from launch.options.debug import debug_wanted
@@ -72,11 +73,12 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
         if start.checkpoint is None:
             # The products with the gradient, to which each process adds its part of the first batches.
             begin_directions(run)
-        run_steps(run, start.step)
-        if run.stop.reached:
-            stop(run, watcher.reason)
-        else:
-            finish(run)
+        with tracked(run, start):
+            run_steps(run, start.step)
+            if run.stop.reached:
+                stop(run, watcher.reason)
+            else:
+                finish(run)
         watcher.part(process)
 
 

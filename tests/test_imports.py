@@ -29,7 +29,7 @@ FLOORS = {
         ("train", "demo"),
         ("planning", "loop"),
         ("engine",),
-        ("model",),
+        ("model", "trackers"),
         ("report",),
         ("data",),
         ("run_folder",),

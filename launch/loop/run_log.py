@@ -16,6 +16,7 @@ from launch.data.batches import GlobalBatch
 from launch.engine.methods.protocol import Method
 from launch.progress import Progress
 from launch.run_folder.folder import RunFolder, StepMetrics
+from launch.trackers.beside import Trackers
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -49,6 +50,8 @@ class RunLog:
     warnings: list[str] = field(default_factory=list)
     last_loss: float | None = None
     initial_parameters: int = 0
+    trackers: Trackers | None = None
+    """They read what is written here; None where there are none."""
     started: float = field(default_factory=time.perf_counter)
     _since: float = field(default_factory=time.perf_counter)
     _lr: float = 0.0
@@ -139,6 +142,8 @@ class RunLog:
         self._tokens_since = self._steps_since = 0
         self.last_loss = loss
         self.folder.log_step(metrics)
+        if self.trackers is not None:
+            self.trackers.look()
         self.progress.update(batch.step, loss=loss, tokens_per_s=metrics.tokens_per_s, lr=self._lr)
 
     def _rank_change(self, change: RankChange) -> None:

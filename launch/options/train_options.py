@@ -37,6 +37,7 @@ Kernels = Literal["liger", "none"]
 Compile = Literal["pieces", "blocks"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 Seconds = Annotated[int, Bounds(least=10, most=86_400)]
 
@@ -137,6 +138,8 @@ class TrainOptions(FlexLoRAConfig):
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: Annotated[Positive, LOGS, MAY_CHANGE] = 2
     """How many of the newest checkpoints stay on disk."""
+    track: Annotated[tuple[TrackerName, ...] | None, LOGS, MAY_CHANGE] = None
+    """Dashboards that follow the run, each by its own library."""
     resume: Annotated[str, LOGS, MAY_CHANGE] = "auto"
     """auto continues out where it stopped, none refuses a non-empty out, else the path of a checkpoint."""
     timeout: Annotated[Seconds, LOGS, MAY_CHANGE] = 300

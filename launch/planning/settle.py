@@ -24,6 +24,7 @@ from launch.model.skeleton import Skeleton, read_skeleton
 from launch.model.torch_compile import require_compiler, require_stage, resolve_compile
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_plan import MemoryPlan, resolve_checkpointing
+from launch.trackers.known import require_installed
 
 LEFT_TO_US = (
     "dtype",
@@ -47,6 +48,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
             contradicts the options.
     """
     given = frozenset(key for key in LEFT_TO_US if getattr(options, key) != "auto")
+    require_installed(options.track or (), options.place("track"))
     options = resolve_prompt(options)
     choose_accelerator()
     source = read_ds_json(options.ds)

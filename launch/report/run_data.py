@@ -85,12 +85,12 @@ def read_run(path: str | Path) -> RunData:
     spectra = _read_object(
         folder.path / "spectra.json", {"spectra": object_of(list_of(is_number))}, "spectra"
     )
-    options = _read_options(folder.options)
+    options = read_options(folder.options)
     worth = _read_object(folder.path / "directions.json", DIRECTIONS)
     return RunData(
         name=printable(folder.path.resolve().name),
         options=options,
-        summary=_read_object(folder.path / "summary.json", SUMMARY),
+        summary=read_summary(folder.path),
         metrics=metrics,
         changes=changes,
         validation=folder.validation.read(),
@@ -150,6 +150,11 @@ def _require_same_matrices(changes: list[Row], path: Path) -> None:
             )
 
 
+def read_summary(run: Path) -> dict[str, Any]:
+    """summary.json of a run folder; empty where it has none yet. Raises RunError where it is damaged."""
+    return _read_object(run / "summary.json", SUMMARY)
+
+
 @contextmanager
 def _damage_of_the_run() -> Iterator[None]:
     """What would be a user's fault in a file of theirs is damage in one that a run wrote."""
@@ -159,7 +164,8 @@ def _damage_of_the_run() -> Iterator[None]:
         raise RunError(error.fault, error.place, error.mend) from None
 
 
-def _read_options(path: Path) -> dict[str, Any]:
+def read_options(path: Path) -> dict[str, Any]:
+    """The options that a run wrote; none where there is no file. Raises RunError where it is damaged."""
     if not os.path.lexists(path):
         return {}
     with _damage_of_the_run():

@@ -11,8 +11,8 @@ from flexlora_ds.files.ownership import claim, claimed
 from flexlora_ds.files.reading import open_ordinary
 
 LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
-WRITTEN = (*LOGS, "options.yaml", "summary.json", "spectra.json", "directions.json")
-"""The files of a run beside its checkpoints, adapter and report."""
+WRITTEN = (*LOGS, "options.yaml", "summary.json", "spectra.json", "directions.json", "tracking")
+"""What a run writes beside its checkpoints, adapter and report; `tracking` is a folder, of its trackers."""
 
 RUN_ENTRIES = (*WRITTEN, "adapter", "report", "checkpoints")
 """All that a run writes into its folder, but for its lock and its marker."""

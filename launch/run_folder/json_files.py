@@ -28,7 +28,7 @@ class JsonLines:
     def __init__(self, path: Path, is_rank_zero: bool = True, kind: Mapping[str, Check] = _STEP) -> None:
         self.path = path
         self._is_rank_zero = is_rank_zero
-        self._kind = kind
+        self.kind = kind
         self._count, self._digest = 0, hashlib.sha256()
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -110,7 +110,7 @@ class JsonLines:
             row = json.loads(line.decode())
         except JSON_FAULTS as error:
             return None, json_fault(error)
-        return row, fault_of(row, self._kind)
+        return row, fault_of(row, self.kind)
 
     def _numbered(self) -> Iterator[tuple[bytes, int]]:
         """The lines with their numbers, each with its line feed; what follows the last one is a torn write."""
