@@ -204,7 +204,7 @@ def compare() -> None:
     known, options = arguments()
     quiet_libraries()
     lm = load(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    style, _ = resolve_prompt(options.prompt, options.adapter)
+    style, _ = resolve_prompt(options.prompt, options.adapter or options.model)
     tasks = {
         task: tokenise(task, load_questions(options.data, task, style, options.limit), lm.tokenizer)
         for task in options.tasks

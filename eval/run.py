@@ -36,7 +36,7 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     """
     threads = team.set_threads()
     quiet_libraries()
-    style, warning = resolve_prompt(options.prompt, options.adapter)
+    style, warning = resolve_prompt(options.prompt, options.adapter or options.model)
     questions = _load_all_questions(options, style, _print_note if team.is_rank_zero else lambda line: None)
     chats = [question.chat for found in questions.values() for question in found]
     if all(chats):
@@ -97,7 +97,7 @@ def _template_date(options: Options, style: str, tokenizer: Any, team: Team) -> 
     """
     if style != CHAT or not asks_for_day(tokenizer):
         return None
-    known = recorded_date(options.adapter) or PredictionFolder(options.out).template_date()
+    known = recorded_date(options.adapter or options.model) or PredictionFolder(options.out).template_date()
     return team.broadcast("template date", known or today())
 
 

@@ -134,7 +134,7 @@ class FlexLoRAConfig:
     lambda_lr: Annotated[Auto | Annotated[float, Bounds(above=0, most=10**6)], ADAPTER] = "auto"
     """Learning rate of λ as a multiple of lr: auto is √min(in, out) of the layer, 1 is the paper's."""
     weight_decay: Annotated[NotNegative, ADAPTER] = 0.0
-    """Decoupled weight decay, of λ only (methods lora, lora_ga: of all that they train)."""
+    """Decoupled weight decay, of λ only (other methods: of all that they train)."""
     seed: Annotated[int, Bounds(least=0, below=2**63), OPTIMIZATION, MUST_MATCH] = 42
     """Seed of the data order, the dropout masks and everything that the method draws."""
 

@@ -32,6 +32,7 @@ from launch.data.template_date import resolve_template_date
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
+from launch.engine.methods.adalora import describe as adalora_calendar
 from launch.engine.settled import Settled
 from launch.loop.finish import finish, stop
 from launch.loop.gradient_start import begin_directions
@@ -86,10 +87,11 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
     """Say what is about to happen, and what of it deserves a doubt."""
     options, method, data = run.options, run.method, run.data
     dropped = data.tokenised.dropped_line()
+    of_what = "all weights" if options.traits.trains_base else f"{len(method.matrices)} matrices"
     lines = [
         settled.line(),
         *settled.skeleton.remarks,
-        f"{options.method}: {len(method.matrices)} matrices, {method.trainable_parameters:,} trainable parameters",
+        f"{options.method}: {of_what}, {method.trainable_parameters:,} trainable parameters",
         *method.remarks,
         f"{len(data.tokenised.train):,} records, {data.steps:,} steps of {options.batch_size}",
     ]
@@ -100,7 +102,9 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
             run.log.warn("no rank change falls into this calendar; ranks stay as they are")
         if config.new_direction == "gradient" and not config.adjust_size:
             run.log.warn("new_direction gradient has no effect: adjust_size is 0")
-    elif "gradient" in (options.init, options.new_direction):
+    elif options.method == "adalora":
+        lines.append(adalora_calendar(data.steps, options, len(method.matrices)))
+    if not options.traits.changes_ranks and "gradient" in (options.init, options.new_direction):
         run.log.warn(f"gradient has no effect in init and new_direction: method is {options.method}")
     for doubt in method.doubts:
         run.log.warn(doubt)

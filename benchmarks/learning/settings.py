@@ -12,6 +12,16 @@ STARTS: dict[str, dict[str, object]] = {
 }
 """How a run begins."""
 
+RIVALS: dict[str, dict[str, object]] = {
+    "rsLoRA": {"method": "rslora"},
+    "DoRA": {"method": "dora"},
+    "PiSSA": {"method": "pissa"},
+    "OLoRA": {"method": "olora"},
+    "AdaLoRA": {"method": "adalora"},
+    "full": {"method": "full"},
+}
+"""Others' methods, beside LoRA and LoRA-GA."""
+
 FORMS: dict[str, dict[str, object]] = {
     "lambda-8": {"lambda_lr": 8},
     "lambda-60": {"lambda_lr": 60},
@@ -52,7 +62,7 @@ ALLOCATION: dict[str, dict[str, object]] = {
     "alloc-fixed": {**ALLOCATING, "new_direction": "zero_impact", "adjust_size": 0},
 }
 
-GROUPS = {"starts": STARTS, "forms": FORMS, "growth": GROWTH, "allocation": ALLOCATION}
+GROUPS = {"starts": STARTS, "rivals": RIVALS, "forms": FORMS, "growth": GROWTH, "allocation": ALLOCATION}
 """Settings by a name for all of them."""
 SETTINGS: dict[str, dict[str, object]] = {
     name: options for group in GROUPS.values() for name, options in group.items()

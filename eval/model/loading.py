@@ -70,9 +70,9 @@ def load(options: Options, device: torch.device) -> LanguageModel:
     return LanguageModel(model.to(device), tokenizer)
 
 
-def recorded_prompt(adapter: str | None) -> str | None:
-    """The prompt style that the training run wrote next to the adapter (`prompt.json`), if it did."""
-    path, said = _prompt_file(adapter)
+def recorded_prompt(trained: str | None) -> str | None:
+    """The prompt style that a training run wrote beside its adapter or model (`prompt.json`), if it did."""
+    path, said = _prompt_file(trained)
     if path is None:
         return None
     style = said.get("prompt")
@@ -83,9 +83,9 @@ def recorded_prompt(adapter: str | None) -> str | None:
     return style
 
 
-def recorded_date(adapter: str | None) -> str | None:
+def recorded_date(trained: str | None) -> str | None:
     """The date that the chat template was given in training, if it asked for one. UserError where it is no date."""
-    path, said = _prompt_file(adapter)
+    path, said = _prompt_file(trained)
     if said.get("date") is None:
         return None
     day = as_day(said["date"])
@@ -94,22 +94,22 @@ def recorded_date(adapter: str | None) -> str | None:
     return day
 
 
-def _prompt_file(adapter: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The file beside the adapter, and the object in it; None and empty where there is none."""
-    path = Path(adapter) / PROMPT_FILE if adapter is not None else None
+def _prompt_file(trained: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The file in the folder of an adapter or model, and the object in it; None and empty where there is none."""
+    path = Path(trained) / PROMPT_FILE if trained is not None else None
     if path is None or not path.exists():
         return None, {}
     return path, read_json_object(path, 'write {"prompt": "alpaca"} there, or the style of its training')
 
 
-def resolve_prompt(requested: str, adapter: str | None) -> tuple[str, str | None]:
-    """The style to use, and a warning where it is another than the adapter was trained with."""
-    recorded = recorded_prompt(adapter)
+def resolve_prompt(requested: str, trained: str | None) -> tuple[str, str | None]:
+    """The style to use, and a warning where it is another than `trained`, an adapter or a model, was trained with."""
+    recorded = recorded_prompt(trained)
     if requested == "auto":
         return recorded or "alpaca", None
     if recorded is not None and recorded != requested:
         return requested, (
-            f"the adapter was trained with the prompt {recorded!r} and is asked with {requested!r}: "
+            f"it was trained with the prompt {recorded!r} and is asked with {requested!r}: "
             f"expect lower scores; --prompt auto uses the recorded one"
         )
     return requested, None

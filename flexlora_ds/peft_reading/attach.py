@@ -26,7 +26,7 @@ from flexlora_ds.peft_reading.config import (
 )
 from flexlora_ds.plain_text import python_command
 
-_FAULTS = (
+FAULTS = (
     ValueError,
     TypeError,
     AttributeError,
@@ -82,14 +82,25 @@ def _load(model: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Any, lis
     names = getattr(model, "_checkpoint_conversion_mapping", {})
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
+        _restore_size(adapted)
         # Once more, for what it says: from_pretrained keeps to itself which tensors found no place.
         result = adapted.load_adapter(str(folder), adapted.active_adapter, key_mapping=names)
     except torch.OutOfMemoryError:
         raise
-    except _FAULTS as error:
+    except FAULTS as error:
         raise _mismatch(model, folder, config, error) from error
     missing = [key for key in result.missing_keys if not any(part in key for part in _SHARED)]
     return adapted, missing, list(result.unexpected_keys)
+
+
+def _restore_size(adapted: Any) -> None:
+    """Give AdaLoRA's layers the size that they begin with, which every loading cuts to the ranks of the adapter."""
+    from peft.tuners.adalora import AdaLoraLayer
+
+    config = adapted.active_peft_config
+    for layer in adapted.modules():
+        if isinstance(layer, AdaLoraLayer):
+            layer.update_layer(adapted.active_adapter, config.init_r, config.lora_alpha, config=config)
 
 
 def adapter_folder(adapter: str, place: str = "--adapter") -> Path:

@@ -105,7 +105,8 @@ def load_base(settled: Settled, process: Process) -> Any:
         zero3=dict(settled.ds_config) if settled.stage == 3 else None,
     )
     turn_off_dropout(model)
-    install_head_loss(model)
+    if not options.traits.trains_base:  # it gives its head no gradient
+        install_head_loss(model)
     if computation.kernels == "liger":
         apply_liger(model)
     if computation.compiled == "pieces":

@@ -1,4 +1,4 @@
-"""The end of a run: adapter, summary, report."""
+"""The end of a run: adapter or model, summary, report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def finish(session: Session) -> None:
     require_success(session)
     session.saver.save(session.done)
     on_rank_zero(process, folder.require_present)  # the adapter's folder would be made anew
-    spectra = on_all_ranks(process, lambda: session.method.save(folder.adapter, session.options.model))
+    what = "model" if session.options.traits.trains_base else "adapter"
+    trained = folder.model if what == "model" else folder.adapter
+    spectra = on_all_ranks(process, lambda: session.method.save(trained, session.options.model))
 
     def write() -> None:
         folder.raise_fault()
@@ -42,7 +44,7 @@ def finish(session: Session) -> None:
         directions = directions_of(session, worth, spectra)
         if directions is not None:
             folder.write_directions(directions)
-        print(f"adapter: {folder.adapter}\n{report_line(folder.path)}", flush=True)
+        print(f"{what}: {trained}\n{report_line(folder.path)}", flush=True)
 
     on_rank_zero(process, write_report)
 

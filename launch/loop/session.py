@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+METHOD = "method"
+"""Under this name a checkpoint keeps what `Method.state_dict` gives."""
+
+
 @dataclass
 class Session:
     """One run in one process."""
@@ -82,6 +86,8 @@ class Session:
             self.log.initial_parameters = self.method.trainable_parameters
             return
         start.checkpoint.restore(self.engine, controller=self.method.controller)
+        if start.checkpoint.run.get(METHOD):
+            self.method.load_state_dict(start.checkpoint.run[METHOD], start.step)
         self.log.load_state_dict(start.checkpoint.run["journal"])
         self.guard.load_state_dict(start.checkpoint.run["guard"])
         if start.checkpoint.folder.parent.resolve() == self.folder.checkpoints.resolve():
@@ -161,7 +167,13 @@ def begin(
 
     def notes() -> dict[str, Any]:
         """What a checkpoint says beside the engine's state."""
-        return {**fixed, "journal": log.state_dict(), "guard": guard.state_dict(), LOG_SEALS: folder.seals()}
+        return {
+            **fixed,
+            METHOD: method.state_dict(),
+            "journal": log.state_dict(),
+            "guard": guard.state_dict(),
+            LOG_SEALS: folder.seals(),
+        }
 
     every, keep = options.save_every, options.keep_checkpoints
     saver = Saver(

@@ -33,6 +33,8 @@ class Skeleton:
     vocabulary: Vocabulary
     separable: bool
     """Whether it can keep packed examples apart, as far as its class and configuration say."""
+    file_parameters: int | None = None
+    """Trained ones of the adapter that `peft_config` describes, where that could be counted."""
     remarks: tuple[str, ...] = ()
     """What of the base a run does without, one line each."""
     attention: frozenset[str] = frozenset({"eager", "sdpa", "flash_attention_2"})
@@ -76,7 +78,7 @@ def _dropout_remark(base: Any) -> Iterator[str]:
     rates = own_dropout(base)
     if rates:
         listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        yield f"the base's own dropout is off, as its weights are frozen: {listed}"
+        yield f"the base's own dropout is off: {listed}"
 
 
 def _experts_remark(base: Any, target_modules: tuple[str, ...]) -> Iterator[str]:

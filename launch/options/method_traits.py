@@ -12,16 +12,27 @@ class MethodTraits:
     """The ways in which methods differ."""
 
     changes_ranks: bool = False
-    """It has λ, and ranks that change."""
-    changes_base: bool = False
-    """It takes what its adapter begins with out of the base's weights."""
+    """It is FlexLoRA: it has λ, and ranks that our controller changes."""
+    has_calendar: bool = False
+    """Its ranks change by the calendar of `adjust_start`, `adjust_freeze` and `adjust_interval`."""
+    has_rank: bool = True
+    """The option `rank` says how large it is."""
+    trains_base: bool = False
+    """All of the base's weights are trained, and the run leaves a model and no adapter."""
 
 
 TRAITS: Mapping[str, MethodTraits] = MappingProxyType(
     {
-        "flexlora": MethodTraits(changes_ranks=True),
+        "flexlora": MethodTraits(changes_ranks=True, has_calendar=True),
         "lora": MethodTraits(),
-        "lora_ga": MethodTraits(changes_base=True),
+        "rslora": MethodTraits(),
+        "dora": MethodTraits(),
+        "pissa": MethodTraits(),
+        "olora": MethodTraits(),
+        "lora_ga": MethodTraits(),
+        "adalora": MethodTraits(has_calendar=True),
+        "peft": MethodTraits(has_rank=False),
+        "full": MethodTraits(has_rank=False, trains_base=True),
     }
 )
 """By the name of the method."""

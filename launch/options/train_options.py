@@ -31,7 +31,7 @@ from launch.options.method_traits import TRAITS, MethodTraits
 from launch.options.sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Method = Literal["flexlora", "lora", "lora_ga"]
+Method = Literal["flexlora", "lora", "rslora", "dora", "pissa", "olora", "lora_ga", "adalora", "peft", "full"]
 Attention = Literal["flash", "varlen", "sdpa", "eager"]
 Kernels = Literal["liger", "none"]
 Compile = Literal["pieces", "blocks"]
@@ -76,7 +76,9 @@ class TrainOptions(FlexLoRAConfig):
     """DeepSpeed's JSON; its auto values are filled in from these options."""
 
     method: Annotated[Method, ADAPTER, MUST_MATCH] = "flexlora"
-    """What is trained: FlexLoRA; for comparison PEFT's LoRA, or its LoRA-GA, in the same loop."""
+    """What is trained: FlexLoRA; for comparison PEFT's methods, any adapter of peft_config, or all weights (full)."""
+    peft_config: Annotated[str | None, ADAPTER, MAY_CHANGE] = None
+    """With method peft: a JSON file as PEFT's adapter_config.json, which names the kind and its settings."""
 
     init_adapter: Annotated[str, ADAPTER, MAY_CHANGE] = ""
     """A PEFT LoRA to go on from, a folder or a hub id: its update becomes P, λ and Q (method flexlora). Empty: none."""

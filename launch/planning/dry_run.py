@@ -14,6 +14,7 @@ from launch.engine.adapter_start import identify_adapter
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
+from launch.planning.parameters import trained_at_start
 from launch.planning.settle import settle
 from launch.run_folder.compatibility import Identity
 from launch.run_folder.resume import expect_start
@@ -47,6 +48,7 @@ def dry_run(options: TrainOptions) -> None:
         total_steps=steps,
         layout=layout,
         memory=plan.at(layout.micro_batch_size),
+        trained=trained_at_start(options, skeleton),
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
         ranks=skeleton.ranks,

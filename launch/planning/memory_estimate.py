@@ -119,17 +119,24 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    shape: ModelShape, setting: MemorySetting, trainable: int, tokens: int, *, dropped_inputs: int = 0
+    shape: ModelShape,
+    setting: MemorySetting,
+    trainable: int,
+    tokens: int,
+    *,
+    dropped_inputs: int = 0,
+    frozen_base: bool = True,
 ) -> MemoryEstimate:
     """Estimate the peak of one process.
 
     Args:
-        trainable: parameters of the adapter.
+        trainable: parameters of the adapter, or of the base.
         tokens: tokens of one micro-batch, padding included.
         dropped_inputs: the inputs of all adapted layers together, where each keeps a dropped copy (PEFT's dropout).
+        frozen_base: False where the base's own weights are what is trained.
     """
     width = BYTES[setting.dtype]
-    base = setting.shared(shape.base_parameters * width, from_stage=3)
+    base = setting.shared(shape.base_parameters * width, from_stage=3) if frozen_base else 0.0
     adapter = setting.shared(trainable * width, from_stage=3) + setting.shared(
         trainable * width, from_stage=2
     )

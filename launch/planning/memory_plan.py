@@ -15,7 +15,7 @@ from launch.model.head_loss import chunk_rows, computes_losses
 from launch.model.skeleton import Skeleton
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
-from launch.planning.page import trainable_parameters
+from launch.planning.parameters import trained_at_start
 
 USABLE = 0.9
 """The share of a GPU's memory that a run may plan with; the rest is the context, fragments and kernels' own."""
@@ -45,25 +45,23 @@ class MemoryPlan:
             optimizer_states=5 if options.importance == "sensitivity" else 3,
         )
         copies = (
-            options.dropout > 0 and not options.traits.changes_ranks
+            options.dropout > 0 and not options.traits.changes_ranks and not options.traits.trains_base
         )  # FlexLoRA's node keeps no dropped copy
         inputs = sum(into for _, into in skeleton.shapes.values()) if copies else 0
         return estimate_memory(
             ModelShape.from_config(skeleton.text_config, skeleton.parameters),
             setting,
-            trainable_parameters(
-                skeleton.shapes,
-                options.rank,
-                with_lambda=options.traits.changes_ranks,
-                ranks=skeleton.ranks,
-            ),
+            trained_at_start(options, skeleton),
             micro_batch * options.cutoff_len,
             dropped_inputs=inputs,
+            frozen_base=not options.traits.trains_base,
         )
 
     def _loss_chunk(self) -> int | None:
         """Tokens whose logits exist at once; None if those of the whole micro-batch do."""
-        if not computes_losses(self.skeleton.config, fp16=self.dtype == "fp16"):
+        if self.options.traits.trains_base or not computes_losses(
+            self.skeleton.config, fp16=self.dtype == "fp16"
+        ):
             return None
         return chunk_rows(self.skeleton.vocabulary.outputs)
 

@@ -6,18 +6,14 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from flexlora_ds.schedule import adjustment_size, describe, due_steps
 from launch.data.batch_layout import BatchLayout
+from launch.engine.methods.adalora import describe as adalora_calendar
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_estimate import GIB, MemoryEstimate
+from launch.planning.parameters import Shapes, parameters_of, rank_at_start
 
-Shapes = Mapping[str, tuple[int, int]]
-"""(out, in) of every adapted linear layer, by module name in the order of the model."""
-
-NO_OTHERS: Mapping[str, int] = MappingProxyType({})
-"""Every matrix begins at the options' rank."""
 CALENDAR_LINES = 8
 EXAMPLE_CHARACTERS = 1500
 LOSS_MARKS = ("⟦", "⟧")
@@ -44,6 +40,8 @@ class DryRunPage:
     total_steps: int
     layout: BatchLayout
     memory: MemoryEstimate
+    trained: int
+    """What the optimizer holds before the first step."""
     memory_limit: float | None = None
     """Bytes that a process has, where that is known."""
     example: Sequence[tuple[str, bool]] = ()
@@ -52,13 +50,6 @@ class DryRunPage:
     """Remarks to print as they are, such as how many records were dropped."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Where an adapter begins at another rank than the options'."""
-
-
-def trainable_parameters(
-    shapes: Shapes, rank: int, *, with_lambda: bool = True, ranks: Mapping[str, int] = NO_OTHERS
-) -> int:
-    """Parameters of adapters: P, Q and (not for LoRA) λ; `ranks` says which do not begin at `rank`."""
-    return sum(ranks.get(n, rank) * (out + into + with_lambda) for n, (out, into) in shapes.items())
 
 
 def group_modules(shapes: Shapes) -> list[ModuleGroup]:
@@ -101,13 +92,18 @@ def _run_lines(plan: DryRunPage) -> Iterator[str]:
 
 
 def _module_lines(plan: DryRunPage) -> Iterator[str]:
-    rank, with_lambda = plan.options.rank, plan.options.traits.changes_ranks
+    options = plan.options
+    total = plan.trained
+    if not options.traits.has_rank:
+        what = "all weights" if options.traits.trains_base else f"the adapter of {options.peft_config}"
+        yield f"{what}: {total:,} trainable parameters"
+        return
+    count = parameters_of(options.method)
     for group in group_modules(plan.shapes):
         out, into = group.shape
-        of_rank = trainable_parameters({group.pattern: group.shape}, 1, with_lambda=with_lambda)
+        of_rank = out + into + count.beside_out_and_in
         yield f"{group.count:5} × {group.pattern}  {out:,} × {into:,}, {of_rank:,} parameters a rank"
-    total = trainable_parameters(plan.shapes, rank, with_lambda=with_lambda, ranks=plan.ranks)
-    ranks = sorted({plan.ranks.get(name, rank) for name in plan.shapes})
+    ranks = sorted({plan.ranks.get(name, rank_at_start(options)) for name in plan.shapes})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     part = total / max(1, plan.base_parameters + total)
     yield (
@@ -129,10 +125,13 @@ def _memory_lines(plan: DryRunPage) -> Iterator[str]:
 
 
 def _calendar_lines(plan: DryRunPage) -> Iterator[str]:
+    config = plan.options.to_flexlora_config()
+    if plan.options.method == "adalora":
+        yield adalora_calendar(plan.total_steps, plan.options, len(plan.shapes))
+        return
     if not plan.options.traits.changes_ranks:
         yield f"none: ranks are fixed with method {plan.options.method}"
         return
-    config = plan.options.to_flexlora_config()
     total_rank = sum(plan.ranks.get(name, plan.options.rank) for name in plan.shapes)
     yield describe(plan.total_steps, config, total_rank)
     steps = due_steps(plan.total_steps, config)

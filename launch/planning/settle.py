@@ -14,7 +14,8 @@ from launch.engine.adapter_start import read_start
 from launch.engine.deepspeed_check import require_accepted
 from launch.engine.ds_config import resolve_ds_config
 from launch.engine.ds_json import read_ds_json
-from launch.engine.methods.lora_ga import require_possible
+from launch.engine.methods.peft_file import count_parameters
+from launch.engine.methods.registry import require_possible
 from launch.engine.settled import Settled
 from launch.engine.unsupported import check_refusals, require_dtype
 from launch.model.attention import Machine, require_separable, resolve_attention, resolve_packed, torch_varlen
@@ -59,6 +60,8 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     skeleton = read_skeleton(options.model, options.target_modules, limited_rank)
     if (start := read_start(options, skeleton.shapes)) is not None:
         skeleton = replace(skeleton, ranks=dict(start.ranks))
+    if options.method == "peft":
+        skeleton = replace(skeleton, file_parameters=count_parameters(options))
     checkpointing = resolve_checkpointing(options, dtype, world_size, source.settings, skeleton)
     layout = MemoryPlan(options, dtype, world_size, source.settings, skeleton, checkpointing).layout()
     computation = _computation(options, dtype, skeleton, checkpointing)
@@ -70,8 +73,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     require_stage(
         options.compile, stage=ds_config["zero_optimization"]["stage"], place=options.place("compile")
     )
-    if options.traits.changes_base:
-        require_possible(options, ds_config["zero_optimization"]["stage"], skeleton.shapes)
+    require_possible(options, ds_config["zero_optimization"]["stage"], skeleton.shapes)
     require_dtype(dtype, options.place("dtype"))
     used = repeatable.replace(
         micro_batch_size=layout.micro_batch_size,

@@ -61,7 +61,7 @@ class RunData:
             return [0], {name: [len(values)] for name, values in self.spectra.items()}
         first = self.changes[0]
         start = {
-            name: rank + (name in first["pruned"]) - (name in first["expanded"])
+            name: rank + first["pruned"].count(name) - first["expanded"].count(name)
             for name, rank in first["ranks"].items()
         }
         later = {name: [row["ranks"][name] for row in self.changes] for name in start}
@@ -101,10 +101,12 @@ def read_run(path: str | Path) -> RunData:
 
 
 def _births(worth: Mapping[str, Any], changes: list[Row], options: Mapping[str, Any]) -> list[NewDirection]:
-    """As the run's end wrote them, or as the changes so far tell."""
+    """As the run's end wrote them, or as the changes so far tell; what AdaLoRA unmasks was not born."""
     if "directions" in worth:
         keys = [known.name for known in fields(NewDirection)]
         return [NewDirection(**{key: row[key] for key in keys}) for row in worth["directions"]]
+    if options.get("method") == "adalora":
+        return []
     return life_stories(changes, str(options.get("new_direction", "–")))
 
 

@@ -14,7 +14,7 @@ LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
 WRITTEN = (*LOGS, "options.yaml", "summary.json", "spectra.json", "directions.json", "tracking")
 """What a run writes beside its checkpoints, adapter and report; `tracking` is a folder, of its trackers."""
 
-RUN_ENTRIES = (*WRITTEN, "adapter", "report", "checkpoints")
+RUN_ENTRIES = (*WRITTEN, "adapter", "model", "report", "checkpoints")
 """All that a run writes into its folder, but for its lock and its marker."""
 
 _PURPOSE = "run"

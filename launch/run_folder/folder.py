@@ -114,6 +114,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def model(self) -> Path:
+        """Where the trained model goes, in transformers' format, of a method that trains all weights."""
+        return self.path / "model"
+
+    @property
     def options(self) -> Path:
         """The resolved options; there from a run's first step on."""
         return self.path / "options.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ TRAINING_LOGITS = "training_logits.safetensors"
 
 
 def with_logits(arguments: list[str]) -> dict[str, Any]:
-    """The command, in a process of the tests; the engine's logits go to the run folder when its adapter is saved."""
+    """The command in a process of the tests; when the engine saves what it trained, its logits go to the run folder."""
     from unittest.mock import patch
 
     from safetensors.torch import save_file
 
     from launch.engine.methods.flexlora import FlexLoRA
-    from launch.engine.methods.peft_lora import PeftLoRA
+    from launch.engine.methods.full import FullFineTuning
+    from launch.engine.methods.peft_adapter import PeftAdapter
 
     def saving(original: Any) -> Any:
         def save(self: Any, folder: Path, base_model: str) -> Any:
@@ -36,7 +38,7 @@ def with_logits(arguments: list[str]) -> dict[str, Any]:
 
         return save
 
-    kinds = (FlexLoRA, PeftLoRA)
-    first, second = (patch.object(kind, "save", saving(kind.save)) for kind in kinds)
-    with first, second:
+    with ExitStack() as patched:
+        for kind in (FlexLoRA, PeftAdapter, FullFineTuning):
+            patched.enter_context(patch.object(kind, "save", saving(kind.save)))
         return training.command(arguments)

@@ -19,7 +19,8 @@ from launch.planning.memory_estimate import (
     estimate_memory,
     layer_bytes_per_token,
 )
-from launch.planning.page import DryRunPage, group_modules, mark_loss, render_plan, trainable_parameters
+from launch.planning.page import DryRunPage, group_modules, mark_loss, render_plan
+from launch.planning.parameters import parameters_of
 
 LLAMA3_8B = ModelShape(8_030_261_248, 32, 4096, 14336, 1024, 128_256)
 KINDS = {
@@ -48,6 +49,7 @@ def plan(**changes: Any) -> DryRunPage:
         "total_steps": 31_931,
         "layout": batch_layout(options, 2),
         "memory": estimate(),
+        "trained": int(parameters_of(options.method).of_rank(SHAPES, options.rank)),
         "example": [("Question\n", False), ("the", True), (" answer", True)],
     }
     return DryRunPage(**(values | changes))
@@ -55,9 +57,11 @@ def plan(**changes: Any) -> DryRunPage:
 
 @pytest.mark.parametrize(("rank", "millions"), [(8, 14.2), (12, 21.2), (32, 56.6)])
 def test_trainable_parameters_are_the_papers(rank: int, millions: float) -> None:
-    assert round(trainable_parameters(SHAPES, rank) / 1e6, 1) == pytest.approx(millions, abs=0.051)
-    assert trainable_parameters(SHAPES, rank, with_lambda=False) == 1_769_472 * rank
-    assert trainable_parameters(SHAPES, rank) == 1_769_472 * rank + 160 * rank
+    assert round(parameters_of("flexlora").of_rank(SHAPES, rank) / 1e6, 1) == pytest.approx(
+        millions, abs=0.051
+    )
+    assert parameters_of("lora").of_rank(SHAPES, rank) == 1_769_472 * rank
+    assert parameters_of("flexlora").of_rank(SHAPES, rank) == 1_769_472 * rank + 160 * rank
 
 
 def test_trainable_parameters_are_those_of_a_real_adapter() -> None:
@@ -65,7 +69,7 @@ def test_trainable_parameters_are_those_of_a_real_adapter() -> None:
     inject_adapters(model, FlexLoRAConfig(rank=3))
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in adapters(model).items()}
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trainable_parameters(shapes, 3) == counted
+    assert parameters_of("flexlora").of_rank(shapes, 3) == counted
 
 
 def test_modules_are_grouped_by_pattern_and_shape() -> None:

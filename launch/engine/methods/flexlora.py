@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,13 @@ class FlexLoRA:
     def constants(self) -> dict[str, Tensor]:
         """The controller's state says it all."""
         return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's state says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """The controller does it."""
 
     def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
         """Inject the adapters in place, and begin with those that the run goes on from."""

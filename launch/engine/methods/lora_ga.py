@@ -2,26 +2,23 @@
 
 PEFT (0.21) computes it, at its default settings: G, the mean gradient of the first batches, U S Vᵀ its leading 2r
 singular triples; A₀ = Vᵀ's first r rows, B₀ = U S's other r columns (`ArB2r`), times out^¼ / √16 (`stable`). The base
-becomes W − s B₀A₀, so the first output is the base's without dropout, up to the rounding of the changed base in its
-dtype (Wang, Yu, Li 2024, LoRA-GA, arXiv 2407.05000).
+becomes W − s B₀A₀ (Wang, Yu, Li 2024, LoRA-GA, arXiv 2407.05000).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flexlora_ds.adapter.inject import linear_names, match_modules
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape
 from launch.engine.first_batches import FirstBatches
-from launch.engine.methods.peft_lora import PeftLoRA
-from launch.engine.methods.protocol import ANEW, Beginning
+from launch.engine.methods.changed_base import ChangedBase, lora_layers, pair_of
+from launch.engine.methods.protocol import Beginning
 from launch.options.train_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -54,43 +51,21 @@ def require_possible(options: TrainOptions, stage: int, shapes: Mapping[str, Lay
             )
 
 
-class LoraGA(PeftLoRA):
+class LoraGA(ChangedBase):
     """PEFT's LoRA-GA, under the same loop, data and loss."""
 
-    def __init__(self, options: TrainOptions) -> None:
-        super().__init__(options)
-        self._initial: dict[str, Tensor] = {}
-
-    @property
-    def constants(self) -> Mapping[str, Tensor]:
-        """A₀ and B₀ by the names of the parameters: they say what the base has become."""
-        return self._initial
-
-    def lora_config(self, **others: Any) -> LoraConfig:
+    def peft_config(self) -> LoraConfig:
         """With PEFT's defaults of LoRA-GA."""
         from peft import LoraGAConfig
 
-        return super().lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **others)
+        return self.lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
-    def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
-        """Begin along the gradient of the first batches, or as the checkpoint's run began.
-
-        Raises:
-            UserError: a layer shares its weight with another, which would change with it.
-        """
-        self.matrices = match_modules(linear_names(model), self.options.target_modules)
-        _require_own_weights(model, self.matrices)
-        if beginning.constants:
-            wrapped = self.wrapped(model)
-            _begin_as_before(wrapped, beginning.constants)
-        else:
-            assert beginning.batches is not None, "LoRA-GA begins with the gradient of batches"
-            self._estimate(model, beginning.batches)
-            wrapped = self.wrapped(model)
-            _agree(wrapped)
-        self._initial = {
-            name: p.detach().to("cpu", copy=True) for name, p in wrapped.named_parameters() if p.requires_grad
-        }
+    def begin(self, model: nn.Module, beginning: Beginning) -> nn.Module:
+        """Along the gradient of the first batches."""
+        assert beginning.batches is not None, "LoRA-GA begins with the gradient of batches"
+        self._estimate(model, beginning.batches)
+        wrapped = self.wrapped(model)
+        _agree(wrapped)
         return wrapped
 
     def _estimate(self, model: nn.Module, batches: FirstBatches) -> None:
@@ -109,36 +84,13 @@ class LoraGA(PeftLoRA):
         with warnings.catch_warnings():
             # The first layer's input needs no gradient; PEFT's hook counts its passes all the same.
             warnings.filterwarnings("ignore", "Full backward hook is firing")
-            preprocess_loraga(model, self.lora_config(), train_step)
+            preprocess_loraga(model, self.peft_config(), train_step)
         without = [n for n in self.matrices if not _share_gradient(model.get_submodule(n), scale)]
         self.remarks.append(f"LoRA-GA from the gradient of {batches.records:,} records")
         self.doubts += batches.shortage()
         if without:
             self.doubts.append(
                 f"no finite gradient but zero: {len(without)} matrices begin as plain LoRA ({without[0]})"
-            )
-
-    def on_the_base(self, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """s (B A − B₀ A₀) as a LoRA of twice the rank, at the same scale: what was trained, on the base as it was."""
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        config.init_lora_weights, config.lora_ga_config = True, None
-        initial = {name.replace(".default.", "."): value.float() for name, value in self._initial.items()}
-        return {
-            name: torch.cat([value, initial[name]], 0)
-            if ".lora_A." in name
-            else torch.cat([value, -initial[name]], 1)
-            for name, value in tensors.items()
-        }
-
-
-def _require_own_weights(model: nn.Module, matrices: list[str]) -> None:
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name in matrices:
-        if owners[id(model.get_submodule(name).weight)] > 1:
-            raise UserError(
-                f"method lora_ga changes {name}, whose weight another layer shares",
-                "target_modules",
-                "leave it out",
             )
 
 
@@ -162,29 +114,7 @@ def _agree(wrapped: nn.Module) -> None:
     from deepspeed import comm
 
     with torch.no_grad():
-        for _, layer in _lora_layers(wrapped):
-            pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-            for p in (*pair, layer.get_base_layer().weight):
+        for _, layer in lora_layers(wrapped):
+            for p in (*pair_of(layer), layer.get_base_layer().weight):
                 p.data = p.data.contiguous()
                 comm.broadcast(p.data, 0)
-
-
-@torch.no_grad()
-def _begin_as_before(wrapped: nn.Module, constants: Mapping[str, Tensor]) -> None:
-    """Write A₀ and B₀ and take s B₀A₀ out of the base, as PEFT's `lora_ga_init` does."""
-    named = dict(wrapped.named_parameters())
-    for name, value in constants.items():
-        named[name].copy_(value)
-    for _, layer in _lora_layers(wrapped):
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        if not B.any():
-            continue  # it began as plain LoRA, beside an unchanged base
-        base = layer.get_base_layer().weight
-        offset = layer.scaling["default"] * (B.float() @ A.float())
-        base.copy_(base.float() - (offset.T if layer.fan_in_fan_out else offset))
-
-
-def _lora_layers(wrapped: nn.Module) -> list[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, module) for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]

@@ -1,63 +1,30 @@
-"""PEFT's LoRA in the same loop."""
+"""PEFT's LoRA, and the kinds of it that one word of its configuration makes: rsLoRA, DoRA.
+
+| method | ΔW | |
+|---|---|---|
+| `lora` | alpha / r · B A | Hu et al. 2021, LoRA, arXiv 2106.09685 |
+| `rslora` | alpha / √r · B A | Kalajdzievski 2023, rsLoRA, arXiv 2312.03732 |
+| `dora` | the rows of W + alpha / r · B A, each at a trained length | Liu et al. 2024, DoRA, arXiv 2402.09353 |
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from copy import copy
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from flexlora_ds.adapter.inject import linear_names, match_modules
-from flexlora_ds.files.safetensors_file import save_tensors
-from flexlora_ds.files.text import write_text_atomically
-from flexlora_ds.partitions import MASTER, forget_construction, live_shards
-from flexlora_ds.peft_format import PROMPT_FILE, prompt_note, require_finite
-from flexlora_ds.rank_change import RankChange
-from launch.data.batches import MicroBatch
-from launch.engine.adam import AdamSettings
-from launch.engine.methods.protocol import ANEW, Beginning
-from launch.options.train_options import TrainOptions
+from launch.engine.methods.peft_adapter import PeftAdapter
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from peft import LoraConfig
 
 
-class PeftLoRA:
-    """PEFT's LoRA, as it comes, under the same loop, data and loss."""
+class PeftLoRA(PeftAdapter):
+    """PEFT's LoRA, as it comes."""
 
-    def __init__(self, options: TrainOptions) -> None:
-        self.options = options
-        self.matrices: list[str] = []
-        self.remarks: list[str] = []
-        self.doubts: list[str] = []
-
-    @property
-    def controller(self) -> None:
-        """Ranks never change."""
-        return None
-
-    @property
-    def constants(self) -> Mapping[str, Tensor]:
-        """The trained state says it all."""
-        return {}
-
-    def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
-        """Wrap the model in PEFT's LoRA."""
-        self.matrices = match_modules(linear_names(model), self.options.target_modules)
-        return self.wrapped(model)
-
-    def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model in PEFT's LoRA, drawn from the run's seed."""
-        from peft import get_peft_model
-
-        torch.manual_seed(self.options.seed)
-        found: nn.Module = get_peft_model(model, self.lora_config(), autocast_adapter_dtype=False)
-        return found
+    def peft_config(self) -> LoraConfig:
+        """As the options say."""
+        return self.lora_config()
 
     def lora_config(self, **others: Any) -> LoraConfig:
         """PEFT's configuration of these options; `others` are those of a kind of LoRA."""
@@ -72,63 +39,39 @@ class PeftLoRA:
             **others,
         )
 
-    def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
-        """torch's AdamW over all of LoRA's parameters."""
-        params = [p for p in model.parameters() if p.requires_grad]
-        options = self.options
-        return torch.optim.AdamW(
-            params, lr=options.lr, betas=adam.betas, eps=adam.eps, weight_decay=options.weight_decay
-        )
-
-    def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
-        """Remember the engine."""
-        self.engine = engine
-        forget_construction(engine)
-
-    def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
-        """PEFT draws its dropout from torch's generator."""
-
-    def after_step(self, step: int) -> RankChange | None:
-        """Ranks never change."""
-        return None
-
-    def orthogonality(self) -> float | None:
-        """There is no P and Q."""
-        return None
-
     @property
     def total_rank(self) -> int:
         """Σ of the ranks of all matrices."""
         return self.options.rank * len(self.matrices)
 
-    @property
-    def trainable_parameters(self) -> int:
-        """The number of trainable parameters."""
-        return sum(
-            getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters() if p.requires_grad
-        )
 
-    def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
-        """Write PEFT's files from the fp32 masters."""
-        named = {p: n for n, p in self.engine.module.named_parameters() if p.requires_grad}
-        tensors = {}
-        for p, value in live_shards(self.engine).read(list(named), MASTER):
-            if self.engine.global_rank == 0:
-                tensors[named[p].replace(".default.", ".")] = value.detach().cpu().clone().contiguous()
-        if self.engine.global_rank == 0:
-            config = copy(self.engine.module.peft_config["default"])
-            config.base_model_name_or_path, config.inference_mode = base_model, True
-            self._write(folder, self.on_the_base(tensors, config), config)
-        return {}
+class RsLoRA(PeftLoRA):
+    """LoRA at the scale alpha / √rank."""
 
-    def on_the_base(self, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The tensors of the adapter that belongs on the base as it was loaded; may change `config` to fit."""
-        return tensors
+    def peft_config(self) -> LoraConfig:
+        """With PEFT's `use_rslora`."""
+        return self.lora_config(use_rslora=True)
 
-    def _write(self, folder: Path, tensors: dict[str, Tensor], config: Any) -> None:
-        require_finite(tensors, str(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(folder)
-        prompt = json.dumps(prompt_note(self.options.prompt, self.options.prompt_date))
-        write_text_atomically(folder / PROMPT_FILE, prompt + "\n")
+
+class DoRA(PeftLoRA):
+    """LoRA that also trains the length of every row of W + ΔW."""
+
+    def peft_config(self) -> LoraConfig:
+        """With PEFT's `use_dora`."""
+        return self.lora_config(use_dora=True)
+
+    def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
+        """Tell ZeRO-3 that the lengths are computed from weights of other modules, which it must gather for that."""
+        super().attach(engine, total_steps, validate)
+        if engine.zero_optimization_partition_weights():
+            for layer in engine.module.modules():
+                if "default" in getattr(layer, "lora_magnitude_vector", {}):
+                    _gather_together(layer)
+
+
+def _gather_together(layer: Any) -> None:
+    import deepspeed
+
+    lengths = layer.lora_magnitude_vector["default"]
+    for other in (layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]):
+        deepspeed.zero.register_external_parameter(lengths, other.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,12 @@ class Method(Protocol):
     def constants(self) -> Mapping[str, Tensor]:
         """What a checkpoint keeps beside the trained state, by name: on the CPU, the same on every process."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside these and the controller's state; JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Continue after `step` from `state_dict()`; called after `attach`."""
+
     def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
         """Freeze the base, add what is trained, return the model to train; collective."""
 
@@ -81,4 +87,8 @@ class Method(Protocol):
         """The number of trainable parameters now."""
 
     def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
-        """Write the adapter in PEFT's format; collective. Returns λ by matrix (empty without λ) on process 0."""
+        """Write what was trained, in the format of whoever loads it; collective.
+
+        Returns:
+            λ by matrix on process 0; empty without λ.
+        """

@@ -1,0 +1,163 @@
+"""Any adapter of PEFT in the same loop: what its kinds have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flexlora_ds.adapter.inject import linear_names, match_modules
+from flexlora_ds.files.safetensors_file import save_tensors
+from flexlora_ds.files.text import write_text_atomically
+from flexlora_ds.partitions import MASTER, forget_construction, live_shards
+from flexlora_ds.peft_format import PROMPT_FILE, WEIGHTS_FILE, prompt_note, require_finite
+from flexlora_ds.rank_change import RankChange
+from launch.data.batches import MicroBatch
+from launch.engine.adam import AdamSettings
+from launch.engine.methods.protocol import ANEW, Beginning
+from launch.options.train_options import TrainOptions
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from peft import PeftConfig
+
+
+class PeftAdapter:
+    """An adapter as PEFT makes it, under the same loop, data and loss; a kind says its configuration."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.matrices: list[str] = []
+        self.remarks: list[str] = []
+        self.doubts: list[str] = []
+
+    def peft_config(self) -> PeftConfig:
+        """PEFT's configuration of these options, for `matrices`."""
+        raise NotImplementedError
+
+    @property
+    def controller(self) -> None:
+        """There is none of ours."""
+        return None
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """The trained state says it all."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trained state says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Nothing to continue."""
+
+    def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
+        """Wrap the model in PEFT's adapter."""
+        self.matrices = match_modules(linear_names(model), self.options.target_modules)
+        return self.wrapped(model)
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model in PEFT's adapter."""
+        return self.wrapped_in(model, self.peft_config())
+
+    def wrapped_in(self, model: nn.Module, config: PeftConfig) -> nn.Module:
+        """The model in an adapter, drawn from the run's seed."""
+        from peft import get_peft_model
+
+        torch.manual_seed(self.options.seed)
+        with _said_to_be_partitioned(model):
+            found: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
+        return found
+
+    def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
+        """torch's AdamW over all that is trained."""
+        params = [p for p in model.parameters() if p.requires_grad]
+        options = self.options
+        return torch.optim.AdamW(
+            params, lr=options.lr, betas=adam.betas, eps=adam.eps, weight_decay=options.weight_decay
+        )
+
+    def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
+        """Remember the engine."""
+        self.engine = engine
+        forget_construction(engine)
+
+    def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
+        """PEFT draws its dropout from torch's generator."""
+
+    def after_step(self, step: int) -> RankChange | None:
+        """Ranks never change."""
+        return None
+
+    def orthogonality(self) -> float | None:
+        """There is no P and Q."""
+        return None
+
+    @property
+    def total_rank(self) -> int:
+        """Σ of the ranks of all matrices; 0 where there are none."""
+        return 0
+
+    @property
+    def trainable_parameters(self) -> int:
+        """The number of trainable parameters."""
+        return sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters() if p.requires_grad
+        )
+
+    def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
+        """Write PEFT's files, what was trained from the fp32 masters."""
+        model = self.engine.module
+        named = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        masters = {}
+        for p, value in live_shards(self.engine).read(list(named), MASTER):
+            if self.engine.global_rank == 0:
+                masters[named[p]] = value.detach().cpu().clone()
+        if self.engine.global_rank == 0:
+            tensors = _of_the_adapter(model, masters)
+            config = copy(model.peft_config["default"])
+            config.base_model_name_or_path, config.inference_mode = base_model, True
+            self._write(folder, self.on_the_base(tensors, config), config)
+        return {}
+
+    def on_the_base(self, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The tensors of the adapter that belongs on the base as it was loaded; may change `config` to fit."""
+        return tensors
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor], config: Any) -> None:
+        require_finite(tensors, str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        prompt = json.dumps(prompt_note(self.options.prompt, self.options.prompt_date))
+        write_text_atomically(folder / PROMPT_FILE, prompt + "\n")
+
+
+@contextmanager
+def _said_to_be_partitioned(model: nn.Module) -> Iterator[None]:
+    """While active, PEFT gathers the weights that it begins with, where ZeRO-3 has partitioned them: it asks this."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        yield
+        return
+    said = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # it holds as long as the object lives
+    yield
+    del said
+
+
+def _of_the_adapter(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT keeps of the model in a file, under its names there."""
+    from peft import get_peft_model_state_dict
+
+    # The rest are frozen parts of an adapter, and the base's weights, which PEFT leaves out.
+    everything = {**model.state_dict(), **masters}
+    kept = get_peft_model_state_dict(model, everything, save_embedding_layers=False)
+    return {name: value.detach().cpu().contiguous() for name, value in kept.items()}

@@ -1,0 +1,133 @@
+"""Every method trains in the same loop: a resume is the uninterrupted run, and what is saved loads elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from flexlora_ds.peft_reading.attach import attach_adapter
+from launch.options.train_options import Method
+from tests.helpers import training
+from tests.helpers.model_logits import apart, logits
+from tests.helpers.processes import Processes
+from tests.helpers.resumed_runs import assert_same_run
+from tests.helpers.training import Place, make_place
+from tests.helpers.training_logits import IDS, TRAINING_LOGITS, with_logits
+
+SAVED, STEPS = 5, 10
+PEFT_FILES: dict[str, dict[str, Any]] = {
+    "patterns": {
+        "peft_type": "LORA",
+        "r": 4,
+        "rank_pattern": {"q_proj": 6},
+        "use_dora": True,
+        "modules_to_save": ["lm_head"],
+    },
+    "miss": {"peft_type": "MISS", "r": 4},
+    "oft": {"peft_type": "OFT", "r": 0, "oft_block_size": 8},
+    "vera": {"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]},
+    "ia3": {
+        "peft_type": "IA3",
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "loha": {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj", "down_proj"]},
+}
+"""For `method: peft`, by the name of the case."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("methods"))
+
+
+def options_of(case: str, folder: Path) -> dict[str, Any]:
+    """The options of a case: a method, or a file of `PEFT_FILES`."""
+    if case not in PEFT_FILES:
+        return {"method": case}
+    file = folder / f"{case}.json"
+    file.write_text(json.dumps(PEFT_FILES[case]))
+    return {"method": "peft", "peft_config": file}
+
+
+def run(processes: Processes, place: Place, out: Path, stage: int, **options: Any) -> Path:
+    results = processes.run(with_logits, place.arguments(out, stage, **options))
+    assert {result["code"] for result in results} == {0}, results[0]["stderr"]
+    return out
+
+
+def trained_model(place: Place, out: Path) -> Any:
+    """What the run left, loaded by transformers and PEFT alone."""
+    if (out / "model").exists():
+        return AutoModelForCausalLM.from_pretrained(out / "model")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.model), out / "adapter")
+
+
+def require_whole(
+    case: str, processes: Processes, place: Place, folder: Path, stage: int, **options: Any
+) -> None:
+    """A run, its resume and what it saved."""
+    asked = {
+        "micro_batch_size": 2,
+        "save_every": SAVED,
+        "keep_checkpoints": 9,
+        "max_steps": STEPS,
+        "adjust_freeze": 2,
+        **options_of(case, folder),
+        **options,
+    }
+    last = asked["max_steps"]
+    whole = run(processes, place, folder / "whole", stage, **asked)
+    expected = load_file(whole / TRAINING_LOGITS)["logits"]
+    base = AutoModelForCausalLM.from_pretrained(place.model)
+    assert apart(logits(base, IDS), expected) > 1e-3, "it has learnt something"
+    assert apart(logits(trained_model(place, whole), IDS), expected) <= 1e-5
+    if (whole / "adapter").exists():
+        evaluated = attach_adapter(base, str(whole / "adapter"))  # as an evaluation does
+        assert apart(logits(evaluated, IDS), expected) <= 1e-5
+    checkpoint = whole / "checkpoints" / f"step_{SAVED:08d}"
+    rest = run(processes, place, folder / "rest", stage, **asked, resume=checkpoint)
+    assert_same_run(rest, whole, last)
+
+
+@pytest.mark.parametrize("case", ["dora", "pissa", "adalora", "full", "vera"])
+def test_a_method_resumes_and_saves(case: str, place: Place, one_process: Processes, tmp_path: Path) -> None:
+    require_whole(case, one_process, place, tmp_path, 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("method", sorted({*get_args(Method)} - {"peft"}))
+def test_every_method_resumes_and_saves_at_every_stage(
+    method: str, stage: int, place: Place, two_processes: Processes, tmp_path: Path
+) -> None:
+    if (method, stage) != ("lora_ga", 3):
+        require_whole(method, two_processes, place, tmp_path, stage, max_steps=30, dropout=0.1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("case", sorted(PEFT_FILES))
+def test_any_adapter_of_peft_resumes_and_saves(
+    case: str, stage: int, place: Place, two_processes: Processes, tmp_path: Path
+) -> None:
+    require_whole(case, two_processes, place, tmp_path, stage, max_steps=30)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["adalora", "pissa", "full"])
+def test_a_resume_on_more_processes_goes_on_alike(
+    method: str, place: Place, one_process: Processes, two_processes: Processes, tmp_path: Path
+) -> None:
+    asked = {"method": method, "dropout": 0.0, "save_every": 7, "keep_checkpoints": 9, "micro_batch_size": 2}
+    whole = run(one_process, place, tmp_path / "whole", 0, **asked)
+    checkpoint = whole / "checkpoints" / "step_00000007"
+    rest = run(two_processes, place, tmp_path / "rest", 3, **asked, resume=checkpoint)
+    assert training.losses(rest) == pytest.approx(training.losses(whole), rel=1e-4)
+    assert training.ranks(rest) == training.ranks(whole) if method == "adalora" else True
