@@ -14,23 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer, native_dtype
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, one_line, run_parsed
 from flexlora_ds.errors import RunError, UserError
-from flexlora_ds.exports.checks import (
-    Check,
-    check_adapter,
-    check_merged,
-    check_merged_logits,
-    check_reading,
-    check_update,
-)
-from flexlora_ds.exports.merging import merge
+from flexlora_ds.exports.checks import Check, check_adapter, check_reading, check_update
+from flexlora_ds.exports.merged_model import export_merged
 from flexlora_ds.exports.truncation import Size, Truncated, truncate
 from flexlora_ds.files.folders import replacing_folder, require_new
 from flexlora_ds.peft_format import (
@@ -110,40 +101,6 @@ def padded(adapter: LoraAdapter) -> LoraAdapter:
 def server_rank(rank: int) -> int | None:
     """The smallest rank a server can be set to allow that holds `rank`; None above the largest."""
     return next((allowed for allowed in SERVER_RANKS if allowed >= rank), None)
-
-
-def export_merged(
-    adapter: LoraAdapter, out: Path, base: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[Check, Check]:
-    """Write base + ΔW as a plain model with its tokenizer; check every tensor, and the logits against PEFT's.
-
-    ΔW is added in fp32 and rounded once to `dtype` (default: the base's own; fp32 for a GGUF). `base`
-    replaces the name recorded in the adapter, for a model that has moved. Holds two models in memory while
-    it checks.
-
-    Raises:
-        UserError: the adapter does not fit the base, or changes a weight that other layers share; `out` holds
-            anything, of which a model's files would become a part.
-        RunError: a check found a difference; `out` is left as it was.
-    """
-    require_new(out, "folder")
-    name = base or adapter.base_model
-    dtype = dtype or native_dtype(name, adapter.revision)
-    with replacing_folder(out) as fresh:
-        model = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
-        merge(model, adapter)
-        model.save_pretrained(fresh)
-        del model
-        load_tokenizer(name, adapter.revision).save_pretrained(fresh)
-        before = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
-        after = load_causal_lm(fresh, dtype=dtype)
-        checks = (
-            check_merged(before, after, adapter, dtype),
-            check_merged_logits(before, after, adapter, dtype),
-        )
-        for check in checks:
-            check.require(out)
-    return checks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -136,10 +136,15 @@ def check_merged(
             turned = is_transposed(before.get_submodule(key.removesuffix(".weight")))
             expected = old.double() + (matrix.delta().t() if turned else matrix.delta()).double()
             worst = max(
-                worst, float(((new.double() - expected).abs() / _rounding(expected, old, dtype)).max())
+                worst, float(((new.double() - expected).abs() / rounding(expected, old, dtype)).max())
             )
     if merged:
         worst = math.inf
+    return merged_check(worst, dtype)
+
+
+def merged_check(worst: float, dtype: torch.dtype) -> Check:
+    """What `check_merged` says: `worst` in units of the rounding."""
     return Check(f"the largest error of a merged weight, in units of the rounding of {dtype}", worst, 1.0)
 
 
@@ -159,7 +164,7 @@ def _logits_check(found: Tensor, expected: Tensor, dtype: torch.dtype) -> Check:
     )
 
 
-def _rounding(expected: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rounding(expected: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The spacing of `dtype` at each expected value, plus that of fp32 at the two terms of the sum."""
     terms = old.abs().double() + (expected - old.double()).abs().max()
     spacing = torch.finfo(dtype).eps * expected.abs() + torch.finfo(torch.float32).eps * terms

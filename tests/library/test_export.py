@@ -265,15 +265,17 @@ def test_an_export_without_its_base_says_how_to_name_it(
 def test_merge_that_changes_another_tensor_is_noticed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flexlora_ds import export
+    """Of a base that is held whole; `test_shard_merge.py` has the other way."""
+    from flexlora_ds.exports import merged_model
 
-    merge = export.merge
+    merge = merged_model.merge
 
     def merge_and_spoil(model: Any, adapter: Any) -> None:
         merge(model, adapter)
         model.model.norm.weight.data[0] += 1e-3
 
-    monkeypatch.setattr(export, "merge", merge_and_spoil)
+    monkeypatch.setattr(merged_model, "merge", merge_and_spoil)
+    monkeypatch.setattr(merged_model.ShardedBase, "of", lambda *_: None)
     with pytest.raises(RunError):
         export_merged(read_peft_adapter(run / "adapter"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

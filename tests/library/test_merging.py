@@ -17,6 +17,7 @@ from eval.model.merging import merge_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.export import export_merged, main, read_peft_adapter
 from flexlora_ds.exports.probe import probe_logits
+from flexlora_ds.exports.shard_merge import ShardedBase
 from tests.helpers.model_logits import apart, logits
 from tests.helpers.zoo import make_model, write_model
 
@@ -112,7 +113,8 @@ def test_what_a_saved_model_cannot_hold_apart_is_refused(
         second.self_attn.k_proj.weight = first.self_attn.k_proj.weight
         return model
 
-    monkeypatch.setattr("flexlora_ds.export.load_causal_lm", shares)
+    monkeypatch.setattr("flexlora_ds.exports.merged_model.load_causal_lm", shares)
+    monkeypatch.setattr(ShardedBase, "of", lambda *_: None)
     with pytest.raises(UserError, match="cannot hold them apart; export it with --to peft"):
         export_merged(read_peft_adapter(adapter), tmp_path / "merged", base=str(base))
     assert not (tmp_path / "merged").exists()
