@@ -38,7 +38,7 @@ NewDirection = Literal["zero_impact", "small", "zero", "orthogonal", "gradient"]
 NewMoment = Literal["own_age", "zero", "survivor_mean"]
 Schedule = Literal["cubic", "cubic_fast", "linear", "exponential", "constant"]
 Budget = Literal["ranks", "params"]
-Init = Literal["gaussian", "gradient"]
+Init = Literal["auto", "gaussian", "gradient"]
 RankOne = Literal["neutral", "lowest", "expand"]
 Spectrum = Literal["lambda", "exact"]
 OrthForm = Literal["decoupled", "norm", "squared"]
@@ -125,8 +125,8 @@ class FlexLoRAConfig:
     orth_weight: Annotated[NotNegative | None, RANK_CHANGES] = None
     """Strength of that; none is 0.05 for decoupled and 0.1 for the other two."""
 
-    init: Annotated[Init, ADAPTER, MUST_MATCH] = "gaussian"
-    """How P and Q begin: at random, or along the first batches' gradient, meant for language models."""
+    init: Annotated[Init, ADAPTER, MUST_MATCH] = "auto"
+    """How P and Q begin: at random, or along the first batches' gradient; auto is gradient for a language model."""
     init_batches: Annotated[Positive, ADAPTER, MUST_MATCH] = 8
     """Batches whose gradient `init gradient` looks at, twice, and method lora_ga once; the output stays as it is."""
     init_std: Annotated[Literal["unit"] | AboveZero, ADAPTER] = "unit"
@@ -192,6 +192,13 @@ class FlexLoRAConfig:
                 self.place("orth_weight"),
                 "give at most 0.5",
             )
+
+    def begins_from_gradient(self, *, language_model: bool) -> bool:
+        """Whether P and Q begin along the gradient of the first batches; `auto` follows the kind of task.
+
+        A language model learns sooner so, and ends level; an encoder with a new head does not (docs/results.md).
+        """
+        return self.init == "gradient" or (self.init == "auto" and language_model)
 
     @property
     def scaling(self) -> float:

@@ -31,11 +31,10 @@ STEPS = 60
 STARTS = {
     "LoRA": ("PEFT LoRA", MUTED),
     "LoRA-GA": ("PEFT LoRA-GA", TEAL),
-    "default": ("FlexLoRA, Gaussian start", ORANGE),
+    "gaussian": ("FlexLoRA, Gaussian start", ORANGE),
     "gradient": ("FlexLoRA, gradient start", BLUE),
 }
 """By setting, what the legend calls it, and its colour."""
-OF_INIT = {"gaussian": "default", "gradient": "gradient"}
 _DPI = 100
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
@@ -145,7 +144,7 @@ def _draw_markets(upper: Axes, lower: Axes, markets: Sequence[Offers]) -> None:
     apart = min(int(np.diff(m.steps).min()) if len(m.steps) > 1 else 20 for m in markets)
     width = 0.8 * apart / len(markets)
     for number, market in enumerate(markets):
-        name, colour = STARTS[OF_INIT[market.init]]
+        name, colour = STARTS["gaussian" if market.init == "gaussian" else "gradient"]
         label = name.removeprefix("FlexLoRA, ")
         places = np.asarray(market.steps) + width * (number - (len(markets) - 1) / 2)
         upper.bar(places, market.standing_out, width, color=colour, label=label)

@@ -6,7 +6,7 @@ LORA = "LoRA"
 
 STARTS: dict[str, dict[str, object]] = {
     LORA: {"method": "lora"},
-    "default": {},
+    "gaussian": {},
     "gradient": {"init": "gradient"},
     "LoRA-GA": {"method": "lora_ga"},
 }
@@ -31,7 +31,7 @@ FORMS: dict[str, dict[str, object]] = {
     "squared": {"orth_form": "squared", "orth_weight": 0.1},
     "none": {"orth_weight": 0},
 }
-"""What each changes in the defaults (`lambda_lr: auto`, `orth_form: decoupled`, `orth_weight: 0.05`)."""
+"""What each changes in `gaussian` (`lambda_lr: auto`, `orth_form: decoupled`, `orth_weight: 0.05`)."""
 
 GROWING: dict[str, object] = {
     "rank": 4, "alpha": 8, "max_rank": 8, "direction": "expand", "adjust_size": 10_000, "schedule": "constant",
@@ -72,7 +72,7 @@ STEPS = 120
 FIXED = {
     "ds": "ds_configs/zero2.json", "rank": 8, "alpha": 16, "lr": 3e-4, "max_steps": STEPS, "warmup_steps": 12,
     "val_size": 64, "val_every": STEPS // 2, "adjust_size": 0, "log_every": 1, "save_every": 50,
-    "keep_checkpoints": 1,
+    "keep_checkpoints": 1, "init": "gaussian",
 }  # fmt: skip
 """The options of all runs, before those of a setting and of the command line."""
 

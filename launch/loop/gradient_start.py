@@ -1,4 +1,4 @@
-"""`init gradient`: before the first step, directions from the gradient of the run's first batches."""
+"""`init gradient`, and `auto`: before the first step, directions from the gradient of the first batches."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from launch.loop.session import Session
 
 
 def begin_directions(run: Session) -> None:
-    """Replace the Gaussian P and Q of a run that begins, where `init` asks for it; collective.
+    """Replace the Gaussian P and Q of a run that begins, unless `init` says gaussian; collective.
 
     The gradient is the mean over `init_batches` global batches, those of the first steps, or as many as the records
     fill.
     """
     config = run.options.to_flexlora_config()
-    if not run.options.traits.changes_ranks or config.init != "gradient":
+    if not run.options.traits.changes_ranks or not config.begins_from_gradient(language_model=True):
         return
     if run.options.init_adapter:
         run.log.progress.message("init gradient has no effect: P and Q are those of init_adapter")
@@ -33,7 +33,8 @@ def begin_directions(run: Session) -> None:
         f"median σ₁ {_median_of_first(found.sigma.values()):.3g}, {time.perf_counter() - started:.1f} s"
     )
     for doubt in batches.shortage():
-        run.log.warn(doubt)
+        # Who left the choice to us did not ask for a number of batches either.
+        (run.log.progress.message if config.init == "auto" else run.log.warn)(doubt)
     if found.gaussian:
         few = ", ".join(found.gaussian[:3]) + (", …" if len(found.gaussian) > 3 else "")
         run.log.warn(

@@ -75,6 +75,10 @@ class Identity:
         undated = "template_date" in names and options["template_date"] == "auto"
         if undated:  # older runs did not record the day; their examples tell whether it is another
             names.remove("template_date")
+        if "init" in names and "auto" in (options["init"], self.options["init"]):
+            names.remove(
+                "init"
+            )  # it has begun; what `auto` means has changed since older runs, and may again
         on_resume = {spec.name: spec.on_resume for spec in SPECS}
         for name in names:
             if on_resume[name] is OnResume.MUST_MATCH:

@@ -21,29 +21,29 @@ def test_settings_are_compared_within_a_seed(tmp_path: Path) -> None:
     place, out = make_place(tmp_path), tmp_path / "out"
     options = {"model": place.model, "data": place.data, "recipe": "demo", **SMALL}
     options |= {"max_steps": 6, "val_every": 3, "adjust_size": 0, "save_every": 0, "log_every": 1}
-    words = ["--settings=LoRA,default,none", "--seeds=1,2", "--jobs=2", f"--out={out}"]
+    words = ["--settings=LoRA,gaussian,none", "--seeds=1,2", "--jobs=2", f"--out={out}"]
     done = learning(*words, *(f"--{key}={value}" for key, value in options.items()))
     assert done.returncode == 0, done.stderr
     rows = {(r["setting"], r["seed"]): r for r in json.loads((out / "figures.json").read_text())}
     assert len(rows) == 6
     assert "violation" not in rows["LoRA", 1]
-    assert rows["default", 1]["violation"] < rows["none", 1]["violation"]
-    assert rows["default", 1]["loss 1/4"] == pytest.approx(rows["none", 1]["loss 1/4"], rel=1e-2)
-    assert rows["default", 1]["loss 1/4"] != rows["default", 2]["loss 1/4"]
+    assert rows["gaussian", 1]["violation"] < rows["none", 1]["violation"]
+    assert rows["gaussian", 1]["loss 1/4"] == pytest.approx(rows["none", 1]["loss 1/4"], rel=1e-2)
+    assert rows["gaussian", 1]["loss 1/4"] != rows["gaussian", 2]["loss 1/4"]
     again = learning(*words, *(f"--{key}={value}" for key, value in options.items()))
     assert "done" not in again.stdout and done.stdout.endswith(again.stdout), "nothing runs twice"
 
 
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
-    done = learning("--model=/nowhere", "--settings=default", "--seeds=7", f"--out={tmp_path}")
+    done = learning("--model=/nowhere", "--settings=gaussian", "--seeds=7", f"--out={tmp_path}")
     assert done.returncode == 1
     assert (
         done.stderr.strip()
         .splitlines()[-1]
-        .startswith(f"error: {tmp_path}/default-7 ended with 2: error: no training data at ")
+        .startswith(f"error: {tmp_path}/gaussian-7 ended with 2: error: no training data at ")
     )
 
 
 def test_an_unknown_setting_is_one_line(tmp_path: Path) -> None:
     done = learning("--model=/nowhere", "--settings=eta")
-    assert done.returncode == 2 and "no 'eta'; there are LoRA, default" in done.stderr
+    assert done.returncode == 2 and "no 'eta'; there are LoRA, gaussian" in done.stderr

@@ -58,7 +58,7 @@ def test_what_stands_out_is_counted_at_each_change(tmp_path: Path) -> None:
 
 def test_the_command_draws_both_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner(tmp_path / "runs", ("--model=m",))
-    for setting in ("LoRA", "default", "gradient"):
+    for setting in ("LoRA", "gaussian", "gradient"):
         for seed in (1, 2):
             made_up(runner, Run(setting, seed), [2.0 / step for step in range(1, 81)])
     markets = [market(Runner(tmp_path / init, ("--model=m",)), init) for init in ("gaussian", "gradient")]

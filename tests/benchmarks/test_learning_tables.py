@@ -152,23 +152,23 @@ def test_growth_is_compared_with_gaussian_growth_at_the_same_step() -> None:
     figures = dict(
         zip(names, (grown(20, 4.0), grown(20, 1.0), grown(100, 0.5), grown(100, 0.6)), strict=True)
     )
-    found = {Run(name, 1): figures[name] for name in names} | {Run("default", 1): row(0.2)}
-    settings = [*names, "default"]
+    found = {Run(name, 1): figures[name] for name in names} | {Run("gaussian", 1): row(0.2)}
+    settings = [*names, "gaussian"]
     text = growth_table(Comparison(settings, [1], [], dict.fromkeys(settings), found, None))
     assert cells(text, "grow-gradient")[1:6] == ["20–23", "1.0000", "0.250", "0.5000", "0.250"]
     assert cells(text, "grow-late-gradient")[1:4] == ["100–103", "0.6000", "1.200"]
-    assert "default" not in text
+    assert "gaussian" not in text
 
 
 def test_a_run_of_other_options_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:
     runner = Runner(tmp_path, ("--model=m", "--dtype=auto"))
-    words = runner.arguments(Run("default", 1, "1e-3"))
+    words = runner.arguments(Run("gaussian", 1, "1e-3"))
     require_same_options(tmp_path, words)  # nothing lies there yet
     kept = parse_options([*words, "--dtype=bf16", "--save_every=0", "--out=elsewhere"])
     (tmp_path / "options.yaml").write_text(kept.to_yaml())
     require_same_options(tmp_path, words)
     with pytest.raises(UserError, match=r"has lr 0.001, and lr 0.0003 is asked for"):
-        require_same_options(tmp_path, runner.arguments(Run("default", 1, "3e-4")))
+        require_same_options(tmp_path, runner.arguments(Run("gaussian", 1, "3e-4")))
 
 
 def test_a_smaller_rank_keeps_the_scale(tmp_path: Path) -> None:

@@ -163,3 +163,31 @@ def test_fewer_records_than_batches_asked_for_are_said(
     (done,) = one_process.run(training.command, arguments)
     assert done["code"] == 0
     assert "the records fill 4 batches, fewer than init_batches 50" in done["stderr"] + done["stdout"]
+
+
+def test_a_language_model_starts_from_the_gradient_unless_told_otherwise(
+    place: Place, one_process: Processes, tmp_path: Path
+) -> None:
+    """Whoever left the choice to us is told what there was, and not warned of too few batches."""
+    short = {"init_batches": 50, "max_steps": 4, "adjust_size": 0}
+    asked = run(one_process, place, tmp_path / "asked", **short)
+    (done,) = one_process.run(training.command, place.arguments(tmp_path / "auto", init=None, **short))
+    said = done["stderr"] + done["stdout"]
+    assert done["code"] == 0 and "directions from the gradient of 32 records" in said
+    assert training.losses(tmp_path / "auto") == asked
+    assert "the records fill 4 batches" in said and "warning: the records" not in said
+
+
+def test_a_run_that_began_before_auto_goes_on(place: Place, one_process: Processes, tmp_path: Path) -> None:
+    """Older runs without `init` began Gaussian; another start that was asked for by name is another run."""
+    begun = place.arguments(tmp_path / "run", max_steps=6, save_every=2, keep_checkpoints=9)
+    (done,) = one_process.run(training.command, begun)
+    assert done["code"] == 0
+    checkpoint = f"--resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
+    goes_on = [*place.arguments(tmp_path / "auto", max_steps=6, init=None), checkpoint]
+    (done,) = one_process.run(training.command, goes_on)
+    assert done["code"] == 0 and "directions from the gradient" not in done["stderr"] + done["stdout"]
+    assert training.losses(tmp_path / "auto")[-4:] == training.losses(tmp_path / "run")[-4:]
+    other = [*place.arguments(tmp_path / "other", max_steps=6, init="gradient"), checkpoint]
+    (done,) = one_process.run(training.command, other)
+    assert done["code"] == 1 and "init is gaussian in it and gradient here" in done["stderr"]

@@ -48,6 +48,7 @@ OPTIONS: dict[str, Any] = {
     "cutoff_len": 200,
     "dtype": "fp32",
     "seed": 42,
+    "init": "gaussian",
 }
 CASES = {
     f"stage {stage}, {processes} process{'es' if processes > 1 else ''}": (stage, processes)
