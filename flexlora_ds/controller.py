@@ -20,7 +20,7 @@ from flexlora_ds.directions import TensorEdit, matrix_edits
 from flexlora_ds.gradient.growth import StepSketch
 from flexlora_ds.gradient.sketch import Growth
 from flexlora_ds.importance import spectrum_error
-from flexlora_ds.market import Prices, gain_of, rises_of
+from flexlora_ds.market import Prices, gain_of, rises_of, with_common_noise
 from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
 from flexlora_ds.rank_change import RankChange, newborn_of
@@ -194,7 +194,8 @@ class RankController:
     def _prices(self, matrices: Mapping[str, MatrixView]) -> Prices:
         """What a direction more would gain and one less would cost, by the records of this step; collective."""
         assert self._sketch is not None, "importance growth comes with new_direction gradient"
-        growths, living = self._sketch.growths(list(matrices)), self._sketch.living()
+        growths = with_common_noise(self._sketch.growths(list(matrices)))
+        living = self._sketch.living()
         travel = float(self.engine.basic_optimizer.param_groups[0]["lr"]) * self.interval
         return Prices(
             gain={

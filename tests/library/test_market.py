@@ -12,7 +12,7 @@ from torch import Tensor
 from flexlora_ds import FlexLoRAConfig
 from flexlora_ds.gradient.growth import folds_by_place
 from flexlora_ds.gradient.sketch import Growth, growth_of
-from flexlora_ds.market import Prices, gain_of, market_of, plan_trades, rises_of
+from flexlora_ds.market import Prices, gain_of, market_of, plan_trades, rises_of, with_common_noise
 
 PAIR = torch.ones(1, 1)
 NAMES = ("a", "b", "c", "d")
@@ -157,3 +157,28 @@ def test_a_signal_shows_on_fresh_records() -> None:
         assert 36 < found.fresh < found.sigma, "below σ, which counts the noise that the pair was chosen by"
         assert found.fresh - 2 * found.error > 0
     assert sum(gain_of(growth_of(*parts(12.0, seed)), 2.0, 0.1) > 0 for seed in range(20)) > 15
+
+
+def test_among_many_matrices_of_noise_none_is_bought() -> None:
+    """A hundred matrices of noise: by its own error alone each hundredth would be bought, in every change."""
+    for change in range(3):
+        found = {str(i): growth_of(*parts(0.0, 1000 * change + i)) for i in range(100)}
+        assert not any(gain_of(g, 2.0, 0.1) for g in with_common_noise(found).values())
+    assert any(gain_of(growth_of(*parts(0.0, seed)), 2.0, 0.1) for seed in range(200)), (
+        "and this check can fail"
+    )
+
+
+def test_what_stands_out_still_does_among_noise() -> None:
+    found = {str(i): growth_of(*parts(40.0 if i < 10 else 0.0, i)) for i in range(50)}
+    bought = [name for name, g in with_common_noise(found).items() if gain_of(g, 2.0, 0.1) > 0]
+    assert bought == [str(i) for i in range(10)]
+
+
+def test_no_matrix_is_less_noisy_than_the_median_one() -> None:
+    known = {name: growth(3.0, error) for name, error in (("a", 0.9), ("b", 1.8), ("c", 3.6))}
+    found = with_common_noise(known | {"d": growth(3.0, math.nan)})
+    assert [found[n].error for n in "abc"] == pytest.approx([1.8, 1.8, 3.6])
+    assert math.isnan(found["d"].error), "what one record says stays unknown"
+    assert with_common_noise({"d": growth(3.0, math.nan)})["d"].fresh == 3.0
+    assert with_common_noise({}) == {}
