@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.partitions.unsupported import lookup
 from launch.engine.ds_config import AUTO, contradiction
 from launch.engine.ds_json import DsJson
-from launch.engine.unsupported import lookup
 from launch.options.train_options import TrainOptions
 
 

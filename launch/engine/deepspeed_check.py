@@ -18,9 +18,9 @@ from flexlora_ds.command import one_line
 from flexlora_ds.config import AboveZero
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import convert, quote, remedy
+from flexlora_ds.partitions.unsupported import is_enabled, lookup
 from launch.engine.ds_config import AUTO, DECIDED
 from launch.engine.ds_json import DsJson
-from launch.engine.unsupported import is_enabled, lookup
 
 Settings = Mapping[str, Any]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.errors import UserError
+from flexlora_ds.partitions.unsupported import check_refusals, lookup
 from launch.data.batch_layout import BatchLayout
 from launch.engine.ds_json import DsJson
-from launch.engine.unsupported import check_refusals, lookup
 from launch.options.train_options import TrainOptions
 
 AUTO = "auto"

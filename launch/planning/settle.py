@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from flexlora_ds.base_model.precision import Dtype, resolve_dtype
+from flexlora_ds.partitions.unsupported import check_refusals
 from launch.data.prepare import resolve_prompt
 from launch.distributed.process import choose_accelerator
 from launch.engine.adam import adam_settings
@@ -14,10 +15,10 @@ from launch.engine.adapter_start import read_start
 from launch.engine.deepspeed_check import require_accepted
 from launch.engine.ds_config import resolve_ds_config
 from launch.engine.ds_json import read_ds_json
+from launch.engine.dtype_support import require_dtype
 from launch.engine.methods.peft_file import count_parameters
 from launch.engine.methods.registry import require_possible
 from launch.engine.settled import Settled
-from launch.engine.unsupported import check_refusals, require_dtype
 from launch.model.attention import Machine, require_separable, resolve_attention, resolve_packed, torch_varlen
 from launch.model.computation import Computation
 from launch.model.liger import liger_installed, resolve_kernels

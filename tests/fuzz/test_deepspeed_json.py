@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexlora_ds.partitions.unsupported import check_refusals
 from launch.data.batch_layout import batch_layout
 from launch.engine.adam import adam_settings
 from launch.engine.deepspeed_check import require_accepted
 from launch.engine.ds_config import resolve_ds_config
 from launch.engine.ds_json import read_ds_json
-from launch.engine.unsupported import check_refusals
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_estimate import MemorySetting
 from tests.helpers.fuzzing import answered, inputs

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.partitions.unsupported import check_refusals
 from launch.engine.deepspeed_check import late_refusals, require_accepted
 from launch.engine.ds_json import read_ds_json
-from launch.engine.unsupported import check_refusals
 
 AUTOS = {"train_batch_size": "auto", "gradient_clipping": "auto", "fp16": {"enabled": "auto"}}
 

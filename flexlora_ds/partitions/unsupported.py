@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import quote
 
@@ -38,23 +37,6 @@ def check_refusals(settings: Settings, origin: str) -> None:
         if lookup(settings, key) is not None:
             raise UserError("DeepSpeed has removed this setting", f"{origin}, key {key}", "remove it")
     _check_stage(settings, origin)
-
-
-def require_dtype(dtype: Dtype, place: str) -> None:
-    """See that DeepSpeed computes in the precision; after `choose_accelerator`.
-
-    Args:
-        place: where the precision was given, for messages.
-
-    Raises:
-        UserError: fp16 where the device has none.
-    """
-    if dtype != "fp16":
-        return
-    from deepspeed.accelerator import get_accelerator
-
-    if not get_accelerator().is_fp16_supported():
-        raise UserError("DeepSpeed computes no fp16 on this device", place, "choose dtype bf16 or fp32")
 
 
 def lookup(settings: Settings, dotted: str) -> Any:
