@@ -64,6 +64,16 @@ class LoraMatrix:
 
 
 @dataclass(frozen=True)
+class TrainedBeside:
+    """What was trained whole beside the matrices, such as a task's head: PEFT's `modules_to_save`."""
+
+    modules: tuple[str, ...] = ()
+    """The modules' full names."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Their parameters by full name."""
+
+
+@dataclass(frozen=True)
 class LoraAdapter:
     """A whole adapter: its matrices by module name in the unwrapped base model, and what it was made for."""
 
@@ -83,6 +93,9 @@ class LoraAdapter:
     """PEFT's name for layers that store their weight as [in, out] (Conv1D). A and B are the same for both."""
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base by module name, which PEFT stores once more for a head or embedding that it adapts."""
+    beside: TrainedBeside = field(default_factory=TrainedBeside)
+    task_type: str | None = "CAUSAL_LM"
+    """PEFT's name for what the model is for; None where it has none."""
     folder: Path | None = None
     """Where it was read from."""
 
@@ -159,6 +172,8 @@ def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = matrix.B.detach().cpu().contiguous()
     for name, weight in adapter.base_weights.items():
         tensors[f"{PREFIX}{name}.base_layer.weight"] = weight.detach().cpu().contiguous()
+    for name, weight in adapter.beside.weights.items():
+        tensors[f"{PREFIX}{name}"] = weight.detach().cpu().contiguous()
     require_finite(tensors, str(folder))
     with replacing_folder(folder, owned=ADAPTER_FILES) as fresh:
         save_tensors(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -184,7 +199,7 @@ def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
     }
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model,
         "revision": adapter.revision,
         "r": adapter.default_rank,
@@ -197,7 +212,7 @@ def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": list(adapter.beside.modules) or None,
         "inference_mode": True,
     }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from flexlora_ds.adapter.heads import modules_named, trained_beside
 from flexlora_ds.adapter.layer import adapters, any_transposed
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import MASTER, live_shards
-from flexlora_ds.peft_format import AdapterFactors, write_peft_adapter
+from flexlora_ds.peft_format import AdapterFactors, TrainedBeside, lora_of, write_adapter
 
 
 def save_adapter(
@@ -22,16 +25,20 @@ def save_adapter(
     base_model: str,
     prompt: str | None = None,
     prompt_date: str | None = None,
+    modules_to_save: Sequence[str] = (),
+    task_type: str | None = "CAUSAL_LM",
 ) -> dict[str, list[float]]:
     """Write P diag(λ) Q of every matrix, from the fp32 masters, as a LoRA with rank and alpha patterns; collective.
 
     Every process calls it, process 0 writes. The folder appears whole: what was there is replaced at the end.
 
     Args:
-        engine: the DeepSpeed engine, at any ZeRO stage.
+        engine: the DeepSpeed engine, at any ZeRO stage, or a `TorchEngine`.
         base_model: what the adapter is for, as `from_pretrained` takes it.
         prompt: the prompt that it was trained with; `python -m eval` asks with the same.
         prompt_date: the date that the chat template was given, as YYYY-MM-DD, where it asks for one.
+        modules_to_save: those of `inject_adapters`, written beside the matrices.
+        task_type: PEFT's name for what the model is for.
 
     Returns:
         λ of every matrix on process 0, empty on the others.
@@ -43,16 +50,19 @@ def save_adapter(
     if not layers:
         raise UserError("the model has no adapters", "save_adapter", "call inject_adapters first")
     writes = engine.global_rank == 0
+    names = modules_named(engine.module, modules_to_save)
+    heads = {
+        n: p for n, p in trained_beside(engine.module).items() if n.startswith(tuple(f"{m}." for m in names))
+    }
     masters: dict[nn.Parameter, Tensor] = {}
     wanted = [p for layer in layers.values() for p in (layer.P, layer.lam, layer.Q)]
-    for p, value in live_shards(engine).read(wanted, MASTER):
+    for p, value in live_shards(engine).read([*wanted, *heads.values()], MASTER):
         if writes:
             masters[p] = value.detach().cpu().clone()
     if not writes:
         return {}
     factors = {n: AdapterFactors(masters[a.P], masters[a.lam], masters[a.Q]) for n, a in layers.items()}
-    write_peft_adapter(
-        Path(folder),
+    adapter = lora_of(
         factors,
         config,
         base_model,
@@ -60,4 +70,6 @@ def save_adapter(
         prompt_date=prompt_date,
         fan_in_fan_out=any_transposed(layers),
     )
+    beside = TrainedBeside(tuple(names), {name: masters[p] for name, p in heads.items()})
+    write_adapter(Path(folder), replace(adapter, beside=beside, task_type=task_type))
     return {name: matrix.lam.tolist() for name, matrix in factors.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from flexlora_ds.adapter.heads import modules_named
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, adapters
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
@@ -78,18 +79,30 @@ def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
+def inject_adapters(
+    model: nn.Module, config: FlexLoRAConfig, *, modules_to_save: Sequence[str] = ()
+) -> list[str]:
     """Freeze `model` and adapt its matching linear layers in place; returns their names in module order.
 
+    Args:
+        modules_to_save: modules that are trained whole beside the adapters, by name or the end of it, such as a task's
+            head. No layer of theirs is adapted.
+
     Raises:
-        UserError: nothing matches, a layer is adapted already, or the rank exceeds a layer's min(in, out).
+        UserError: nothing matches, a layer is adapted already, or the rank exceeds a layer's min(in, out); or a module
+            to save is none, or shares its weight with another.
     """
     if adapters(model):
         raise UserError("the model already carries adapters", mend="start from the base model")
-    names = match_modules(linear_names(model), config.target_modules)
+    whole = modules_named(model, modules_to_save)
+    inside = tuple(f"{name}." for name in whole)
+    names = [n for n in linear_names(model) if n not in whole and not n.startswith(inside)]
+    names = match_modules(names, config.target_modules)
     check_rank(config.rank, linear_shapes(model, names))
     for p in model.parameters():
         p.requires_grad_(False)
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
     context = ForwardContext()
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -97,3 +110,14 @@ def inject_adapters(model: nn.Module, config: FlexLoRAConfig) -> list[str]:
         layer.train(model.training)
         setattr(model.get_submodule(parent), leaf, layer)
     return names
+
+
+def use_fp32_adapters(model: nn.Module) -> None:
+    """Hold P, λ and Q in fp32 on a base of lower precision, before an optimizer is built.
+
+    DeepSpeed keeps fp32 masters of its own. In plain torch the parameters are the masters, and bf16 would lose most
+    updates. Their outputs are computed in the base's precision as before.
+    """
+    for layer in adapters(model).values():
+        for p in (layer.P, layer.lam, layer.Q):
+            p.data = p.data.float()

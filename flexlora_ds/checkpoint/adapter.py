@@ -17,7 +17,12 @@ NOTES = "adapter"
 
 
 def adapter_notes(
-    config: FlexLoRAConfig, base_model: str, prompt: str, *, prompt_date: str | None, fan_in_fan_out: bool
+    config: FlexLoRAConfig,
+    base_model: str,
+    prompt: str | None,
+    *,
+    prompt_date: str | None,
+    fan_in_fan_out: bool,
 ) -> dict[str, Any]:
     """What an adapter needs beside its tensors; JSON. The last two are as in `write_peft_adapter`."""
     return {

@@ -83,11 +83,13 @@ def take_snapshot(
     controller: Any = None,
     run: Mapping[str, Any],
     constants: Mapping[str, Tensor] = _NONE,
+    scheduler: Any = None,
 ) -> Snapshot:
     """Copy the state after `step`; collective, between two steps.
 
     `controller`: the RankController, where ranks can change. `run`: what the caller wants back, JSON.
     `constants`: tensors that the caller wants back, by name; on the CPU, the same on every process, never changed.
+    `scheduler`: of the learning rate, where it is not the engine's own.
     """
     from flexlora_ds.partitions import state_by_name
 
@@ -98,7 +100,7 @@ def take_snapshot(
         "keys": state_by_name.state_keys(engine),
         "scalars": state_by_name.optimizer_scalars(engine),
         "counters": state_by_name.counters(engine),
-        "updates": _updates(engine),
+        "updates": _updates(scheduler or engine.lr_scheduler),
         "scaler": state_by_name.scaler_state(engine),
         "controller": None if controller is None else controller.state_dict(),
         "run": dict(run),
@@ -161,8 +163,10 @@ class Checkpoint:
                 "use the options of its run (importance, new_moment)",
             )
 
-    def restore(self, engine: Any, *, controller: Any = None) -> None:
+    def restore(self, engine: Any, *, controller: Any = None, scheduler: Any = None) -> None:
         """Write the state into an engine that has not taken a step; no communication.
+
+        `scheduler`: as that of `take_snapshot`.
 
         Raises:
             RunError: as `require_fit`; nothing has been written then.
@@ -175,7 +179,7 @@ class Checkpoint:
         micro_steps = int(counters["global_steps"]) * int(engine.gradient_accumulation_steps())
         state_by_name.set_counters(engine, counters, micro_steps)
         state_by_name.set_scaler_state(engine, self.state["scaler"])
-        _continue_schedule(engine, self.state["updates"])
+        _continue_schedule(scheduler or engine.lr_scheduler, self.state["updates"])
         if controller is not None:
             controller.load_state_dict(self.state["controller"])
         set_generator_states(self._generators(int(engine.global_rank), int(engine.world_size)), engine.device)
@@ -282,13 +286,12 @@ def _require_tensors(shards: Sequence[Path], state: State, folder: Path) -> None
         raise DamagedError(f"its tensors are not those of its {STATE}: {odd[0]}", str(folder))
 
 
-def _updates(engine: Any) -> int | None:
+def _updates(scheduler: Any) -> int | None:
     """How many updates the learning-rate schedule has counted.
 
     Raises:
         UserError: a schedule that is no function of that count alone.
     """
-    scheduler = engine.lr_scheduler
     if scheduler is None:
         return None
     if not hasattr(scheduler, "lr_lambdas"):
@@ -298,9 +301,8 @@ def _updates(engine: Any) -> int | None:
     return int(scheduler.last_epoch)
 
 
-def _continue_schedule(engine: Any, updates: int | None) -> None:
+def _continue_schedule(scheduler: Any, updates: int | None) -> None:
     """Set a LambdaLR to where it was: its rates are a function of the count of updates."""
-    scheduler = engine.lr_scheduler
     if scheduler is None or updates is None:
         return
     scheduler.last_epoch, scheduler._step_count = updates, updates + 1
