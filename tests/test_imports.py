@@ -37,6 +37,7 @@ FLOORS = {
         ("command", "progress"),
     ),
     "flexlora_ds": (
+        ("integrations",),
         ("controller", "export", "adapter_start"),
         ("decision",),
         ("orthogonalise", "exports", "market"),
@@ -165,6 +166,7 @@ def test_only_the_partitions_touch_deepspeeds_internals() -> None:
             "deepspeed",
             "from flexlora_ds import RankController, TorchEngine, save_adapter, start_from_gradient",
         ),
+        ("deepspeed", "import flexlora_ds.integrations.transformers"),
         ("deepspeed", "import flexlora_ds.export, flexlora_ds.base_model.loading, eval.__main__"),
         ("torch", "import data_prep.build, data_prep.prompt, data_prep.records, data_prep.__main__"),
         ("torch", "import eval.__main__, eval.options"),

@@ -1,0 +1,1 @@
+"""FlexLoRA in other people's trainers."""

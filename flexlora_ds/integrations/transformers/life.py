@@ -1,0 +1,128 @@
+"""The life of ranks in a trainer: from the first step to the last, beside the Trainer's loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from transformers import TrainerCallback
+
+from flexlora_ds.adapter.layer import forward_context
+from flexlora_ds.checkpoint.state import Checkpoint
+from flexlora_ds.controller import RankController
+from flexlora_ds.errors import UserError
+from flexlora_ds.integrations.transformers.checkpoint import restore_state
+from flexlora_ds.integrations.transformers.engine import count_update, engine_of
+from flexlora_ds.integrations.transformers.first_batches import start_on, take
+from flexlora_ds.integrations.transformers.folds import folds_of_rows
+from flexlora_ds.rank_change import RankChange
+
+GetBatches = Callable[[Iterator[Any], int, Any], Any]
+"""The Trainer's `get_batch_samples`."""
+
+
+class RankLife:
+    """Holds the engine and the controller while a trainer trains, and what they did.
+
+    Attributes:
+        changes: every rank change so far, those before a resume too.
+        resumed: the checkpoint to go on from, or None.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.callback = RankCallback(self)
+        self.engine: Any = None
+        self.controller: RankController | None = None
+        self.changes: list[dict[str, Any]] = []
+        self.resumed: Checkpoint | None = None
+        self._ahead: deque[Any] = deque()
+        self._looked = False
+        self._micro_step = 0
+
+    def require_new(self) -> None:
+        """Raise UserError where the trainer has trained already."""
+        if self.engine is not None:
+            raise UserError("this trainer has trained already", "train", "make a new one")
+
+    def require_engine(self) -> Any:
+        """The engine; UserError before there is one."""
+        if self.engine is None:
+            raise UserError("nothing has been trained yet", "save_model", "call train first")
+        return self.engine
+
+    def begin(self, total_steps: int) -> None:
+        """Before the first step, once the Trainer has wrapped the model; collective."""
+        trainer = self.trainer
+        self.engine = engine_of(trainer)
+        self.controller = RankController(self.engine, trainer.flexlora, total_steps)
+        if self.resumed is not None:
+            self.changes = restore_state(trainer, self.resumed)
+
+    def look_ahead(
+        self, batches: Iterator[Any], count: int, device: Any, get_batches: GetBatches
+    ) -> Iterator[Any]:
+        """`batches`, after a start from the gradient of the first of them where one is due; collective then."""
+        if not self._looked:
+            self._looked = True
+            if self.trainer.flexlora.init == "gradient" and self.resumed is None:
+                self._ahead = take(batches, self.trainer.flexlora.init_batches * count)
+                start_on(self.trainer, self.engine, list(self._ahead), count, device, get_batches)
+        return chain(_emptying(self._ahead), batches)
+
+    def begin_update(self) -> None:
+        """Before the first micro-batch of an update."""
+        self._micro_step = 0
+
+    def before_micro_batch(self, inputs: Mapping[str, Any]) -> None:
+        """Tell the engine where in an update it is, and the layers whose rows they see."""
+        engine, trainer = self.engine, self.trainer
+        accumulation = engine.gradient_accumulation_steps()
+        engine.micro_steps = trainer.state.global_step * accumulation + self._micro_step
+        context = forward_context(trainer.model)
+        context.row_folds = None
+        if context.observer is not None:
+            place = self._micro_step * engine.world_size + engine.global_rank
+            context.row_folds = folds_of_rows(inputs, place, trainer.args.device)
+        self._micro_step += 1
+
+    def end_update(self) -> RankChange | None:
+        """After an update: regularise, and change ranks where a change is due; collective."""
+        assert self.controller is not None, "an update before training began"
+        count_update(self.trainer, self.engine)
+        change = self.controller.after_step(self.trainer.state.global_step)
+        if change is not None:
+            self.changes.append(change.to_dict())
+        return change
+
+    def with_figures(self, logs: dict[str, float]) -> dict[str, float]:
+        """The logs of a training step with Σ of the ranks and the number of changes; others as they are."""
+        if self.controller is None or "loss" not in logs:
+            return logs
+        return {**logs, "total_rank": self.controller.total_rank, "rank_changes": self.controller.changes}
+
+
+class RankCallback(TrainerCallback):  # type: ignore[misc]
+    """The Trainer's events that ranks live by."""
+
+    def __init__(self, life: RankLife) -> None:
+        self._life = life
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The model is wrapped, the optimizer there."""
+        self._life.begin(state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first micro-batch of an update follows."""
+        self._life.begin_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The update is applied, `state.global_step` counted."""
+        self._life.end_update()
+
+
+def _emptying(queue: deque[Any]) -> Iterator[Any]:
+    while queue:
+        yield queue.popleft()

@@ -1,0 +1,71 @@
+"""The model of a trainer: its adapters, its task's head, and what PEFT calls its task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from flexlora_ds.adapter.heads import modules_named, trained_beside, usual_heads
+from flexlora_ds.adapter.inject import inject_adapters, use_fp32_adapters
+from flexlora_ds.adapter.layer import adapters
+from flexlora_ds.config import FlexLoRAConfig
+from flexlora_ds.errors import UserError
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""PEFT's task type, by the end of a model class's name."""
+
+
+def adapt(
+    model: nn.Module,
+    config: FlexLoRAConfig,
+    modules_to_save: Sequence[str] | None,
+    *,
+    masters_elsewhere: bool,
+) -> tuple[str, ...]:
+    """Inject the adapters unless the model carries some; returns the modules trained beside them.
+
+    Args:
+        modules_to_save: those asked for; None: the task's usual head.
+        masters_elsewhere: fp32 masters are kept beside the parameters (DeepSpeed).
+
+    Raises:
+        UserError: as `inject_adapters`; or something is trained that would not be saved.
+    """
+    wanted = usual_heads(model) if modules_to_save is None else tuple(modules_to_save)
+    if not adapters(model):
+        inject_adapters(model, config, modules_to_save=wanted)
+    if not masters_elsewhere:
+        use_fp32_adapters(model)
+    whole = modules_named(model, wanted)
+    inside = tuple(f"{name}." for name in whole)
+    for name in trained_beside(model):
+        if not name.startswith(inside):
+            raise UserError(
+                f"{name} is trained and would not be saved", mend="name its module in modules_to_save"
+            )
+    return tuple(whole)
+
+
+def head_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """One group for what is trained beside the adapters, where there is anything."""
+    params = list(trained_beside(model).values())
+    return [{"params": params, "weight_decay": weight_decay}] if params else []
+
+
+def task_type_of(model: nn.Module) -> str | None:
+    """PEFT's name for what the model is for; None where it has none."""
+    name = type(model).__name__
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def base_name_of(model: Any) -> str:
+    """What the base was loaded from, as `from_pretrained` takes it; empty where it was not."""
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")

@@ -1,0 +1,104 @@
+"""What rank changes cannot follow in a trainer: refused in one line, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flexlora_ds.errors import UserError
+from flexlora_ds.optimizer import FlexLoRAAdamW
+from flexlora_ds.partitions.unsupported import check_refusals
+
+_DEEPSPEED = "the DeepSpeed configuration"
+
+
+def refuse(trainer: Any) -> None:
+    """Look at a trainer's arguments.
+
+    Raises:
+        UserError: the first setting that rank changes cannot follow, and what to do.
+    """
+    for fault, place, mend in _faults(trainer):
+        raise UserError(fault, place, mend)
+    if trainer.is_deepspeed_enabled:
+        settings = _deepspeed_settings(trainer)
+        for block, mend in (
+            (
+                "optimizer",
+                "remove the block: learning_rate, adam_beta1, adam_beta2 and adam_epsilon are used",
+            ),
+            ("scheduler", "remove the block: lr_scheduler_type and warmup_steps are used"),
+        ):
+            if block in settings:
+                raise UserError(f"the trainer brings its own {block}", f"{_DEEPSPEED}, key {block}", mend)
+        check_refusals(settings, _DEEPSPEED)
+
+
+def allow_our_optimizer(trainer: Any) -> None:
+    """Let DeepSpeed take an optimizer that it does not ship, on the CPU too."""
+    if trainer.is_deepspeed_enabled:
+        settings = _deepspeed_settings(trainer)
+        settings["zero_allow_untested_optimizer"] = True
+        settings["zero_force_ds_cpu_optimizer"] = False
+
+
+def _deepspeed_settings(trainer: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    return settings
+
+
+def _faults(trainer: Any) -> Iterator[tuple[str, str, str]]:
+    args, model = trainer.args, trainer.model
+    if trainer.model_init is not None:
+        yield "a model made anew for every run loses its adapters", "model_init", "give the model itself"
+    if hasattr(model, "peft_config"):
+        yield (
+            "the model carries an adapter of PEFT's already",
+            "model",
+            "give the base model, without peft_config",
+        )
+    if trainer.is_fsdp_enabled:
+        yield (
+            "FSDP's flat parameters cannot be resized",
+            "fsdp",
+            "use DeepSpeed's ZeRO, or torchrun without fsdp",
+        )
+    if args.n_gpu > 1:
+        yield (
+            f"one process would drive {args.n_gpu} GPUs",
+            "DataParallel",
+            "start one process a GPU with torchrun",
+        )
+    if args.torch_compile:
+        yield "compiled code holds the ranks fast", "torch_compile", "leave it out"
+    if args.load_best_model_at_end:
+        yield (
+            "the best checkpoint's ranks are not those of the live model",
+            "load_best_model_at_end",
+            "leave it out, and load the adapter of the checkpoint that you want",
+        )
+    if not _replaces_adamw(args.optim):
+        yield f"{_word(args.optim)} is not ours", "optim", "leave it out: FlexLoRA's AdamW is used"
+    if trainer.optimizer is not None and not isinstance(trainer.optimizer, FlexLoRAAdamW):
+        yield (
+            f"a {type(trainer.optimizer).__name__} keeps no age per element",
+            "optimizers",
+            "leave it out, or build it with flexlora_ds.build_optimizer",
+        )
+    if trainer.optimizer_cls_and_kwargs is not None:
+        yield "FlexLoRA brings its own AdamW", "optimizer_cls_and_kwargs", "leave it out"
+    if _word(args.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy"):
+        yield (
+            "its state is no function of the step, and cannot be carried",
+            "lr_scheduler_type",
+            "choose linear, cosine or constant",
+        )
+
+
+def _replaces_adamw(optim: Any) -> bool:
+    """Whether ours may stand in: the Trainer's default, and the other AdamWs of torch."""
+    return _word(optim).startswith("adamw_torch") and "8bit" not in _word(optim)
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))
