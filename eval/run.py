@@ -44,6 +44,8 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     protocol = protocol_of(options.mode, chats=any(chats))
     _require_one_process(options, team)
     backend = open_backend(options, team.device())
+    if team.is_rank_zero:
+        _print_note(backend.effect)
     team.connect()
     day = _template_date(options, style, backend.tokenizer, team)
     tasks = {task: tokenise(task, found, backend.tokenizer, day) for task, found in questions.items()}

@@ -32,7 +32,8 @@ class Answering(Protocol):
 @dataclass(frozen=True)
 class Backend:
     """A loaded model. `most_rows`: the most items a batch may have (None: any number). `settings`: those of the
-    model that can change a prediction. `device`: its type. `vocabulary`: None where it looks for unknown tokens."""
+    model that can change a prediction. `device`: its type. `vocabulary`: None where it looks for unknown tokens.
+    `effect`: what is to be said of the adapter."""
 
     tokenizer: Any
     context: int | None
@@ -40,6 +41,7 @@ class Backend:
     device: str
     settings: dict[str, Any]
     vocabulary: Vocabulary | None
+    effect: str | None
     answerer: Callable[[EvaluationProtocol, dict[str, TaskItems]], Answering]
 
 
@@ -62,6 +64,7 @@ def _with_transformers(options: Options, device: torch.device) -> Backend:
             "attention": lm.config._attn_implementation,
         },
         vocabulary=lm.vocabulary,
+        effect=lm.effect,
         answerer=lambda protocol, tasks: Answerer(lm, protocol, tasks),
     )
 
@@ -75,5 +78,6 @@ def _with_vllm(options: Options) -> Backend:
         device="cuda",
         settings={"dtype": engine.dtype, "attention": "vllm", "backend": f"vllm {engine.version}"},
         vocabulary=None,
+        effect=None,
         answerer=lambda protocol, tasks: VllmAnswerer(engine, tasks),
     )

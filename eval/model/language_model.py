@@ -26,6 +26,8 @@ class LanguageModel:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.effect: str | None = None
+        """What is to be said of its adapter (`eval.model.effect`)."""
         self.device = next(model.parameters()).device
         self.config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)

@@ -11,6 +11,7 @@ import torch
 
 from data_prep.chat_template import as_day
 from data_prep.prompt import PROMPTS
+from eval.model.effect import effect_of, probe
 from eval.model.language_model import LanguageModel
 from eval.model.merging import merge_adapter
 from eval.options import Options
@@ -59,15 +60,20 @@ def load(options: Options, device: torch.device) -> LanguageModel:
         ),
         device=device,
     )
+    effect = None
     if options.adapter is not None:
+        before = probe(model)
         model = attach_adapter(model, options.adapter)
+        effect = effect_of(before, probe(model))
         if options.merge:
             model = merge_adapter(model)
     elif options.merge:
         raise UserError(
             "nothing to merge without an adapter", "--merge", "give --adapter or leave --merge out"
         )
-    return LanguageModel(model.to(device), tokenizer)
+    lm = LanguageModel(model.to(device), tokenizer)
+    lm.effect = effect
+    return lm
 
 
 def recorded_prompt(trained: str | None) -> str | None:

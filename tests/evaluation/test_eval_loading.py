@@ -58,6 +58,27 @@ def test_absurd_sizes_end_an_evaluation(
     assert error.count("\n") == 1 and str(model) in error and "fetch the model again" in error
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_evaluation_says_whether_the_adapter_changes_anything(
+    trained: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapter = place / "adapter"
+    if not trained:  # PEFT's own beginning, whose B is zero
+        adapter = tmp_path / "adapter"
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        get_peft_model(eval_tiny.make_model(seed=4), config).save_pretrained(adapter)
+    words = ["--model", f"{place}/model", "--data", f"{place}/data", "--out", f"{tmp_path}/out"]
+    assert main([*words, "--adapter", f"{adapter}", "--tasks", "boolq", "--mode", "score"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "probe logits" in line]
+    if trained:
+        assert said == ["the adapter changes the answers: 8 of 8 probe logits differ"]
+    else:
+        (line,) = said
+        assert line.startswith("warning: the adapter changes no answer: 0 of 8 probe logits differ")
+
+
 def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(place: Path, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(place / "adapter", tmp_path / 'it\'s $(touch ran) "mine"'))
     weights = load_file(adapter / "adapter_model.safetensors")
