@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from data_prep.chat import prompt_note
@@ -15,12 +15,13 @@ from data_prep.prompt import CHAT
 from eval.answering.backends import Answering, Backend, open_backend
 from eval.answering.batching import Batch, order_batches, plan_batches
 from eval.fingerprint import fingerprint_files, fingerprint_task
-from eval.items import Question, TaskItems, load_questions, require_known_tokens, tokenise
+from eval.items import TaskItems, require_known_tokens
 from eval.model.loading import recorded_date, resolve_prompt
 from eval.options import Options
 from eval.predictions import TEMPLATE_DATE, PredictionFolder, unanswered
-from eval.protocols import MAX_NEW_TOKENS, Protocol, protocol_of
+from eval.protocols import MAX_NEW_TOKENS, Protocol
 from eval.results import count, summarise, table
+from eval.test_sets import load_all_questions, protocol_for, tokenise_all
 from eval.workers import Team
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.text import write_json_atomically, write_text_atomically
@@ -37,18 +38,16 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     threads = team.set_threads()
     quiet_libraries()
     style, warning = resolve_prompt(options.prompt, options.adapter or options.model)
-    questions = _load_all_questions(options, style, _print_note if team.is_rank_zero else lambda line: None)
-    chats = [question.chat for found in questions.values() for question in found]
-    if all(chats):
-        style = CHAT
-    protocol = protocol_of(options.mode, chats=any(chats))
+    note = _print_note if team.is_rank_zero else lambda line: None
+    questions = load_all_questions(options.data, options.tasks, options.limit, style, note)
+    protocol, style = protocol_for(options.mode, questions, style)
     _require_one_process(options, team)
     backend = open_backend(options, team.device())
     if team.is_rank_zero:
         _print_note(backend.effect)
     team.connect()
     day = _template_date(options, style, backend.tokenizer, team)
-    tasks = {task: tokenise(task, found, backend.tokenizer, day) for task, found in questions.items()}
+    tasks = tokenise_all(questions, backend.tokenizer, day)
     if backend.vocabulary is not None:
         require_known_tokens(tasks.values(), backend.tokenizer, backend.vocabulary)
     answerer = backend.answerer(protocol, tasks)
@@ -77,19 +76,6 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
         "device": backend.device,
     }
     return _report(options, protocol, tasks, folder, settings, seconds)
-
-
-def _load_all_questions(
-    options: Options, style: str, note: Callable[[str], None]
-) -> dict[str, list[Question]]:
-    missing = [task for task in options.tasks if not (options.data / task / "test.json").is_file()]
-    if missing:
-        there = [task for task in options.tasks if task not in missing]
-        remedy = f"build it with python -m data_prep --out {options.data}"
-        if there:
-            remedy += f", or choose --tasks {','.join(there)}"
-        raise UserError(f"no test.json for {', '.join(missing)}", f"--data {options.data}", remedy)
-    return {task: load_questions(options.data, task, style, options.limit, note) for task in options.tasks}
 
 
 def _template_date(options: Options, style: str, tokenizer: Any, team: Team) -> str | None:

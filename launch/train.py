@@ -34,6 +34,7 @@ from launch.distributed.process import join_processes, leave_processes, world_si
 from launch.distributed.signals import SignalWatcher
 from launch.engine.methods.adalora import describe as adalora_calendar
 from launch.engine.settled import Settled
+from launch.loop.accuracy import prepare_test
 from launch.loop.finish import finish, stop
 from launch.loop.gradient_start import begin_directions
 from launch.loop.session import Session, begin, identify, run_folder
@@ -61,13 +62,14 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
     settled = settled.dated(on_rank_zero(process, lambda: resolve_template_date(options, tokenizer)))
     options, vocabulary = settled.options, settled.skeleton.vocabulary
     data = on_all_ranks(process, lambda: prepare_data(options, tokenizer, vocabulary))
+    test = on_all_ranks(process, lambda: prepare_test(options, tokenizer, vocabulary))
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)
         start = find_start(options, folder, process, identity)
         watcher.say_ready(process)
         pad, packed = vocabulary.padding_id(tokenizer), settled.computation.packed
         shared = share_batches(options, data, settled.layout, process, pad, packed=packed)
-        run = begin(settled, folder, process, shared, identity, start, watcher)
+        run = begin(settled, folder, process, shared, identity, start, watcher, test)
         continue_files(start, folder, process)
         folder.write_options(settled.repeatable.to_yaml())
         introduce(run, settled, start)
@@ -118,6 +120,7 @@ def run_steps(run: Session, done: int) -> None:
     What the processes say to each other stands at each line.
     """
     run.validator.before_first_step(done)
+    run.accuracy.before_first_step(done)
     # The largest of three flags: the loop ends early when one process asks for it.
     for batch in run.batches(after=done):
         # The gradients' mean; at ZeRO-3 the weights too, which are sharded.
@@ -130,6 +133,8 @@ def run_steps(run: Session, done: int) -> None:
         run.log.step(batch, loss_sum, skipped, change)
         # Where due, the validation loss: each process has a part of the records.
         run.validator.after_step(batch.step)
+        # Where due, the tests' items: each process answers a part of them.
+        run.accuracy.after_step(batch.step)
         # Where due, the folder to write into, which process 0 makes.
         run.saver.after_step(batch.step)
     if not run.stop.reached and done < run.data.steps:

@@ -15,7 +15,7 @@ OURS = ("flexlora_ds", "data_prep", "launch", "eval")
 ALLOWED = {
     "flexlora_ds": {"flexlora_ds"},
     "data_prep": {"data_prep", "flexlora_ds"},
-    "launch": {"launch", "data_prep", "flexlora_ds"},
+    "launch": {"launch", "eval", "data_prep", "flexlora_ds"},
     "eval": {"eval", "data_prep", "flexlora_ds"},
 }
 PURE = {
@@ -99,6 +99,17 @@ def test_packages_import_downwards_only(package: str) -> None:
         if module.split(".")[0] == package:
             used = {name.split(".")[0] for name in imported} & set(OURS)
             assert used <= ALLOWED[package], module
+
+
+def test_a_run_uses_the_evaluation_by_one_door() -> None:
+    """`eval.live`, from the room of the loop; a model is not evaluated in two ways."""
+    used = {
+        (module.split(".")[1], name)
+        for module, imported in WITH_TYPES.items()
+        for name in imported
+        if module.startswith("launch.") and name.split(".")[0] == "eval"
+    }
+    assert used == {("loop", "eval.live")}
 
 
 def rooms(package: str) -> set[tuple[str, str, str, str]]:

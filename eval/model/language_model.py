@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,16 +23,28 @@ class LanguageModel:
     must not be padded, because prompt-learning adapters put virtual tokens before the padding and ignore positions.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        call: Callable[..., Any] | None = None,
+        device: torch.device | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """`call`, `device` and `vocabulary` are for a model that is trained: it may be called through an engine, its
+        weights may be elsewhere, and nothing is attached to it.
+        """
         self.model = model.eval()
+        self._call = call or model
         self.tokenizer = tokenizer
         self.effect: str | None = None
         """What is to be said of its adapter (`eval.model.effect`)."""
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
         self.config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self.stop_ids = _stop_ids(model, tokenizer)
-        self.vocabulary = Vocabulary.of(model)
+        self.vocabulary = vocabulary or Vocabulary.of(model)
         self.pad_id = self.vocabulary.padding_id(tokenizer)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = frozenset(inspect.signature(base.forward).parameters)
@@ -40,7 +52,7 @@ class LanguageModel:
         self.unpadded_only = bool(getattr(peft_config, "is_prompt_learning", False))
         plain = "position_ids" in self._accepts and _has_plain_cache(model.config)
         self.own_loop = plain and not self.unpadded_only
-        self._last_layer = self._try_last_layer() if self.own_loop else None
+        self._last_layer = self._try_last_layer() if self.own_loop and call is None else None
 
     def _try_last_layer(self) -> LastLayer | None:
         last_layer = LastLayer(self.model)
@@ -95,7 +107,7 @@ class LanguageModel:
             arguments["logits_to_keep"] = keep
         narrow = narrowing is not None and keep < ids.shape[1]
         with narrowing.only(keep) if narrow else nullcontext():  # type: ignore[union-attr]
-            out = self.model(**arguments)
+            out = self._call(**arguments)
         return out.logits[:, -keep:], out.past_key_values if use_cache else None
 
     def decode(self, tokens: Sequence[int]) -> str:

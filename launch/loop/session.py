@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eval.live import LiveTest
 from flexlora_ds.adapter.layer import any_transposed
 from flexlora_ds.base_model.fingerprint import base_fingerprint, base_revision
 from flexlora_ds.checkpoint.adapter import NOTES, adapter_notes
@@ -22,6 +23,7 @@ from launch.engine.build import build_engine
 from launch.engine.first_batches import FirstBatches
 from launch.engine.methods.protocol import Beginning, Method
 from launch.engine.settled import Settled
+from launch.loop.accuracy import AccuracyLog
 from launch.loop.finite_guard import FiniteGuard
 from launch.loop.run_log import RunLog
 from launch.loop.stopping import StopAgreement
@@ -54,6 +56,7 @@ class Session:
     data: Data
     log: RunLog
     validator: Validator
+    accuracy: AccuracyLog
     guard: FiniteGuard
     stop: StopAgreement
     saver: Saver
@@ -131,6 +134,7 @@ def begin(
     identity: Identity,
     start: Start,
     watcher: SignalWatcher,
+    test: LiveTest | None = None,
 ) -> Session:
     """Build the engine and all that lives around it, at the place where the run begins; collective.
 
@@ -149,6 +153,17 @@ def begin(
         engine, method, held_out, process, folder, stop.interrupted, every=val_every, last=steps
     )
     method.attach(engine, steps, validator or None)
+    accuracy = AccuracyLog(
+        engine,
+        process,
+        folder,
+        test,
+        stop.interrupted,
+        log.warn,
+        every=options.eval_every,
+        last=steps,
+        most_tokens=settled.layout.micro_batch_size * options.cutoff_len,
+    )
     guard = FiniteGuard(engine, process, log.warn)
     controller = method.controller
     fixed = {
@@ -187,6 +202,8 @@ def begin(
         keep=keep,
         last=steps,
     )
-    session = Session(options, process, folder, engine, method, batches, log, validator, guard, stop, saver)
+    session = Session(
+        options, process, folder, engine, method, batches, log, validator, accuracy, guard, stop, saver
+    )
     session.resume(start)
     return session

@@ -36,7 +36,7 @@ EXAMPLES = (
     ("--recipe runs/NAME/options.yaml --out runs/AGAIN", "a run repeated"),
 )
 
-SHOWN_DEFAULTS = {"model": "the recipe's", "out": "runs/<recipe name>"}
+SHOWN_DEFAULTS = {"model": "the recipe's", "out": "runs/<recipe name>", "eval_data": "the folder of data"}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ Kernels = Literal["liger", "none"]
 Compile = Literal["pieces", "blocks"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
+Task = Literal[
+    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"
+]
+EvalMode = Literal["score", "generate"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 Seconds = Annotated[int, Bounds(least=10, most=86_400)]
@@ -134,6 +138,16 @@ class TrainOptions(FlexLoRAConfig):
     """Steps between lines of metrics.jsonl."""
     val_every: Annotated[Count | Auto, LOGS, MAY_CHANGE] = "auto"
     """Steps between validations, 0 for none; auto is at both ends and around every rank change."""
+    eval_every: Annotated[Count, LOGS, MAY_CHANGE] = 0
+    """Steps between accuracies of the live model on the commonsense tests, the last after the run; 0 for none."""
+    eval_items: Annotated[Positive, LOGS, MAY_CHANGE] = 200
+    """Items of each task, from the first."""
+    eval_tasks: Annotated[tuple[Task, ...] | None, LOGS, MAY_CHANGE] = None
+    """Which tasks; none is all eight."""
+    eval_mode: Annotated[EvalMode, LOGS, MAY_CHANGE] = "score"
+    """How they are asked, as python -m eval does: the likeliest of an item's answers, or one that is generated."""
+    eval_data: Annotated[str, LOGS, MAY_CHANGE] = ""
+    """The folder of the tests, with TASK/test.json. Empty means the folder of data."""
     weigh_directions: Annotated[bool, LOGS, MAY_CHANGE] = True
     """Whether the end measures what the new directions of each rank change are worth, by one validation a change."""
     save_every: Annotated[Count, LOGS, MAY_CHANGE] = 1000

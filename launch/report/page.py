@@ -39,6 +39,7 @@ def page(run: RunData, plots: Mapping[str, bytes]) -> str:
         changes=[
             _change(row, with_market=any(row.get("market") for row in run.changes)) for row in run.changes
         ],
+        accuracy=_accuracy(run),
         births=births_of(run),
         options={**run.options, **versions},
     )
@@ -51,6 +52,7 @@ def _facts(run: RunData) -> dict[str, str]:
         "steps": f"{summary.get('steps', last['step']):,}",
         "final training loss": number(summary.get("final_loss", last["loss"]), ".4f"),
         "final validation loss": number(run.validation[-1]["loss"] if run.validation else None, ".4f"),
+        **({"accuracy, mean of tasks": number(run.accuracy[-1]["average"], ".1%")} if run.accuracy else {}),
         "wall time": "–" if summary.get("wall_seconds") is None else duration(summary["wall_seconds"]),
         "tokens": number(summary.get("tokens"), ",d"),
         "tokens per second": number(summary.get("tokens_per_s", last["tokens_per_s"]), ",.0f"),
@@ -61,6 +63,21 @@ def _facts(run: RunData) -> dict[str, str]:
         "total rank": f"{last['total_rank']:,}",
         "steps skipped": str(sum(bool(row["skipped"]) for row in run.metrics)),
     }
+
+
+def _accuracy(run: RunData) -> list[dict[str, str]]:
+    """The table of accuracies: a row for each measurement, the tasks in the order in which they first appear."""
+    tasks = list(dict.fromkeys(task for row in run.accuracy for task in row["accuracy"]))
+    return [
+        {
+            "step": f"{row['step']:,}",
+            **{task: number(row["accuracy"].get(task), ".1%") for task in tasks},
+            "average": number(row["average"], ".1%"),
+            "items": f"{row['items']:,}",
+            "protocol": row["protocol"],
+        }
+        for row in run.accuracy
+    ]
 
 
 def _change(row: Mapping[str, Any], *, with_market: bool) -> dict[str, Any]:

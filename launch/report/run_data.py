@@ -37,6 +37,8 @@ class RunData:
     changes: list[Row]
     validation: list[Row]
     spectra: Mapping[str, list[float]]
+    accuracy: list[Row] = field(default_factory=list)
+    """On the test sets, where it was measured while training."""
     births: list[NewDirection] = field(default_factory=list)
     """Every direction born after the start."""
     worth: Mapping[str, Any] = field(default_factory=dict)
@@ -94,6 +96,7 @@ def read_run(path: str | Path) -> RunData:
         metrics=metrics,
         changes=changes,
         validation=folder.validation.read(),
+        accuracy=folder.accuracy.read(),
         spectra={name: [math.nan if x is None else x for x in values] for name, values in spectra.items()},
         births=_births(worth, changes, options),
         worth=worth,

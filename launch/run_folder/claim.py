@@ -10,7 +10,7 @@ from flexlora_ds.errors import CommandError, UserError
 from flexlora_ds.files.ownership import claim, claimed
 from flexlora_ds.files.reading import open_ordinary
 
-LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl")
+LOGS = ("metrics.jsonl", "ranks.jsonl", "validation.jsonl", "accuracy.jsonl")
 WRITTEN = (*LOGS, "options.yaml", "summary.json", "spectra.json", "directions.json", "tracking")
 """What a run writes beside its checkpoints, adapter and report; `tracking` is a folder, of its trackers."""
 

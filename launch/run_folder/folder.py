@@ -25,7 +25,7 @@ from flexlora_ds.files.text import write_text_atomically
 from launch.run_folder.claim import WRITTEN, require_no_other
 from launch.run_folder.json_files import JsonLines, to_json
 from launch.run_folder.lock import LOCK_FILE
-from launch.run_folder.rows import METRICS, RANK_CHANGE, VALIDATION
+from launch.run_folder.rows import ACCURACY, METRICS, RANK_CHANGE, VALIDATION
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
@@ -88,6 +88,7 @@ class RunFolder:
         self.metrics = JsonLines(self.path / "metrics.jsonl", is_rank_zero, METRICS)
         self.rank_changes = JsonLines(self.path / "ranks.jsonl", is_rank_zero, RANK_CHANGE)
         self.validation = JsonLines(self.path / "validation.jsonl", is_rank_zero, VALIDATION)
+        self.accuracy = JsonLines(self.path / "accuracy.jsonl", is_rank_zero, ACCURACY)
         self.fault: RunError | None = None
         """Why a log could not be written; the processes agree on it between two steps (`StopAgreement.before_step`)."""
         self.require_present: Callable[[], None] = lambda: None
@@ -97,7 +98,7 @@ class RunFolder:
     @property
     def logs(self) -> tuple[JsonLines, ...]:
         """The files that grow line by line."""
-        return self.metrics, self.rank_changes, self.validation
+        return self.metrics, self.rank_changes, self.validation, self.accuracy
 
     def seals(self) -> dict[str, Any]:
         """By name, what each log holds so far: a part of a checkpoint."""
@@ -219,6 +220,10 @@ class RunFolder:
         if step != self._validated:
             self._log(self.validation, {"step": step, "loss": loss})
         self._validated = step
+
+    def log_accuracy(self, row: Mapping[str, Any]) -> None:
+        """Append a line to accuracy.jsonl."""
+        self._log(self.accuracy, row)
 
     def log_rank_change(self, change: Mapping[str, Any]) -> None:
         """Append a line to ranks.jsonl: its keys in their order, then what else there is."""

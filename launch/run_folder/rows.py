@@ -67,6 +67,16 @@ METRICS: Mapping[str, Check] = {
     "skipped": is_bool,
 }
 
+ACCURACY: Mapping[str, Check] = {
+    "step": is_count,
+    "accuracy": object_of(is_number),
+    "average": is_number,
+    "items": is_count,
+    "protocol": is_text,
+    "seconds": is_number,
+}
+"""The keys of accuracy.jsonl: accuracies as fractions, by task."""
+
 RANK_CHANGE: Mapping[str, Check] = {
     "step": is_count,
     "adjust_size": is_count,

@@ -37,12 +37,19 @@ def scalars_of(log: str, row: Row, importance: str) -> dict[str, float]:
         "metrics.jsonl": _of(row, _OF_STEPS),
         "validation.jsonl": _of(row, {"loss": "validation/loss"}),
         "ranks.jsonl": _of_change(row, importance),
+        "accuracy.jsonl": _of_accuracy(row),
     }
     return {name: float(value) for name, value in readers[log] if value is not None}
 
 
 def _of(row: Row, names: Mapping[str, str]) -> Iterator[tuple[str, float | None]]:
     return ((name, row[key]) for key, name in names.items() if key in row)
+
+
+def _of_accuracy(row: Row) -> Iterator[tuple[str, float | None]]:
+    yield "accuracy/average", row["average"]
+    for task, share in row["accuracy"].items():
+        yield f"accuracy/{task}", share
 
 
 def _of_change(row: Row, importance: str) -> Iterator[tuple[str, float | None]]:

@@ -184,6 +184,7 @@ NOT_RUN = {
     r"(PROCESSES_PER_NODE=2 )?sbatch ": "needs a cluster; what it starts is run",
     r"python -m eval --model .* runs/llama3_8b_r8/adapter": "another run of what is run",
     r"python -m data_prep --source DIR .*boolq": "another selection of what is run",
+    r"deepspeed .* --track|python -m launch.trackers ": "needs their libraries; tests/launch/test_trackers.py has them",
     r"python -m eval.compare": "needs evaluations; tests/evaluation/test_compare.py runs it",
     r"python -m benchmarks|OMP_NUM_THREADS=. python -m benchmarks": "takes long; tests/benchmarks run it, made small",
     r"lm_eval ": "needs lm-evaluation-harness; tests/evaluation/test_lm_eval.py reads its task files",
