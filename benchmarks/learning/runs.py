@@ -49,6 +49,8 @@ class Runner:
     words: tuple[str, ...] = ()
     """Options of `launch/train.py` for all runs."""
     jobs: int = 1
+    seconds: float | None = None
+    """A run that takes longer is ended; None: no run is."""
 
     def folder(self, run: Run) -> Path:
         """Where a run lies, or will lie."""
@@ -76,13 +78,19 @@ class Runner:
         if self.finished(run):
             return folder
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        done = subprocess.run(
-            [sys.executable, "launch/train.py", *words],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "MASTER_PORT": str(_free_port())},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "launch/train.py", *words],
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), "MASTER_PORT": str(_free_port())},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=self.seconds,
+            )
+        except subprocess.TimeoutExpired:
+            raise RunError(
+                f"{folder} was ended after {self.seconds:.0f} s", mend="give it more time"
+            ) from None
         if done.returncode:
             last = (done.stdout.strip() or "it said nothing").splitlines()[-1]
             raise RunError(f"{folder} ended with {done.returncode}: {last}")
