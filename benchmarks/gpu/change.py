@@ -1,4 +1,8 @@
-"""Section `change`: rank changes and saves at stages 2 and 3, in seconds and in steps."""
+"""Section `change`: rank changes and saves at stages 2 and 3, in seconds and in steps.
+
+Changes are timed three times on one engine: with random new directions, with directions from the gradient, and where
+the market decides. The last two look at the gradients of the step before a change, so that step is longer, too.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.contenders import Contender, Kind, options_of
+from benchmarks.contenders import STEPS, Contender, Kind, options_of
 from benchmarks.gpu.base import build_base
 from benchmarks.gpu.clock import seconds_of
 from benchmarks.gpu.section import Conditions, Report
@@ -26,6 +31,11 @@ EVERY = 2
 """Steps from one change to the next: a step with one, a step without."""
 SETTLED = 4
 """Uncounted steps, two of them with a change."""
+FROM_GRADIENT: dict[str, dict[str, str]] = {
+    "directions from the gradient": {"new_direction": "gradient"},
+    "the market": {"new_direction": "gradient", "importance": "growth"},
+}
+"""What each way to change sets, beside the options' own."""
 
 
 def run(conditions: Conditions, report: Report) -> None:
@@ -38,8 +48,15 @@ def run(conditions: Conditions, report: Report) -> None:
             continue
         with report.attempt(place), training(conditions, stage, device) as trainer:
             report.figure(f"{place}: ready after", time.monotonic() - conditions.started, "s of the section")
-            time_changes(trainer, conditions, report, place)
+            time_changes(trainer, report, place, 4 if conditions.tiny else 16)
             time_saves(trainer, report, place)
+            for way, options in FROM_GRADIENT.items():
+                if conditions.left < 10:
+                    report.absent(f"{place}, {way}", "no time left")
+                    continue
+                with report.attempt(f"{place}, {way}"):
+                    trainer.change_by(options)
+                    time_changes(trainer, report, f"{place}, {way}", 4 if conditions.tiny else 8)
 
 
 class Trainer:
@@ -54,6 +71,15 @@ class Trainer:
         kind = Kind("FlexLoRA rank changes", FlexLoRA, changes=True, packed=True)
         self.contender = Contender(kind, base, options, EVERY, device)
         self.steps, self.change = 0, None
+
+    def change_by(self, options: dict[str, str]) -> None:
+        """Go on with other options of rank changes, right after a change: nothing looks at the next step then."""
+        while self.change is None:
+            self.step()
+        method: Any = self.contender.method
+        method.options = method.options.replace(**options)
+        method.config = method.options.to_flexlora_config()
+        method.attach(self.contender.engine, STEPS, None)
 
     def step(self) -> None:
         """One step on the same records; `change` is what came after it, if there was one."""
@@ -80,35 +106,58 @@ def training(conditions: Conditions, stage: int, device: torch.device) -> Iterat
             torch.cuda.empty_cache()
 
 
-def time_changes(trainer: Trainer, conditions: Conditions, report: Report, place: str) -> None:
-    """Seconds inside a change, what a step with one takes longer, and what the allocator holds over them."""
-    with_change: list[float] = []
-    without: list[float] = []
-    inside: list[float] = []
-    memory: list[tuple[int, int]] = []
-    device = trainer.contender.device
-    for number in range(1, SETTLED + (4 if conditions.tiny else 16) + 1):
-        took = trainer.seconds()
-        if number <= SETTLED:
-            continue
-        if trainer.change is None:
-            without.append(took)
-        else:
-            with_change.append(took)
-            inside.append(trainer.change.seconds)
+@dataclass
+class Counted:
+    """What the counted steps took."""
+
+    with_change: list[float] = field(default_factory=list)
+    without: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    """Seconds of the changes alone."""
+    moved: int = 0
+    """Directions that were added."""
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    """Bytes allocated and reserved after each step."""
+    peaks: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    """Bytes at the peak, of steps with a change and without."""
+
+    def add(self, took: float, change: Any, device: torch.device) -> None:
+        """One step."""
+        (self.without if change is None else self.with_change).append(took)
+        if change is not None:
+            self.inside.append(change.seconds)
+            self.moved += len(change.expanded)
         if device.type == "cuda":
-            memory.append((torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)))
-    plain, change = statistics.median(without), statistics.median(inside)
-    report.figure(f"{place}: step", plain * 1e3, "ms", all=without)
-    report.figure(f"{place}: inside a change", change * 1e3, "ms", all=inside)
+            self.memory.append((torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)))
+            changed = change is not None
+            self.peaks[changed] = max(self.peaks[changed], torch.cuda.max_memory_allocated(device))
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def time_changes(trainer: Trainer, report: Report, place: str, steps: int) -> None:
+    """Seconds inside a change, what a step with one takes longer and more, and what the allocator holds over them."""
+    counted, device = Counted(), trainer.contender.device
+    for number in range(1, SETTLED + steps + 1):
+        took = trainer.seconds()
+        if number > SETTLED:
+            counted.add(took, trainer.change, device)
+        elif device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+    plain, change = statistics.median(counted.without), statistics.median(counted.inside)
+    report.figure(f"{place}: step", plain * 1e3, "ms", all=counted.without)
+    report.figure(f"{place}: inside a change", change * 1e3, "ms", all=counted.inside, moved=counted.moved)
     report.figure(f"{place}: change : step", change / plain, aim="1")
-    lost = (statistics.median(with_change) - plain) / plain
-    report.figure(f"{place}: a step with a change takes longer by", lost, "steps", all=with_change)
-    for what, first, last in (
-        zip(("allocated", "reserved"), *(memory[:1] + memory[-1:]), strict=True) if memory else ()
+    lost = (statistics.median(counted.with_change) - plain) / plain
+    report.figure(f"{place}: a step with a change takes longer by", lost, "steps", all=counted.with_change)
+    if not counted.memory:
+        return
+    more = (counted.peaks[True] - counted.peaks[False]) / 2**20
+    report.figure(f"{place}: the peak of a step with a change is higher by", more, "MiB")
+    for what, first, last in zip(
+        ("allocated", "reserved"), counted.memory[0], counted.memory[-1], strict=True
     ):
         grown = (last - first) / 2**20
-        report.figure(f"{place}: {what} memory grown over {len(inside)} changes", grown, "MiB")
+        report.figure(f"{place}: {what} memory grown over {len(counted.inside)} changes", grown, "MiB")
 
 
 def time_saves(trainer: Trainer, report: Report, place: str) -> None:
