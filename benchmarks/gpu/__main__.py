@@ -1,10 +1,12 @@
 """What holds, and how fast, on the GPU that is there: proofs and figures by one command.
 
-    python -m benchmarks.gpu [--sections LIST] [--seconds 480] [--shape llama3-8b] [--model DIR] [--json FILE]
+    python -m benchmarks.gpu [--sections LIST] [--seconds 480] [--shape llama3-8b] [--json FILE]
+                             [--model MODEL --data RECORDS]
     python -m benchmarks.gpu --tiny                      the same code with small sizes, on a CPU in minutes
 
 Each section runs in a process of its own with a share of the time, prints its figures as soon as it has them, and
 stops none of the others. A table comes last. With --json everything goes into a file, with the card and versions.
+With --model and --data the section `study` trains that model by several methods; without, it says that it did not.
 The exit code is 1 where a proof does not hold, a section fails, or with --compare a figure is worse than before: beyond
 15 % in speed or 2 % in memory.
 """
@@ -14,21 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.compare import baseline_of, read_figures, worse
-from benchmarks.gpu.sections import SECTIONS, run_section
+from benchmarks.gpu.sections import SECTIONS, run_section, share_of
 from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.markdown import markdown_table
 
 GRACE = 15.0
-"""Seconds that a section may take beyond its share before it is ended."""
+"""Seconds that a section may take beyond its share before it is ended; kept back from the time for all of them."""
 
 
 def parse() -> argparse.Namespace:
@@ -38,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sections", default=names, help="of %(default)s; a list")
     parser.add_argument("--seconds", type=float, default=480, help="for all sections (%(default)s)")
     parser.add_argument("--shape", help="of benchmarks.shapes (llama3-8b; tiny with --tiny)")
-    parser.add_argument("--model", help="for `study`: a model to train")
+    parser.add_argument("--model", help="for `study`: a model to train, as in launch/train.py")
+    parser.add_argument("--data", help="for `study`: records to train on, as in launch/train.py")
     parser.add_argument("--proofs", default="", help="only proofs whose names contain one of these; a list")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -58,6 +63,8 @@ def parse() -> argparse.Namespace:
     for name in args.sections:
         if name not in SECTIONS:
             parser.error(f"--sections: there is no {name!r}; there are {names}")
+    if not args.run and (args.model is None) != (args.data is None):
+        parser.error("--model and --data go together: `study` trains the one on the other")
     if args.compare not in (None, Path()) and not args.compare.is_file():
         parser.error(f"--compare: there is no file {args.compare}")
     if args.json and not args.json.parent.is_dir():
@@ -82,9 +89,8 @@ def run(args: argparse.Namespace) -> None:
         figures = Path(scratch) / "figures.jsonl"
         figures.touch()
         for number, name in enumerate(args.sections):
-            left = args.seconds - (time.monotonic() - started)
-            weights = {n: SECTIONS[n].weight for n in args.sections[number:]}
-            share = left * weights[name] / sum(weights.values())
+            left = args.seconds - GRACE - (time.monotonic() - started)
+            share = share_of(args.sections[number:], left, model=args.model is not None)
             began = time.monotonic()
             code = in_a_process(name, share, args, figures)
             print(f"[{name}] {time.monotonic() - began:.0f} s of {share:.0f}", flush=True)
@@ -92,6 +98,9 @@ def run(args: argparse.Namespace) -> None:
                 failed.append(name)
         rows = [json.loads(line) for line in figures.read_text(encoding="utf-8").splitlines()]
     print("\n" + table(rows), end="")
+    not_run = [row["name"] for row in rows if row.get("unproven")]
+    if not_run:
+        print(f"\n{len(not_run)} proofs were not run: {'; '.join(not_run)}")
     if args.json:
         write(args, rows, failed)
     broken = [row["name"] for row in rows if row.get("proof") and not row["holds"]]
@@ -112,22 +121,24 @@ def baseline_for(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
 
 
 def in_a_process(name: str, share: float, args: argparse.Namespace, figures: Path) -> int:
-    """One section; its exit code, 124 where it outran its share."""
+    """One section; its exit code, 124 where it outran its share. What it started ends with it."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--run", name, "--figures", str(figures)]
     command += ["--seconds", str(share), "--shape", args.shape]
     command += ["--tiny"] if args.tiny else []
     command += ["--proofs", ",".join(args.proofs)]
-    command += ["--model", args.model] if args.model else []
+    command += ["--model", args.model, "--data", args.data] if args.model else []
     environment = {k: v for k, v in os.environ.items() if k != "MASTER_PORT"}
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return process.wait(timeout=None if args.tiny else max(share, 0) + GRACE)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
         print(f"[{name}] ended: it outran its share", flush=True)
         return 124
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -136,6 +147,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row.get("proof"):
             value, aim = ("holds" if row["holds"] else "**fails**"), "holds"
+        elif row.get("unproven"):
+            value, aim = f"**not run**: {row['reason']}", "holds"
         elif row.get("absent"):
             value, aim = f"not measured: {row['reason']}", ""
         else:

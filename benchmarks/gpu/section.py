@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeAlias
 
 import torch
 
 Value: TypeAlias = bool | int | float | str | None
+
+
+class NotRunError(Exception):
+    """What cannot be measured or shown here, and why: said and counted, no failure."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Conditions:
     """Every path of the code, with sizes for a CPU."""
     model: str | None = None
     """For `study`: a model to train."""
+    data: str | None = None
+    """For `study`: records to train on."""
     proofs: tuple[str, ...] = ()
     """Only proofs whose names contain one of these; all where there is none."""
     started: float = field(default_factory=time.monotonic)
@@ -52,6 +59,7 @@ class Report:
 
     def __init__(self, section: str, path: Path | None) -> None:
         self.section, self.path = section, path
+        self._lock = Lock()
 
     def figure(self, name: str, value: Value, unit: str = "", *, aim: str = "", **details: Any) -> None:
         """A measured value; `aim` says what was hoped for, `details` go into the JSON alone."""
@@ -64,9 +72,11 @@ class Report:
         text = f"{'holds' if holds else 'FAILS'}: {name}{f' ({detail})' if detail else ''}"
         self._put(text, {"name": name, "proof": True, "holds": holds, "detail": detail, "test": test})
 
-    def absent(self, name: str, reason: str) -> None:
+    def absent(self, name: str, reason: str, *, proof: bool = False) -> None:
         """What could not be measured or shown, and why: never silently."""
-        self._put(f"not measured: {name} ({reason})", {"name": name, "absent": True, "reason": reason})
+        what = "not run" if proof else "not measured"
+        row = {"name": name, "absent": True, "reason": reason}
+        self._put(f"{what}: {name} ({reason})", row | ({"unproven": True} if proof else {}))
 
     @contextmanager
     def attempt(self, name: str, *, proof: bool = False) -> Iterator[None]:
@@ -82,10 +92,11 @@ class Report:
             self.proof(name, False, reason) if proof else self.absent(name, reason)
 
     def _put(self, text: str, row: dict[str, Any]) -> None:
-        print(f"[{self.section}] {text}", flush=True)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"section": self.section, **row}) + "\n")
+        with self._lock:  # proofs report from several threads
+            print(f"[{self.section}] {text}", flush=True)
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"section": self.section, **row}) + "\n")
 
 
 Section: TypeAlias = Callable[[Conditions, Report], None]

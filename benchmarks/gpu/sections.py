@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -13,6 +14,8 @@ class Entry:
 
     place: str
     weight: float
+    needs_model: bool = False
+    """Without a model it says that it was not run, and gets no time."""
 
 
 SECTIONS = {
@@ -20,10 +23,21 @@ SECTIONS = {
     "proofs": Entry("proofs:run", 120),
     "step": Entry("step:run", 160),
     "compiled": Entry("step:run_compiled", 120),
-    "change": Entry("change:run", 60),
+    "change": Entry("change:run", 80),
     "plan": Entry("plan:run", 35),
     "eval": Entry("evaluation:run", 70),
+    "study": Entry("study:run", 140, needs_model=True),
 }
+WITHOUT_MODEL = 5
+"""The weight of a section that has only to say what it lacks: the start of Python."""
+
+
+def share_of(names: Sequence[str], left: float, *, model: bool) -> float:
+    """The first section's share of the seconds that are left for all of `names`."""
+    weights = [
+        WITHOUT_MODEL if SECTIONS[name].needs_model and not model else SECTIONS[name].weight for name in names
+    ]
+    return left * weights[0] / sum(weights)
 
 
 def run_section(name: str, args: argparse.Namespace) -> None:
@@ -32,5 +46,7 @@ def run_section(name: str, args: argparse.Namespace) -> None:
 
     module, _, function = SECTIONS[name].place.partition(":")
     section = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
-    conditions = Conditions(args.shape, args.seconds, args.tiny, args.model, tuple(args.proofs))
+    conditions = Conditions(
+        args.shape, args.seconds, args.tiny, args.model, args.data, proofs=tuple(args.proofs)
+    )
     section(conditions, Report(name, args.figures))

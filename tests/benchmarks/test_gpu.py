@@ -2,47 +2,126 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.clock import union
 from benchmarks.gpu.compare import BASELINES, baseline_of, read_figures, worse
+from benchmarks.gpu.proofs.listed import proofs
+from benchmarks.gpu.sections import SECTIONS, share_of
+from tests.helpers.bare import bare_environment
 from tests.helpers.processes import ROOT
 
-SECTIONS = "facts,proofs,step,compiled,change,plan"
-FAST_PROOFS = "bits,in chunks,packed sdpa,stage 2 in fp32,stage 2: an empty,growth"
+FAST = "facts,proofs,step,compiled,change,plan"
+"""`eval` and `study` have tests of their own."""
+FAST_PROOFS = "bits,inside a compiled,in chunks,ones do: sdpa,stage 2 in fp32,stage 2: an empty,"
+FAST_PROOFS += "growth leaves,host trains,start from,prices"
 
 
 def figure(name: str, value: Any, unit: str) -> dict[str, Any]:
     return {"section": "step", "name": name, "value": value, "unit": unit}
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-
-
-@pytest.mark.parametrize("proofs", [FAST_PROOFS, pytest.param("", marks=pytest.mark.full)])
-def test_every_section_runs_without_a_gpu(proofs: str, tmp_path: Path) -> None:
-    """`eval` has a test of its own."""
-    out = tmp_path / "figures.json"
-    done = run_command("--tiny", "--sections", SECTIONS, "--proofs", proofs, "--json", str(out))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    report = json.loads(out.read_text())
-    rows = report["figures"]
-    assert {row["section"] for row in rows} == set(SECTIONS.split(","))
-    proven = [row for row in rows if row.get("proof")]
-    assert len(proven) >= 6 and all(row["holds"] for row in proven)
-    assert all((ROOT / row["test"].split("::")[0]).is_file() for row in proven), (
-        "each names its test on a CPU"
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
-    measured = [row for row in rows if row["section"] != "proofs" and row.get("absent")]
-    assert not measured, measured
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [(FAST, FAST_PROOFS), pytest.param(",".join(SECTIONS), "", marks=pytest.mark.full)],
+    ids=["fast", "all"],
+)
+def test_every_section_runs_without_a_gpu(sections: str, wanted: str, tmp_path: Path) -> None:
+    """And with the declared packages only: nothing that a developer has is there."""
+    out, asked = tmp_path / "figures.json", [text for text in wanted.split(",") if text]
+    bare = bare_environment(tmp_path)
+    assert "hypothesis" in (tmp_path / "sitecustomize.py").read_text()
+    arguments = ("--tiny", "--sections", sections, "--proofs", wanted, "--json", str(out))
+    done = run_command(*arguments, environment=bare)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(out.read_text())["figures"]
+    assert {row["section"] for row in rows} == set(sections.split(","))
+    proven, unproven = ([row for row in rows if row.get(kind)] for kind in ("proof", "unproven"))
+    names = [proof.name for proof in proofs() if not asked or any(text in proof.name for text in asked)]
+    assert sorted(row["name"] for row in proven + unproven) == sorted(names)
+    assert len(proven) >= 10 and all(row["holds"] for row in proven)
+    assert f"{len(proven)} hold, 0 fail, {len(unproven)} not run, of {len(names)}" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "**not run**: " in line]
+    assert all(any(f" {row['name']} " in line for line in lines) for row in unproven)
+    absent = {row["name"] for row in rows if row.get("absent")} - {row["name"] for row in unproven}
+    assert absent <= {"study"}, "it was given no model"
+
+
+def test_every_proof_names_a_test_that_is_there_and_stands_on_the_page() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    named = {proof.test for proof in proofs()}
+    for test in named:
+        path, _, function = test.partition("::")
+        tree = ast.parse((ROOT / path).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+        assert f"`{function}`" in page, test
+    assert len({proof.name for proof in proofs()}) == len(proofs())
+
+
+def test_shares_leave_time_for_all_and_none_for_what_cannot_run() -> None:
+    names, left, shares = list(SECTIONS), 465.0, {}
+    for number, name in enumerate(names):
+        shares[name] = share_of(names[number:], left, model=False)
+        left -= shares[name]
+    assert left == pytest.approx(0) and shares["study"] < 10 < shares["facts"]
+    assert share_of(["study", "facts"], 100, model=True) > 80
+
+
+def test_a_section_that_outruns_its_share_ends_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, written = tmp_path / "section", tmp_path / "child"
+    script.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {written}.new\nmv {written}.new {written}\nwait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    wait = subprocess.Popen.wait
+
+    def until_the_child_runs(process: Any, timeout: float | None = None) -> int:
+        while timeout is not None and not written.exists():
+            time.sleep(0.01)
+        return wait(process, timeout and 0.01)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", until_the_child_runs)
+    args = SimpleNamespace(shape="tiny", tiny=False, proofs=[], model=None, data=None)
+    assert gpu.in_a_process("facts", 60, args, tmp_path / "figures") == 124  # type: ignore[arg-type]
+    until = time.monotonic() + 60
+    while runs(int(written.read_text())) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not runs(int(written.read_text()))
+
+
+def runs(number: int) -> bool:
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_what_is_slower_or_larger_than_before_fails() -> None:
@@ -75,6 +154,7 @@ def test_bad_input_is_one_line_and_exit_code_2() -> None:
         (["--sections", "facts,nothing"], "no 'nothing'"),
         (["--compare", "missing.json"], "no file missing.json"),
         (["--json", "no/folder/x.json"], "no folder no/folder"),
+        (["--model", "somewhere"], "--model and --data go together"),
     ):
         done = run_command(*arguments)
         assert done.returncode == 2 and fault in done.stderr.splitlines()[-1]

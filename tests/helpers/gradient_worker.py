@@ -249,7 +249,7 @@ def _newest(engine: Any, names: list[str], exact: dict[str, Tensor]) -> dict[str
         overlap = max(overlap, float((Q[:-1] @ Q[-1]).abs().max()))
         if exact:
             columns, rows = torch.linalg.qr(P[:, :-1])[0], torch.linalg.qr(Q[:-1].T)[0]
-            G = exact[name].double()
+            G = exact[name].double().cpu()
             G = G - columns @ (columns.T @ G)
             left, sigma, right = torch.linalg.svd(G - (G @ rows) @ rows.T)
             cosines = [abs(float(left[:, 0] @ P[:, -1])), abs(float(right[0] @ Q[-1]))]

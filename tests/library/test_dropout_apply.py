@@ -15,7 +15,10 @@ from flexlora_ds.dropout.apply import (
     Kernel,
     Masking,
     SeededDropout,
+    columns_of,
+    dropped_in_graph,
     fused_kernel,
+    key_of,
     torch_kernel,
     verified_kernel,
 )
@@ -82,6 +85,26 @@ def test_threads_and_strides_change_no_bit(kernel: HostKernel) -> None:
             assert torch.equal(kept, values * drop.mask(64, torch.float32))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_graph_drops_what_the_mask_drops() -> None:
+    """Forward and backward, where dropout is part of a larger compiled graph, for open numbers of rows."""
+
+    def body(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return 2 * dropped_in_graph(torch.tanh(x), keys, key, columns, 0.3)
+
+    compiled: Any = torch.compile(body, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (20, 7):
+        drop, x = (
+            SeededDropout(torch.arange(rows) - 3, -(2**63), 0.3),
+            seeded_normal(rows, 48).requires_grad_(),
+        )
+        y = compiled(x, drop.row_keys, key_of(drop.matrix_key, CPU), columns_of(48, CPU))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        mask = drop.mask(48, torch.float32)
+        torch.testing.assert_close(y, 2 * torch.tanh(x) * mask, rtol=0, atol=0)
+        torch.testing.assert_close(gradient, 2 * (1 - torch.tanh(x) ** 2) * mask)
+        assert 0 < int((gradient == 0).sum()) < gradient.numel()
 
 
 def with_masks(layer: Any, x: torch.Tensor, fused: bool, **around: Any) -> dict[str, torch.Tensor]:

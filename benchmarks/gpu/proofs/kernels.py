@@ -1,46 +1,26 @@
-"""Proofs that need no engine: the compiled dropout's bits, the loss in chunks, packed examples."""
+"""Proofs that need no engine: dropout's bits in two kernels, the loss in chunks, packed examples."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.section import Conditions, Report
+from benchmarks.gpu.proofs.proof import Verdict
+from benchmarks.gpu.section import Conditions, NotRunError
 
-DROPOUT_TEST = (
-    "tests/library/test_dropout_apply.py::test_a_gpu_computes_it_in_one_kernel_with_the_bits_of_a_cpu"
-)
-HEAD_TEST = "tests/launch/test_head_loss.py::test_losses_and_gradients_are_those_of_cross_entropy"
-CHECKS_TEST = "tests/distributed/test_gradient_checks.py::test_the_norm_is_deepspeeds_own"
-PACKED_TEST = "tests/launch/test_packed.py::test_losses_and_gradients_are_the_padded_ones"
+if TYPE_CHECKING:
+    from benchmarks.gpu.proofs.teams import Teams
+
 BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 0.1)}
 """Of losses and gradients of one model under two attentions; a wrong boundary is apart by half."""
 
 
-def run(conditions: Conditions, report: Report) -> None:
-    """All of them, in this process."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    name = "the compiled dropout's bits are the written mask's and a CPU's"
-    with report.attempt(name, proof=True):
-        report.proof(name, *dropout_bits(conditions), test=DROPOUT_TEST)
-    for dtype in (torch.float32, torch.bfloat16):
-        name = f"losses in chunks are those of full logits, {short(dtype)}"
-        with report.attempt(name, proof=True):
-            report.proof(name, *chunked_head(conditions, dtype), test=HEAD_TEST)
-    name = "gradients looked at together are judged as one by one"
-    with report.attempt(name, proof=True):
-        report.proof(name, *gradient_checks(conditions), test=CHECKS_TEST)
-    packed(conditions, report)
-
-
-def gradient_checks(conditions: Conditions) -> tuple[bool, str]:
+def gradient_checks(conditions: Conditions, teams: Teams) -> Verdict:
     """Norm, and verdict on one element that is not finite, in every precision; an empty gradient among them."""
     from flexlora_ds.partitions.fused_checks import fused_norm, overflow_of
 
@@ -68,7 +48,7 @@ def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def dropout_bits(conditions: Conditions) -> tuple[bool, str]:
+def dropout_bits(conditions: Conditions, teams: Teams) -> Verdict:
     """Several shapes, rates and precisions; out of place and in place."""
     from flexlora_ds.dropout.apply import FusedMasking, SeededDropout
 
@@ -100,7 +80,33 @@ def dropout_bits(conditions: Conditions) -> tuple[bool, str]:
     return not wrong, f"other bits: {'; '.join(wrong)}" if wrong else f"{compared:,} elements, 3 ways each"
 
 
-def chunked_head(conditions: Conditions, dtype: torch.dtype) -> tuple[bool, str]:
+def dropout_in_graphs(conditions: Conditions, teams: Teams) -> Verdict:
+    """Dropout as part of a larger graph, as in a compiled layer, forward and backward, for open numbers of rows."""
+    from flexlora_ds.dropout.apply import SeededDropout, columns_of, dropped_in_graph, key_of
+
+    device, rng, features, p = conditions.device, torch.Generator().manual_seed(2), 96, 0.3
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+
+    def body(x: Tensor, keys: Tensor, key: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(dropped_in_graph(torch.tanh(x), keys, key, columns, p), weight)
+
+    compiled = torch.compile(body, fullgraph=True, dynamic=True, backend=backend)
+    weight = torch.eye(features, device=device)  # what is dropped shows as a zero, forward and backward
+    wrong, compared = [], 0
+    for rows in (331, 64, 5):
+        keys = torch.randint(-(2**62), 2**62, (rows,), generator=rng)
+        x = (0.5 + torch.rand(rows, features, generator=rng)).to(device).requires_grad_()
+        mask = SeededDropout(keys, -(2**63) + 77, p).mask(features, torch.bool)
+        of_matrix = key_of(-(2**63) + 77, device), columns_of(features, device)
+        y = compiled(x, keys.to(device), *of_matrix, weight)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        compared += rows * features
+        wrong += [f"{n}, {rows} rows" for n, t in (("output", y), ("gradient", gradient))
+                  if not torch.equal(t.detach().cpu() != 0, mask)]  # fmt: skip
+    return not wrong, f"other bits: {'; '.join(wrong)}" if wrong else f"{compared:,} elements, both ways"
+
+
+def chunked_head(dtype: torch.dtype, conditions: Conditions, teams: Teams) -> Verdict:
     """Losses and the gradient of the hidden states, for weights that differ from token to token."""
     from launch.model.head_loss import chunked_losses
 
@@ -128,58 +134,48 @@ def _listed(apart: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1e} apart" for name, value in apart.items())
 
 
-def packed(conditions: Conditions, report: Report) -> None:
-    """Each attention that is there, against padded sdpa in the same precision; dropout on."""
+def packed(attention: str, dtype: torch.dtype, conditions: Conditions, teams: Teams) -> Verdict:
+    """An attention for packed examples, against padded sdpa in the same precision; dropout on."""
+    chosen = ATTENTIONS[attention]()
+    expected = loss_and_gradients("sdpa", dtype, conditions.device, packed=False)
+    found = loss_and_gradients(chosen, dtype, conditions.device, packed=True)
+    apart = {n: relative(found[n], value) for n, value in expected.items()}
+    loss, gradients = apart.pop("loss"), max(apart.values())
+    bounds = BOUNDS[dtype]
+    detail = f"loss {loss:.1e}, {len(apart)} gradients {gradients:.1e} apart; bounds {bounds}"
+    return loss < bounds[0] and gradients < bounds[1], detail
+
+
+def sdpa() -> str:
+    """torch's own, example by example."""
     from launch.model.packed_attention import register_packed_sdpa
 
-    cases: list[tuple[str, torch.dtype, Callable[[], str]]] = [
-        ("packed sdpa", torch.float32, register_packed_sdpa),
-        ("packed sdpa", torch.bfloat16, register_packed_sdpa),
-        ("varlen", torch.bfloat16, varlen),
-        ("flash-attn", torch.bfloat16, flash),
-    ]
-    expected: dict[torch.dtype, dict[str, Tensor]] = {}
-    for kind, dtype, attention in cases:
-        name = f"packed examples compute what padded ones do: {kind}, {short(dtype)}"
-        if not conditions.wants(name):
-            continue
-        try:
-            chosen = attention()
-        except Exception as error:  # kernels that are not there say so in many ways
-            report.absent(name, f"{type(error).__name__}: {(str(error).splitlines() or ['no text'])[0]}")
-            continue
-        with report.attempt(name, proof=True):
-            if dtype not in expected:
-                expected[dtype] = loss_and_gradients("sdpa", dtype, conditions.device, packed=False)
-            found = loss_and_gradients(chosen, dtype, conditions.device, packed=True)
-            apart = {n: relative(found[n], value) for n, value in expected[dtype].items()}
-            loss, gradients = apart.pop("loss"), max(apart.values())
-            bounds = BOUNDS[dtype]
-            detail = f"loss {loss:.1e}, {len(apart)} gradients {gradients:.1e} apart; bounds {bounds}"
-            report.proof(name, loss < bounds[0] and gradients < bounds[1], detail, test=PACKED_TEST)
+    return register_packed_sdpa()
 
 
 def varlen() -> str:
     """torch's own, where the launcher finds that it works."""
     from launch.model import attention, packed_attention
 
-    if not hasattr(attention, "torch_varlen"):
-        raise RuntimeError("the launcher does not know torch's varlen attention")
     if not torch.cuda.is_available():
-        raise RuntimeError("needs a GPU")
+        raise NotRunError("needs a GPU")
     function = attention.torch_varlen("bf16")
     if function is None:
-        raise RuntimeError("torch's varlen attention does not work here; the warning above says why")
+        raise NotRunError("torch's varlen attention does not work here; the warning above says why")
     return packed_attention.register_packed_varlen(function)
 
 
 def flash() -> str:
     """The package flash-attn."""
     if not torch.cuda.is_available():
-        raise RuntimeError("needs a GPU")
+        raise NotRunError("needs a GPU")
     if importlib.util.find_spec("flash_attn") is None:
-        raise RuntimeError("flash-attn is not installed")
+        raise NotRunError("flash-attn is not installed")
     return "flash_attention_2"
+
+
+ATTENTIONS = {"sdpa": sdpa, "varlen": varlen, "flash-attn": flash}
+"""For packed examples: each registers itself and gives its name; NotRunError where it cannot."""
 
 
 def loss_and_gradients(

@@ -5,21 +5,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from benchmarks.gpu.proofs import worker
-from benchmarks.gpu.section import Conditions, Report
+from benchmarks.gpu.proofs.proof import Verdict
+from benchmarks.gpu.proofs.teams import Teams
+from benchmarks.gpu.section import Conditions
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.proofs.engines import Teams
-
-TEST = "tests/distributed/test_resume.py::test_same_configuration_continues_bit_for_bit"
 TIMED = ("seconds", "tokens_per_s", "step_s", "peak_mem_gb")
 
 
-def resumed(name: str, conditions: Conditions, report: Report, teams: Teams) -> None:
+def resumed(conditions: Conditions, teams: Teams) -> Verdict:
     """16 steps with three rank changes and dropout, continued after step 7; deterministic algorithms on."""
     from tests.helpers import training
 
@@ -39,12 +37,12 @@ def resumed(name: str, conditions: Conditions, report: Report, teams: Teams) -> 
     detail = f"{len(theirs)} tensors and the logs of 16 steps, {changes} changes"
     detail += f"; apart: {', '.join(apart[:5])}" if apart else ""
     detail += f"; without determinism of: {odd_kernels}" if odd_kernels else ""
-    report.proof(name, not apart and len(theirs) > 0 and changes == 3, detail, test=TEST)
+    return not apart and len(theirs) > 0 and changes == 3, detail
 
 
 def _train(teams: Teams, arguments: list[str]) -> str:
     """Run the command; where a kernel has no deterministic form, which one, and the run goes on with a warning."""
-    (result,) = teams.one.run(worker.train_deterministically, arguments)
+    (result,) = teams["programs"].run(worker.train_deterministically, arguments)
     if result["code"] == 0:
         return ""
     found = [line for line in str(result["stderr"]).splitlines() if "deterministic" in line]
@@ -52,7 +50,7 @@ def _train(teams: Teams, arguments: list[str]) -> str:
         raise RuntimeError(f"the command ended with {result['code']}: {result['stderr'][-600:]}")
     (out,) = (word.removeprefix("--out=") for word in arguments if word.startswith("--out="))
     shutil.rmtree(out, ignore_errors=True)
-    (result,) = teams.one.run(worker.train_deterministically, arguments, True)
+    (result,) = teams["programs"].run(worker.train_deterministically, arguments, True)
     if result["code"] != 0:
         raise RuntimeError(f"the command ended with {result['code']}: {result['stderr'][-600:]}")
     return found[0].strip()[:120]
