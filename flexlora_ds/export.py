@@ -1,6 +1,6 @@
 """Take an adapter out of a run or a checkpoint: as it is, at one uniform rank for servers, or merged into its base.
 
-    python -m flexlora_ds.export --run RUN | --checkpoint DIR --to peft|peft-uniform|merged --out DIR
+    python -m flexlora_ds.export --run RUN | --checkpoint DIR --to peft|peft-uniform|gguf-lora|merged --out DIR
                                  [--rank_budget N | --parameters N | --energy SHARE]
 
 Every export is read back and compared with its source, its logits on the base too, before it appears under --out.
@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
+from flexlora_ds.base_model.loading import load_skeleton
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, one_line, run_parsed
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.exports.checks import Check, check_adapter, check_reading, check_update
+from flexlora_ds.exports.gguf_lora import ADAPTER_FILE, check_gguf_lora, write_gguf_lora
 from flexlora_ds.exports.merged_model import export_merged
+from flexlora_ds.exports.padding import SERVER_RANKS, padded, server_rank
 from flexlora_ds.exports.truncation import Size, Truncated, truncate
 from flexlora_ds.files.folders import replacing_folder, require_new
 from flexlora_ds.peft_format import (
@@ -40,6 +40,7 @@ __all__ = [
     "AdapterFactors",
     "LoraAdapter",
     "LoraMatrix",
+    "export_gguf_lora",
     "export_merged",
     "export_peft",
     "export_uniform",
@@ -50,8 +51,6 @@ __all__ = [
 
 _LONGEST_COUNT = 18
 """Digits of a number of directions or parameters."""
-SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM allows for `max_lora_rank`."""
 
 
 def export_peft(adapter: LoraAdapter, out: Path, base: str | None = None) -> tuple[Check, ...]:
@@ -69,7 +68,7 @@ def export_peft(adapter: LoraAdapter, out: Path, base: str | None = None) -> tup
 def export_uniform(adapter: LoraAdapter, out: Path, base: str | None = None) -> tuple[Check, ...]:
     """As `export_peft`, with every matrix zero-padded to the largest rank R, alpha = R, scale folded into B.
 
-    For servers that ignore `rank_pattern` and `alpha_pattern` (vLLM among them); ΔW is the same.
+    For servers that ignore `rank_pattern` and `alpha_pattern` (SGLang, vLLM before 0.33); ΔW is the same.
     """
     return _export_adapter(adapter, padded(adapter), out, base)
 
@@ -85,22 +84,24 @@ def _export_adapter(
     return checks
 
 
-def padded(adapter: LoraAdapter) -> LoraAdapter:
-    """The same ΔW with all matrices at the largest rank, and a scale of 1."""
-    pad = nn.functional.pad
-    rank = max(matrix.rank for matrix in adapter.matrices.values())
-    matrices = {
-        name: LoraMatrix(
-            pad(m.scale * m.B.float(), (0, rank - m.rank)), pad(m.A.float(), (0, 0, 0, rank - m.rank)), 1.0
-        )
-        for name, m in adapter.matrices.items()
-    }
-    return replace(adapter, matrices=matrices, default_rank=rank, default_alpha=float(rank))
+def export_gguf_lora(adapter: LoraAdapter, out: Path, base: str | None = None) -> tuple[Check, ...]:
+    """Write `adapter.gguf` for llama.cpp; check its tensors, and the source's logits on the base as PEFT reads it.
 
+    Every matrix is zero-padded to the largest rank, for llama.cpp scales by one alpha and each matrix's own rank.
 
-def server_rank(rank: int) -> int | None:
-    """The smallest rank a server can be set to allow that holds `rank`; None above the largest."""
-    return next((allowed for allowed in SERVER_RANKS if allowed >= rank), None)
+    Raises:
+        UserError: as `export_peft`; or a base that llama.cpp names otherwise. RunError: as there.
+    """
+    require_new(out, "folder")
+    name = base or adapter.base_model
+    checks = (check_reading(adapter, name),) if adapter.folder is not None else ()
+    config = load_skeleton(name, adapter.revision).config
+    with replacing_folder(out) as fresh:
+        write_gguf_lora(fresh / ADAPTER_FILE, adapter, config)
+        found = check_gguf_lora(fresh / ADAPTER_FILE, adapter, config), *checks
+        for check in found:
+            check.require(out)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,9 +118,10 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--to",
-        choices=("peft", "peft-uniform", "merged"),
+        choices=("peft", "peft-uniform", "gguf-lora", "merged"),
         required=True,
-        help="an adapter with each matrix at its own rank, one at a single rank for servers, or a whole model",
+        help="an adapter with each matrix at its own rank, one at a single rank for servers, llama.cpp's adapter file, "
+        "or a whole model",
     )
     smaller = parser.add_mutually_exclusive_group()
     smaller.add_argument(
@@ -169,6 +171,10 @@ def _export(options: argparse.Namespace) -> str:
             if allowed
             else f"rank {ranks[-1]} is above the {SERVER_RANKS[-1]} that vLLM allows: use --to merged"
         )
+    elif options.to == "gguf-lora":
+        checks = export_gguf_lora(adapter, out, options.base)
+        lines[0] = f"wrote {out / ADAPTER_FILE}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
+        lines.append(f"serve it: llama-server -m BASE.gguf --lora {out / ADAPTER_FILE}")
     else:
         checks = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
         lines[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"

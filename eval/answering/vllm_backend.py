@@ -1,8 +1,9 @@
-"""Answers through vLLM, where it is installed: its public API, greedy decoding, the adapter at one uniform rank."""
+"""Answers through vLLM, where it is installed: its public API, greedy decoding, the adapter as its version takes it."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ from eval.protocols import MAX_NEW_TOKENS
 from flexlora_ds.base_model.model_folder import model_folder
 from flexlora_ds.base_model.source import locate, one_line_errors
 from flexlora_ds.errors import UserError
-from flexlora_ds.export import padded, read_peft_adapter, server_rank
 from flexlora_ds.exports.checks import check_update
+from flexlora_ds.exports.padding import padded, server_rank
 from flexlora_ds.peft_format import write_adapter
+from flexlora_ds.peft_reading.plain import read_peft_adapter
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_READS_PATTERNS = (0, 33)
+"""The first vLLM that goes by `rank_pattern` and `alpha_pattern` (its `lora/peft_helper.py`)."""
 _AT_ONCE = 1 << 18  # prompt tokens per call: vLLM makes its own batches of them
 
 
@@ -102,7 +106,6 @@ def start_vllm(options: Options) -> VllmEngine:
     }
     folder, lora = None, None
     if options.adapter is not None:
-        folder = tempfile.TemporaryDirectory(prefix="eval-uniform-")
         adapter = read_peft_adapter(Path(options.adapter))
         rank = server_rank(max(matrix.rank for matrix in adapter.matrices.values()))
         if rank is None:
@@ -111,17 +114,26 @@ def start_vllm(options: Options) -> VllmEngine:
                 "--backend vllm",
                 "merge it with python -m flexlora_ds.export --to merged",
             )
-        uniform = Path(folder.name) / "adapter"
-        write_adapter(uniform, padded(adapter))
-        check_update(adapter, uniform).require(uniform)
+        served = Path(options.adapter)
+        if not _reads_patterns(vllm.__version__):
+            folder = tempfile.TemporaryDirectory(prefix="eval-uniform-")
+            served = Path(folder.name) / "adapter"
+            write_adapter(served, padded(adapter))
+            check_update(adapter, served).require(served)
         arguments |= {"enable_lora": True, "max_lora_rank": rank}
-        lora = LoRARequest("adapter", 1, str(uniform))
+        lora = LoRARequest("adapter", 1, str(served.absolute()))
     llm = vllm.LLM(**arguments, enable_prefix_caching=True)
     config = llm.llm_engine.model_config
     dtype = str(config.dtype).removeprefix("torch.")
     return VllmEngine(
         llm, vllm.SamplingParams, lora, int(config.max_model_len), dtype, vllm.__version__, folder
     )
+
+
+def _reads_patterns(version: str) -> bool:
+    """Whether this vLLM takes an adapter of mixed ranks as it is; a version without numbers does not."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= _READS_PATTERNS
 
 
 def _require(options: Options) -> None:

@@ -50,7 +50,11 @@ class Check:
 
 def check_update(adapter: LoraAdapter, folder: Path) -> Check:
     """Every ΔW of an exported adapter, read back, beside that of its source."""
-    figure = max_relative_difference(adapter, read_peft_adapter(folder))
+    return update_check(max_relative_difference(adapter, read_peft_adapter(folder)))
+
+
+def update_check(figure: float) -> Check:
+    """What reading an adapter back showed: `figure` as of `max_relative_difference`."""
     return Check("the largest relative difference of an update read back", figure, _UPDATE_TOLERANCE)
 
 

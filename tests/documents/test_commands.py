@@ -79,7 +79,8 @@ def options_of(words: list[str]) -> list[str]:
 
 
 def of_ours(found: list[Command]) -> list[Command]:
-    return [command for command in found if command.words[0] not in OTHERS and "signal" not in command.text]
+    others = ("signal", "sglang.launch_server")
+    return [c for c in found if c.words[0] not in OTHERS and not any(text in c.text for text in others)]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -189,6 +190,7 @@ NOT_RUN = {
     r"python -m benchmarks|OMP_NUM_THREADS=. python -m benchmarks": "takes long; tests/benchmarks run it, made small",
     r"lm_eval ": "needs lm-evaluation-harness; tests/evaluation/test_lm_eval.py reads its task files",
     r"FLEXLORA_FULL=1 pytest": "a test of `make test-full`",
+    r"python -m flexlora_ds.export --run RUN": "needs a run; tests/library/test_export.py has one",
     r".*[\[…]": "a form, not a command",
 }
 """Why the blocks' other commands are not run here; their options are checked all the same."""

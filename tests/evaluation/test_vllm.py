@@ -103,17 +103,24 @@ def answers(out: Path) -> list[tuple[str, str | None]]:
     return [(line["output"].strip(), line["prediction"]) for line in lines]
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_the_same_predictions(place: Path, tmp_path: Path, vllm: type[StandIn], adapted: bool) -> None:
+@pytest.mark.parametrize(
+    ("adapted", "version", "ranks"),
+    [(False, "0.32.1", set()), (True, "0.32.1", {5}), (True, "0.33.0rc1", {2, 5}), (True, "1.0", {2, 5})],
+)
+def test_the_same_predictions(
+    place: Path, tmp_path: Path, vllm: type[StandIn], adapted: bool, version: str, ranks: set[int]
+) -> None:
+    """One rank for all matrices where that vLLM knows one only, else the adapter's own folder."""
+    vars(sys.modules["vllm"])["__version__"] = version
     adapter = ["--adapter", f"{place}/adapter"] if adapted else []
     assert main(arguments(place, tmp_path / "a", *adapter)) == 0
     assert main(arguments(place, tmp_path / "b", *adapter, "--backend", "vllm")) == 0
     assert [p for _, p in answers(tmp_path / "b")] == [p for _, p in answers(tmp_path / "a")]
     assert any(prediction for _, prediction in answers(tmp_path / "b"))
-    assert json.loads((tmp_path / "b" / "settings.json").read_text())["backend"] == "vllm stand-in"
-    if adapted:  # one rank for all matrices, as the server wants it
+    assert json.loads((tmp_path / "b" / "settings.json").read_text())["backend"] == f"vllm {version}"
+    if adapted:
         assert vllm.made["enable_lora"] and vllm.made["max_lora_rank"] == 8
-        assert {m.rank for served in vllm.asked for m in served.matrices.values()} == {5}
+        assert {m.rank for served in vllm.asked for m in served.matrices.values()} == ranks
 
 
 @pytest.mark.parametrize(
