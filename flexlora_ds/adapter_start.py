@@ -27,7 +27,7 @@ from flexlora_ds.peft_format import (
     AdapterFactors,
     LoraAdapter,
     LoraMatrix,
-    require_finite,
+    require_finite_adapter,
 )
 from flexlora_ds.peft_reading.plain import read_peft_adapter
 
@@ -120,8 +120,7 @@ def read_adapter_start(
     """
     adapter = read_peft_adapter(folder)
     _require_fit(adapter, shapes, folder)
-    for name, matrix in adapter.matrices.items():
-        require_finite({f"B of {name}": matrix.B, f"A of {name}": matrix.A}, str(folder))
+    require_finite_adapter(adapter, str(folder))
     remarks: tuple[str, ...] = ()
     if total_rank is not None:
         smaller = truncate(adapter, Size(total_rank=total_rank, min_rank=config.min_rank))

@@ -17,7 +17,7 @@ from flexlora_ds.base_model.loading import load_skeleton
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, one_line, run_parsed
-from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.errors import UserError
 from flexlora_ds.exports.checks import Check, check_adapter, check_reading, check_update
 from flexlora_ds.exports.gguf_lora import ADAPTER_FILE, check_gguf_lora, write_gguf_lora
 from flexlora_ds.exports.merged_model import export_merged
@@ -30,7 +30,7 @@ from flexlora_ds.peft_format import (
     AdapterFactors,
     LoraAdapter,
     LoraMatrix,
-    finite,
+    require_finite_adapter,
     write_adapter,
     write_peft_adapter,
 )
@@ -93,6 +93,7 @@ def export_gguf_lora(adapter: LoraAdapter, out: Path, base: str | None = None) -
         UserError: as `export_peft`; or a base that llama.cpp names otherwise. RunError: as there.
     """
     require_new(out, "folder")
+    require_finite_adapter(adapter, str(out))
     name = base or adapter.base_model
     checks = (check_reading(adapter, name),) if adapter.folder is not None else ()
     config = load_skeleton(name, adapter.revision).config
@@ -149,11 +150,7 @@ def _export(options: argparse.Namespace) -> str:
     out: Path = options.out
     require_new(out, "--out")
     adapter = _read(options)
-    if not finite(adapter):
-        raise RunError(
-            f"the adapter of {options.run or options.checkpoint} holds numbers that are not finite",
-            mend="its training diverged",
-        )
+    require_finite_adapter(adapter, str(options.run or options.checkpoint))
     _hide_progress_bars()
     smaller = _smaller(adapter, options)
     adapter = adapter if smaller is None else smaller.adapter

@@ -230,7 +230,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def max_relative_difference(one: LoraAdapter, other: LoraAdapter) -> float:
-    """max |ΔW − ΔW'| / max |ΔW| of the worst matrix; infinity if the matrices are not the same ones."""
+    """max |ΔW − ΔW'| / max |ΔW| of the worst matrix; infinity for other matrices, or numbers that are not finite."""
     if set(one.matrices) != set(other.matrices):
         return math.inf
     worst = 0.0
@@ -238,14 +238,19 @@ def max_relative_difference(one: LoraAdapter, other: LoraAdapter) -> float:
         expected = matrix.delta()
         difference = float((other.matrices[name].delta() - expected).abs().max())
         scale = float(expected.abs().max())
-        worst = max(worst, difference / scale if scale else (0.0 if difference == 0 else math.inf))
+        figure = difference / scale if scale else (0.0 if difference == 0 else math.inf)
+        worst = max(worst, math.inf if math.isnan(figure) else figure)
     return worst
 
 
-def finite(adapter: LoraAdapter) -> bool:
-    """Whether every number of the adapter is finite."""
-    numbers = [tensor for matrix in adapter.matrices.values() for tensor in (matrix.B, matrix.A)]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in [*numbers, *adapter.base_weights.values()])
+def require_finite_adapter(adapter: LoraAdapter, place: str) -> None:
+    """Raise RunError naming the first matrix of an adapter whose numbers are not all finite."""
+    for name, matrix in adapter.matrices.items():
+        scale = torch.tensor(matrix.scale)
+        require_finite(
+            {f"B of {name}": matrix.B, f"A of {name}": matrix.A, f"the scale of {name}": scale}, place
+        )
+    require_finite(adapter.base_weights, place)
 
 
 def require_finite(tensors: Mapping[str, Tensor], place: str) -> None:

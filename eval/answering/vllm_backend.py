@@ -22,7 +22,7 @@ from flexlora_ds.base_model.source import locate, one_line_errors
 from flexlora_ds.errors import UserError
 from flexlora_ds.exports.checks import check_update
 from flexlora_ds.exports.padding import padded, server_rank
-from flexlora_ds.peft_format import write_adapter
+from flexlora_ds.peft_format import require_finite_adapter, write_adapter
 from flexlora_ds.peft_reading.plain import read_peft_adapter
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -114,6 +114,7 @@ def start_vllm(options: Options) -> VllmEngine:
                 "--backend vllm",
                 "merge it with python -m flexlora_ds.export --to merged",
             )
+        require_finite_adapter(adapter, options.adapter)
         served = Path(options.adapter)
         if not _reads_patterns(vllm.__version__):
             folder = tempfile.TemporaryDirectory(prefix="eval-uniform-")

@@ -19,7 +19,7 @@ from torch import Tensor
 from flexlora_ds.errors import UserError
 from flexlora_ds.exports.checks import Check, update_check
 from flexlora_ds.exports.padding import padded
-from flexlora_ds.peft_format import LoraAdapter, LoraMatrix, max_relative_difference
+from flexlora_ds.peft_format import LoraAdapter, LoraMatrix, max_relative_difference, require_finite_adapter
 
 ADAPTER_FILE = "adapter.gguf"
 _INTERLEAVED = "llama"
@@ -79,12 +79,13 @@ def write_gguf_lora(path: Path, adapter: LoraAdapter, config: Any) -> None:
         config: transformers' configuration of the base.
 
     Raises:
-        UserError: a base or a matrix that llama.cpp names otherwise.
+        UserError: a base or a matrix that llama.cpp names otherwise. RunError: numbers that are not finite.
     """
     import gguf
 
     names = GgufNames.of(config)
     uniform = padded(adapter)
+    require_finite_adapter(uniform, str(path))
     places = names.names(uniform.matrices)
     writer = gguf.GGUFWriter(path, names.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)

@@ -15,7 +15,7 @@ from flexlora_ds.exports.merging import merge
 from flexlora_ds.exports.shard_merge import ShardedBase
 from flexlora_ds.exports.streamed_model import streamed_model
 from flexlora_ds.files.folders import replacing_folder, require_new
-from flexlora_ds.peft_format import LoraAdapter
+from flexlora_ds.peft_format import LoraAdapter, require_finite_adapter
 
 
 def export_merged(
@@ -34,6 +34,7 @@ def export_merged(
         RunError: a check found a difference; `out` is left as it was.
     """
     require_new(out, "folder")
+    require_finite_adapter(adapter, str(out))
     name = base or adapter.base_model
     dtype = dtype or native_dtype(name, adapter.revision)
     with replacing_folder(out) as fresh:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.errors import UserError
+from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.orientation import is_transposed
 from flexlora_ds.peft_format import LoraAdapter, LoraMatrix
 
@@ -36,6 +36,16 @@ def merge(model: PreTrainedModel, adapter: LoraAdapter) -> None:
         layer = model.get_submodule(name)
         weight, delta = layer.get_parameter("weight"), matrix.delta()
         weight.copy_(weight.float() + (delta.t() if is_transposed(layer) else delta))
+        require_within(name, weight)
+
+
+def require_within(name: str, merged: Tensor) -> None:
+    """Raise RunError where a weight with its update is beyond what its dtype holds."""
+    if not bool(torch.isfinite(merged).all()):
+        kind = str(merged.dtype).removeprefix("torch.")
+        raise RunError(
+            f"{name} with its update is not finite in {kind}", mend="give a wider --dtype, such as bf16"
+        )
 
 
 def untie(model: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> list[nn.Module]:

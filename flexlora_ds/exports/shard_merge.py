@@ -24,7 +24,7 @@ from flexlora_ds.base_model.model_folder import stored_shapes
 from flexlora_ds.base_model.source import ModelSource, locate, one_line_errors
 from flexlora_ds.base_model.stored_names import Places, tie
 from flexlora_ds.exports.checks import Check, merged_check, rounding
-from flexlora_ds.exports.merging import adapted_weight
+from flexlora_ds.exports.merging import adapted_weight, require_within
 from flexlora_ds.files.tensor_stream import DTYPES, Layout, TensorFile, TensorReader
 from flexlora_ds.orientation import is_transposed
 from flexlora_ds.peft_format import LoraAdapter, LoraMatrix
@@ -96,7 +96,11 @@ class ShardedBase:
         return [name for name in shapes if name in self.places.names]
 
     def merge(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write base + ΔW, added in fp32 and rounded once to `dtype`, with its configuration. Raises OSError."""
+        """Write base + ΔW, added in fp32 and rounded once to `dtype`, with its configuration.
+
+        Raises:
+            RunError: a sum is beyond `dtype`. OSError: the disk refuses.
+        """
         index: dict[str, str] = {}
         files = self.files(folder)
         for path, written in files.items():
@@ -117,9 +121,14 @@ class ShardedBase:
             layout = _layout(base, self._names(self.stored.shards[path]), dtype)
             out = stack.enter_context(TensorFile(written, layout))
             for name, (kind, _) in layout.items():
+                addition = self.additions.get(name)
                 for rows, values in base.pieces(name):
-                    addition = self.additions.get(name)
-                    out.write((values if addition is None else values.float() + addition.rows(rows)).to(kind))
+                    if addition is None:
+                        out.write(values.to(kind))
+                        continue
+                    merged = (values.float() + addition.rows(rows)).to(kind)
+                    require_within(name, merged)
+                    out.write(merged)
         return list(layout)
 
     def check(self, folder: Path, dtype: torch.dtype) -> Check:

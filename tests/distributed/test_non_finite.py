@@ -153,6 +153,7 @@ def test_a_run_that_learnt_nothing_or_ends_in_nan_is_no_success(
     "options",
     [
         {"max_steps": 1, "val_size": 0, "method": "lora"},
+        {"max_steps": 1, "val_size": 0, "method": "full"},
         {"max_steps": 2},
         pytest.param({"max_steps": 1}, marks=pytest.mark.full),
         pytest.param({"max_steps": 1, "val_size": 0}, marks=pytest.mark.full),

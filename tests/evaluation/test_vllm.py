@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main
 from flexlora_ds.peft_reading.plain import read_peft_adapter
@@ -121,6 +123,22 @@ def test_the_same_predictions(
     if adapted:
         assert vllm.made["enable_lora"] and vllm.made["max_lora_rank"] == 8
         assert {m.rank for served in vllm.asked for m in served.matrices.values()} == ranks
+
+
+def test_an_adapter_that_is_not_finite_is_not_served(
+    place: Path, tmp_path: Path, vllm: type[StandIn], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM would read it itself, and answer."""
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[next(name for name in tensors if "lora_B" in name)][0, 0] = float("inf")
+    save_file(tensors, path)
+    vars(sys.modules["vllm"])["__version__"] = "0.33.0"
+    given = ["--adapter", f"{tmp_path}/adapter", "--backend", "vllm"]
+    assert main(arguments(place, tmp_path / "out", *given)) == 1
+    assert "holds numbers that are not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("**/results.json"))
 
 
 @pytest.mark.parametrize(
