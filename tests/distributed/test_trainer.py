@@ -59,9 +59,14 @@ def launched(place: Place, one_process: Processes) -> Path:
 
 
 def case_of(
-    place: Place, out: Path, stage: int | str, trainer: str = "Trainer", **more: Any
+    place: Place,
+    out: Path,
+    stage: int | str,
+    trainer: str = "Trainer",
+    options: dict[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    words = place.arguments(place.root / "unused", 0, **STILL)
+    words = place.arguments(place.root / "unused", 0, **STILL, **(options or {}))
     return {"arguments": words, "out": str(out), "stage": stage, "trainer": trainer, **more}
 
 
@@ -130,3 +135,68 @@ def test_a_resume_goes_on_at_another_stage_and_number_of_processes(
     assert result["ranks"] == training.ranks(launched)
     assert relative(result["losses"], training.losses(launched)) < 1e-5
     assert_same_adapter(tmp_path / "second", launched / "adapter")
+
+
+GRADIENT: dict[str, Any] = {"init": "gradient", "init_batches": 3, "new_direction": "gradient"}
+MARKET = {**GRADIENT, "importance": "growth"}
+
+
+def launched_with(place: Place, one_process: Processes, options: dict[str, Any]) -> Path:
+    """The run folder of `launch` with more options; made once."""
+    folder = place.root / "-".join(map(str, options.values()))
+    if not folder.exists():
+        (done,) = one_process.run(training.command, place.arguments(folder, 2, **STILL, **options))
+        assert done["code"] == 0, done["stderr"]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("trainer", "world", "stage"),
+    [
+        ("Trainer", 2, worker.TORCH),
+        pytest.param("Trainer", 1, worker.TORCH, marks=FULL),
+        pytest.param("Trainer", 2, 2, marks=FULL),
+        pytest.param("Trainer", 2, 3, marks=FULL),
+        pytest.param("SFTTrainer", 2, 3, marks=[WITH_TRL, FULL]),
+    ],
+)
+def test_directions_of_the_gradient_are_those_of_launch(
+    request: pytest.FixtureRequest,
+    place: Place,
+    one_process: Processes,
+    tmp_path: Path,
+    trainer: str,
+    world: int,
+    stage: int | str,
+) -> None:
+    """The start and the new directions; two micro-steps an update."""
+    expected = launched_with(place, one_process, GRADIENT)
+    result = run(request, world, case_of(place, tmp_path / "out", stage, trainer, GRADIENT, gas=2))
+    assert result["ranks"] == training.ranks(expected)
+    for ours, theirs in zip(result["noise"], training.read_lines(expected / "ranks.jsonl"), strict=True):
+        assert ours and ours == pytest.approx(theirs["noise"], rel=1e-2), (
+            "parts of the records, told apart alike"
+        )
+    assert relative(result["losses"], training.losses(expected)) < 1e-4
+    assert_same_adapter(tmp_path / "out", expected / "adapter")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("world", "stage"), [(1, worker.TORCH), (2, worker.TORCH), (2, 0), (2, 3)])
+def test_the_markets_prices_are_those_of_launch(
+    request: pytest.FixtureRequest,
+    place: Place,
+    one_process: Processes,
+    tmp_path: Path,
+    world: int,
+    stage: int | str,
+) -> None:
+    """What a direction more would gain and one less cost: the records are told apart as in `launch`."""
+    expected = launched_with(place, one_process, MARKET)
+    result = run(request, world, case_of(place, tmp_path / "out", stage, options=MARKET, gas=2))
+    theirs = [row["market"] for row in training.read_lines(expected / "ranks.jsonl")]
+    assert len(result["market"]) == len(theirs) == 3
+    for ours, other in zip(result["market"], theirs, strict=True):
+        assert max(other["loss"].values()) > 0
+        assert ours["loss"] == pytest.approx(other["loss"], rel=1e-2)
+        assert ours["gain"] == pytest.approx(other["gain"], rel=1e-2)

@@ -29,6 +29,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         found = {
             "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
             "ranks": [change["ranks"] for change in trainer.rank_life.changes],
+            "noise": [change["noise"] for change in trainer.rank_life.changes],
+            "market": [change["market"] for change in trainer.rank_life.changes],
             "deepspeed": trainer.is_deepspeed_enabled,
             "ddp": trainer.rank_life.engine.__dict__.get("ddp") is not None,
         }
@@ -74,9 +76,7 @@ def make_trainer(case: dict[str, Any], world: int) -> Any:
     common = {
         "train_dataset": rows,
         "data_collator": Padding(vocabulary.padding_id(tokenizer)),
-        "flexlora": options.to_flexlora_config().__class__.from_dict(
-            {**options.to_flexlora_config().to_dict(), **case.get("flexlora", {})}
-        ),
+        "flexlora": options.to_flexlora_config(),
     }
     if case["trainer"] == "Trainer":
         return FlexLoRATrainer(model, arguments, **common)
