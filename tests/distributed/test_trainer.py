@@ -15,7 +15,7 @@ from tests.helpers import training
 from tests.helpers.processes import Processes
 from tests.helpers.training import Place, relative
 
-STILL: dict[str, Any] = {"dropout": 0.0, "lr_schedule": "constant", "warmup_steps": 0}
+STILL: dict[str, Any] = {"dropout": 0.0, "lr_schedule": "constant", "warmup_steps": 0, "init": "gaussian"}
 """Without dropout, whose masks the two draw differently, and at a rate on which both agree."""
 WITH_TRL = pytest.mark.skipif(find_spec("trl") is None, reason="needs trl")
 FULL = pytest.mark.full
@@ -66,7 +66,7 @@ def case_of(
     options: dict[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    words = place.arguments(place.root / "unused", 0, **STILL, **(options or {}))
+    words = place.arguments(place.root / "unused", 0, **{**STILL, **(options or {})})
     return {"arguments": words, "out": str(out), "stage": stage, "trainer": trainer, **more}
 
 
@@ -145,7 +145,7 @@ def launched_with(place: Place, one_process: Processes, options: dict[str, Any])
     """The run folder of `launch` with more options; made once."""
     folder = place.root / "-".join(map(str, options.values()))
     if not folder.exists():
-        (done,) = one_process.run(training.command, place.arguments(folder, 2, **STILL, **options))
+        (done,) = one_process.run(training.command, place.arguments(folder, 2, **{**STILL, **options}))
         assert done["code"] == 0, done["stderr"]
     return folder
 

@@ -1,4 +1,4 @@
-"""`init: gradient` in a trainer: directions from the first batches, which are trained on afterwards as ever."""
+"""A start from the gradient in a trainer: its first batches give the directions, and are trained on as ever."""
 
 from __future__ import annotations
 

@@ -29,10 +29,12 @@ class RankLife:
     Attributes:
         changes: every rank change so far, those before a resume too.
         resumed: the checkpoint to go on from, or None.
+        from_gradient: whether the directions begin along the gradient of the first batches.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, *, from_gradient: bool) -> None:
         self.trainer = trainer
+        self.from_gradient = from_gradient
         self.callback = RankCallback(self)
         self.engine: Any = None
         self.controller: RankController | None = None
@@ -67,7 +69,7 @@ class RankLife:
         """`batches`, after a start from the gradient of the first of them where one is due; collective then."""
         if not self._looked:
             self._looked = True
-            if self.trainer.flexlora.init == "gradient" and self.resumed is None:
+            if self.from_gradient and self.resumed is None:
                 self._ahead = take(batches, self.trainer.flexlora.init_batches * count)
                 start_on(self.trainer, self.engine, list(self._ahead), count, device, get_batches)
         return chain(_emptying(self._ahead), batches)

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexlora_ds.adapter.layer import adapters
 from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.integrations.transformers.checkpoint import find_state, follow_state, save_state
 from flexlora_ds.integrations.transformers.life import RankLife
-from flexlora_ds.integrations.transformers.model import adapt, head_groups
+from flexlora_ds.integrations.transformers.model import adapt, begins_from_gradient, head_groups
 from flexlora_ds.integrations.transformers.refusals import allow_our_optimizer, refuse
 from flexlora_ds.integrations.transformers.saving import save_adapter_files
 
@@ -48,10 +49,12 @@ class FlexLoRAMixin:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         refuse(trainer)
+        # Adapters that are there may have learnt something: they keep their directions.
+        from_gradient = not adapters(trainer.model) and begins_from_gradient(trainer.model, flexlora)
         self.modules_to_save = adapt(
             trainer.model, flexlora, modules_to_save, masters_elsewhere=trainer.is_deepspeed_enabled
         )
-        self.rank_life = RankLife(trainer)
+        self.rank_life = RankLife(trainer, from_gradient=from_gradient)
         trainer.add_callback(self.rank_life.callback)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -71,7 +74,7 @@ class FlexLoRAMixin:
         return trainer.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
-        """The next update's batches; before the first, `init: gradient` looks at them and those that follow."""
+        """The next update's batches; a start from the gradient looks at the first of them beforehand."""
         batches = self.rank_life.look_ahead(epoch_iterator, num_batches, device, super().get_batch_samples)  # type: ignore[misc]
         return super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]
 

@@ -54,6 +54,11 @@ def adapt(
     return tuple(whole)
 
 
+def begins_from_gradient(model: nn.Module, config: FlexLoRAConfig) -> bool:
+    """What `init` means for this model."""
+    return config.begins_from_gradient(language_model=task_type_of(model) == "CAUSAL_LM")
+
+
 def head_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """One group for what is trained beside the adapters, where there is anything."""
     params = list(trained_beside(model).values())

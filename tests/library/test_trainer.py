@@ -1,0 +1,294 @@
+"""The trainer in plain torch, in the tests' own process: a task's head, an exact resume, what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flexlora_ds import FlexLoRAConfig, adapters
+from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.integrations.transformers import FlexLoRAMixin, FlexLoRATrainer
+from flexlora_ds.integrations.transformers.folds import folds_of_rows
+from tests.helpers import tiny
+from tests.helpers.trainer_worker import fresh_accelerate
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with fresh_accelerate(launched=False):
+        yield
+
+
+def configuration(**options: Any) -> FlexLoRAConfig:
+    """Two changes, after steps 3 and 5 of eight."""
+    calendar = {"adjust_start": 1, "adjust_freeze": 2, "adjust_interval": 2, "schedule": "constant"}
+    return FlexLoRAConfig(
+        **{"rank": 4, "dropout": 0.1, "target_modules": "all-linear", **calendar, **options}
+    )
+
+
+def arguments(out: Path, **options: Any) -> Any:
+    from transformers import TrainingArguments
+
+    given = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(str(out), **{**given, **options})
+
+
+def language(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    ids, mask, labels = tiny.collate([row["ids"] for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def sentences(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = language(rows)
+    return {**batch, "labels": torch.tensor([row["ids"][0] % 3 for row in rows])}
+
+
+def trainer_of(
+    model: nn.Module,
+    out: Path,
+    config: FlexLoRAConfig | None = None,
+    collate: Callable[..., Any] = language,
+    more: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    rows = [{"ids": ids} for ids in tiny.records(24)]
+    return FlexLoRATrainer(
+        model,
+        arguments(out, **options),
+        flexlora=config or configuration(),
+        train_dataset=rows,
+        data_collator=collate,
+        **(more or {}),
+    )
+
+
+def losses(trainer: Any) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def told(trainer: Any) -> list[dict[str, Any]]:
+    """The rank changes without the time that they took."""
+    return [{**change, "seconds": 0} for change in trainer.rank_life.changes]
+
+
+def classifier(seed: int = 0) -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    config = tiny.tiny_llama().config
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config)
+
+
+def test_a_tasks_head_trains_beside_the_adapters_and_peft_loads_both(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = classifier()
+    model.save_pretrained(tmp_path / "base")
+    model.config.name_or_path = str(tmp_path / "base")
+    before = model.score.weight.detach().clone()
+    trainer = trainer_of(model, tmp_path / "out", collate=sentences)
+    assert trainer.modules_to_save == ("score",) and not any(n.startswith("score") for n in adapters(model))
+    trainer.train()
+    assert len(trainer.rank_life.changes) == 2 and len({*trainer.rank_life.changes[-1]["ranks"].values()}) > 1
+    assert (model.score.weight - before).abs().max() > 0.01
+    loaded = PeftModel.from_pretrained(
+        classifier(seed=1).from_pretrained(tmp_path / "base"), tmp_path / "out"
+    )
+    ids, mask, _ = tiny.collate(tiny.records(6))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, attention_mask=mask).logits
+        found = loaded.eval()(input_ids=ids, attention_mask=mask).logits
+    assert (found - expected).abs().max() < 1e-5
+    assert loaded.peft_config["default"].task_type == "SEQ_CLS"
+
+
+def test_a_resume_repeats_every_bit_dropout_included(tmp_path: Path) -> None:
+    whole = trainer_of(tiny.tiny_llama(), tmp_path, save_strategy="steps", save_steps=4)
+    whole.train()
+    again = trainer_of(tiny.tiny_llama(), tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses(again) == losses(whole)
+    assert told(again) == told(whole)
+    for name, p in again.model.named_parameters():
+        assert torch.equal(p, whole.model.get_parameter(name)), name
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    last = trainer_of(tiny.tiny_llama(), tmp_path)
+    last.train(resume_from_checkpoint=True)
+    assert last.state.global_step == STEPS and len(last.rank_life.changes) == 2
+
+
+def test_a_checkpoint_is_an_adapter_and_exports_as_one(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
+
+    model = tiny.tiny_llama()
+    trainer = trainer_of(model, tmp_path / "out", save_strategy="steps", save_steps=4)
+    trainer.train()
+    assert PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "out" / "checkpoint-4")
+    state = tmp_path / "out" / "checkpoint-4" / "training_state" / "step_00000004"
+    saved = load_file(tmp_path / "out" / "checkpoint-4" / "adapter_model.safetensors")
+    for name, matrix in read_checkpoint_adapter(state).matrices.items():
+        assert torch.equal(saved[f"base_model.model.{name}.lora_A.weight"], matrix.A), name
+    lines = (tmp_path / "out" / "ranks.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert "total_rank" in trainer.state.log_history[0]
+
+
+def test_a_half_precision_base_has_adapters_in_fp32(tmp_path: Path) -> None:
+    model = tiny.tiny_llama("bf16")
+    trainer = trainer_of(model, tmp_path, max_steps=3)
+    trainer.train()
+    layers = list(adapters(model).values())
+    assert {p.dtype for layer in layers for p in (layer.P, layer.lam, layer.Q)} == {torch.float32}
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+    assert all(layer.lam.abs().max() > 0 for layer in layers)
+
+
+def test_an_update_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
+    calls = []
+
+    def broken(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        calls.append(1)
+        loss = outputs.logits.float().pow(2).mean()
+        return loss * float("nan") if len(calls) == 3 else loss
+
+    model = tiny.tiny_llama()
+    trainer = trainer_of(model, tmp_path, configuration(init="gaussian"), more={"compute_loss_func": broken})
+    trainer.train()
+    assert trainer.rank_life.engine.skipped_steps == 1
+    assert [change["step"] for change in trainer.rank_life.changes] == [4, 5], (
+        "due after 3, which was skipped"
+    )
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_adapters_that_are_there_are_taken_as_they_are(tmp_path: Path) -> None:
+    model = tiny.adapted_llama(configuration())
+    before = {name: layer.lam.detach().clone() for name, layer in adapters(model).items()}
+    trainer = trainer_of(model, tmp_path)
+    assert all(torch.equal(layer.lam, before[name]) for name, layer in adapters(model).items())
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(UserError, match=r"lm_head.weight is trained and would not be saved"):
+        trainer_of(model, tmp_path)
+    assert trainer_of(model, tmp_path, more={"modules_to_save": ["lm_head"]}).modules_to_save == ("lm_head",)
+    assert trainer.modules_to_save == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "adafactor"}, "adafactor is not ours (optim)"),
+        ({"torch_compile": True}, "compiled code holds the ranks fast (torch_compile)"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "(load_best_model_at_end); leave it out",
+        ),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            "(lr_scheduler_type); choose",
+        ),
+    ],
+)
+def test_what_ranks_cannot_follow_is_refused_in_one_line(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    more = {"eval_dataset": [{"ids": [1, 2]}]}
+    with pytest.raises(UserError) as refusal:
+        trainer_of(tiny.tiny_llama(), tmp_path, more=more, **options)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_other_adapters_optimizers_and_model_makers_are_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(tiny.tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="the model carries an adapter of PEFT's already"):
+        trainer_of(peft, tmp_path)
+    model = tiny.tiny_llama()
+    with pytest.raises(UserError, match=r"a SGD keeps no age per element \(optimizers\)"):
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        trainer_of(model, tmp_path, more={"optimizers": (sgd, None)})
+    with pytest.raises(UserError, match="a model made anew for every run loses its adapters"):
+        FlexLoRATrainer(
+            args=arguments(tmp_path), flexlora=configuration(), model_init=lambda: tiny.tiny_llama()
+        )
+    with pytest.raises(
+        UserError, match=r"modules_to_save: 'hat' is no module; at its top the model has model"
+    ):
+        trainer_of(tiny.tiny_llama(), tmp_path, more={"modules_to_save": ["hat"]})
+
+
+def test_saving_before_training_and_training_twice_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny.tiny_llama(), tmp_path, configuration(adjust_size=0), max_steps=1)
+    with pytest.raises(UserError, match="nothing has been trained yet"):
+        trainer.save_model()
+    trainer.train()
+    with pytest.raises(UserError, match="this trainer has trained already"):
+        trainer.train()
+
+
+def test_a_resume_of_another_run_is_refused(tmp_path: Path) -> None:
+    trainer_of(tiny.tiny_llama(), tmp_path, save_strategy="steps", save_steps=4).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    with pytest.raises(UserError, match="seed is 42 in the checkpoint and 7 here"):
+        trainer_of(tiny.tiny_llama(), tmp_path, configuration(seed=7)).train(checkpoint)
+    with pytest.raises(UserError, match="the checkpoint is of a run of 8 steps, this one has 9"):
+        trainer_of(tiny.tiny_llama(), tmp_path, max_steps=9).train(checkpoint)
+    with pytest.raises(RunError, match="the checkpoint holds no training state of FlexLoRA's"):
+        trainer_of(tiny.tiny_llama(), tmp_path).train(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="there is no checkpoint to resume from"):
+        trainer_of(tiny.tiny_llama(), tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    model: Any = tiny.tiny_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(UserError, match=r"lm_head.weight is tied to model.embed_tokens.weight"):
+        trainer_of(model, tmp_path, more={"modules_to_save": ["lm_head"]})
+
+
+def test_the_rows_of_padded_and_of_packed_records_are_told_apart() -> None:
+    padded = {"input_ids": torch.zeros(3, 2, dtype=torch.long)}
+    assert folds_of_rows(padded, 1, "cpu").tolist() == [3, 3, 0, 0, 1, 1]
+    packed = {"input_ids": torch.zeros(1, 6), "position_ids": torch.tensor([[0, 1, 0, 0, 1, 2]])}
+    assert folds_of_rows(packed, 0, "cpu").tolist() == [0, 0, 1, 2, 2, 2]
+    assert folds_of_rows({"pixel_values": torch.zeros(2, 3)}, 0, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["_save_optimizer_and_scheduler", "_load_from_checkpoint", "_prepare_for_training"]
+)
+def test_the_trainers_private_methods_that_are_replaced_are_there(name: str) -> None:
+    """A Trainer that calls other ones would neither save nor resume."""
+    from transformers import Trainer
+
+    assert name in vars(Trainer) and name in vars(FlexLoRAMixin)
+    assert list(inspect.signature(getattr(Trainer, name)).parameters) == list(
+        inspect.signature(getattr(FlexLoRAMixin, name)).parameters
+    )
+    called = inspect.getsource(Trainer).count(f"self.{name}(")
+    assert called >= 1
