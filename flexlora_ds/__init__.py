@@ -15,6 +15,7 @@ __all__ = [
     "adapters",
     "build_optimizer",
     "inject_adapters",
+    "prepare_extensions",
     "rises_without",
     "save_adapter",
     "start_from_adapter",
@@ -28,6 +29,7 @@ _HOMES = {
     "adapters": "flexlora_ds.adapter.layer",
     "build_optimizer": "flexlora_ds.adapter.parameter_groups",
     "inject_adapters": "flexlora_ds.adapter.inject",
+    "prepare_extensions": "flexlora_ds.extensions",
     "rises_without": "flexlora_ds.worth",
     "save_adapter": "flexlora_ds.saving",
     "start_from_adapter": "flexlora_ds.adapter_start",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from flexlora_ds.adapter_start import start_from_adapter
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController
+    from flexlora_ds.extensions import prepare_extensions
     from flexlora_ds.gradient.start import start_from_gradient
     from flexlora_ds.partitions.torch_engine import TorchEngine
     from flexlora_ds.saving import save_adapter

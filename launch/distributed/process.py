@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch
 
+from flexlora_ds.extensions import prepare_extensions, without_shared_buffers
 from flexlora_ds.launcher import require_environment, require_rendezvous
-from launch.distributed.extensions import prepare_extensions, without_shared_buffers
 from launch.distributed.port import port_faults
 from launch.distributed.threads import limit_threads
 

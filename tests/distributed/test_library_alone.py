@@ -20,6 +20,10 @@ SCRIPT = """
 import sys
 sys.modules["launch"] = None  # whoever imports it fails
 
+from flexlora_ds import prepare_extensions
+
+prepare_extensions()  # before DeepSpeed begins communication
+
 import deepspeed, torch
 from transformers import AutoModelForCausalLM
 from flexlora_ds import FlexLoRAConfig, RankController, build_optimizer, inject_adapters, save_adapter

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from flexlora_ds.errors import UserError
-from launch.distributed.extensions import EXTENSION, prepare_extensions, release_abandoned_lock
+import flexlora_ds
+from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.extensions import EXTENSION, prepare_extensions, release_abandoned_lock
 from tests.helpers.processes import run_script
 
 HOLD = (
@@ -144,6 +145,24 @@ def test_without_a_compiler_the_error_says_what_to_install(
         prepare_extensions()
 
 
+def test_it_says_that_it_compiles_and_what_to_do_when_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a script of one's own asks for it, with the lock of an interrupted start in the way."""
+    compiler = tmp_path / "failing-c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    (tmp_path / EXTENSION).mkdir()
+    (tmp_path / EXTENSION / "lock").touch()
+    with pytest.raises(RunError, match="does not compile or load"):
+        flexlora_ds.prepare_extensions()
+    assert f"compiling DeepSpeed's {EXTENSION}, once: about a minute" in capsys.readouterr().err
+
+
 def test_the_environments_own_ninja_is_used_whatever_is_on_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +180,7 @@ def test_the_environments_own_ninja_is_used_whatever_is_on_path(
 
 def test_the_command_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
-    (result,) = run_script(["-m", "launch.distributed.extensions"], 1, env=variables)
+    (result,) = run_script(["-m", "flexlora_ds.extensions"], 1, env=variables)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: no C++ compiler")
     assert "Traceback" not in result.stderr

@@ -4,7 +4,8 @@ On the CPU `deepspeed.init_distributed` compiles `deepspeed_shm_comm` at run tim
 deepspeed/comm/torch.py): about a minute, and torch marks the folder with a file `lock` while it compiles
 (torch/utils/file_baton.py). A compiling process that is killed leaves that file behind, and every later start
 waits for it without end. `prepare_extensions` compiles into the virtual environment beforehand and removes
-such a file; `python -m launch.distributed.extensions` does so from the command line.
+such a file; `python -m flexlora_ds.extensions` does so from the command line. In a script of one's own it comes before
+whatever begins communication: `deepspeed.initialize`, or the Trainer's `TrainingArguments(deepspeed=…)`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ POLL = 0.2  # seconds
 def prepare_extensions() -> Path | None:
     """Have the communication extension compiled and loaded; its folder, or None where no CPU needs it.
 
+    A line on stderr says when it has to be compiled, which takes about a minute.
     Sets TORCH_EXTENSIONS_DIR to the environment's `torch_extensions` when it is unset, and puts the
     environment's programs first on PATH. One process at a time compiles; the others wait for it.
     Raises UserError without a C++ compiler, RunError when compiling fails.
@@ -52,13 +55,18 @@ def prepare_extensions() -> Path | None:
         release_abandoned_lock(folder, trust_processes=alone)
         if not (folder / f"{EXTENSION}.so").exists():
             _require_compiler()
+            print(
+                f"compiling DeepSpeed's {EXTENSION}, once: about a minute ({folder})",
+                file=sys.stderr,
+                flush=True,
+            )
         try:
             builder.load(verbose=False)
-        except (RuntimeError, ImportError) as fault:
+        except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as fault:
             raise RunError(
                 f"DeepSpeed's {EXTENSION} does not compile or load",
                 f"{folder}: {_first_line(fault)}",
-                "remove that folder and run `python -m launch.distributed.extensions`",
+                "remove that folder and run `python -m flexlora_ds.extensions`",
             ) from fault
     return folder
 
