@@ -119,11 +119,15 @@ class StoredModel:
 
     def places(self) -> Places | None:
         """Where each stored tensor goes; None where that is not one to one, and transformers has to load it."""
-        plan = self._model._get_dtype_plan(self._dtype)
-        more_files = type(self.config).extra_files
-        if self._twice or self._converts or self._quantised or plan or more_files:
+        if self._converts or self.read_as_it_is() is None:
             return None
         return one_to_one(self._model, self._renamed, self._equal)
+
+    def read_as_it_is(self) -> Mapping[str, str] | None:
+        """The model's name of each stored tensor that is not converted; None where the files do not say all of it."""
+        plan = self._model._get_dtype_plan(self._dtype)
+        more_files = type(self.config).extra_files
+        return None if self._twice or self._quantised or plan or more_files else self._renamed
 
     def _require_shapes(self) -> None:
         """Before anything of the model's size is held: transformers finds this out afterwards."""

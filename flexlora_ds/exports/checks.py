@@ -66,7 +66,7 @@ def check_adapter(adapter: LoraAdapter, folder: Path, base: str) -> Check:
     """
     model, dtype = _base_of(adapter, base)
     expected = source_logits(model, adapter)
-    return _logits_check(adapted_logits(model, folder), expected, dtype)
+    return logits_check(adapted_logits(model, folder), expected, dtype)
 
 
 def check_reading(adapter: LoraAdapter, base: str) -> Check:
@@ -76,7 +76,7 @@ def check_reading(adapter: LoraAdapter, base: str) -> Check:
         UserError: as `check_adapter`.
     """
     model, dtype = _base_of(adapter, base)
-    return _logits_check(_read_logits(model, adapter), source_logits(model, adapter), dtype)
+    return logits_check(_read_logits(model, adapter), source_logits(model, adapter), dtype)
 
 
 def _base_of(adapter: LoraAdapter, base: str) -> tuple[PreTrainedModel, torch.dtype]:
@@ -156,10 +156,11 @@ def check_merged_logits(
     before: PreTrainedModel, after: PreTrainedModel, adapter: LoraAdapter, dtype: torch.dtype
 ) -> Check:
     """The logits of the merged model beside those of the base with the adapter."""
-    return _logits_check(probe_logits(after), source_logits(before, adapter), dtype)
+    return logits_check(probe_logits(after), source_logits(before, adapter), dtype)
 
 
-def _logits_check(found: Tensor, expected: Tensor, dtype: torch.dtype) -> Check:
+def logits_check(found: Tensor, expected: Tensor, dtype: torch.dtype) -> Check:
+    """Logits of an export beside those of its source, each as `probe_logits` gives them."""
     return Check(
         "the largest difference of logits from those of the unmerged adapter, as a share of their norm",
         logits_apart(found, expected, dtype),

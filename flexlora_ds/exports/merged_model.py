@@ -10,8 +10,15 @@ import torch
 from flexlora_ds.base_model.blueprint import StoredModel
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer, native_dtype
 from flexlora_ds.base_model.source import locate
-from flexlora_ds.exports.checks import Check, check_merged, check_merged_logits
+from flexlora_ds.exports.checks import (
+    Check,
+    check_merged,
+    check_merged_logits,
+    logits_check,
+    source_logits,
+)
 from flexlora_ds.exports.merging import merge
+from flexlora_ds.exports.probe import probe_logits
 from flexlora_ds.exports.shard_merge import ShardedBase
 from flexlora_ds.exports.streamed_model import streamed_model
 from flexlora_ds.files.folders import replacing_folder, require_new
@@ -25,8 +32,8 @@ def export_merged(
 
     ΔW is added in fp32 and rounded once to `dtype` (default: the base's own; fp32 for a GGUF). `base` replaces the name
     recorded in the adapter, for a model that has moved. It goes through the base's files, and holds rows of a weight
-    and single layers. Two models are in memory where those files are no safetensors, or their weights are converted
-    while they load, or an adapted weight is shared.
+    and single layers. Where other weights are converted while they load, one model is in memory for the check; two
+    are where the files are no safetensors, the weights are quantised, or an adapted one is shared.
 
     Raises:
         UserError: the adapter does not fit the base, or changes a weight that other layers share; `out` holds
@@ -55,17 +62,32 @@ def _merge_in_shards(
     sharded.merge(fresh, dtype)
     tensors = sharded.check(fresh, dtype)
     tensors.require(out)  # only what is whole can be read as a model
+    logits = _streamed_logits(sharded, adapter, fresh, dtype)
+    if logits is None or not math.isfinite(logits.figure):  # layers that read each other's weights
+        logits = _whole_logits(sharded.source.name, adapter, fresh, dtype)
+    return tensors, logits
+
+
+def _streamed_logits(
+    sharded: ShardedBase, adapter: LoraAdapter, fresh: Path, dtype: torch.dtype
+) -> Check | None:
+    """None where weights are converted while they load."""
     merged = StoredModel(locate(fresh), dtype)
     places = merged.places()
-    logits = None
-    if places is not None:
-        before = streamed_model(sharded.source, sharded.stored, sharded.places, dtype)
-        after = streamed_model(locate(fresh), merged, places, dtype)
-        logits = check_merged_logits(before, after, adapter, dtype)
-    if logits is None or not math.isfinite(logits.figure):  # layers that read each other's weights
-        before = load_causal_lm(sharded.source.name, dtype=dtype, revision=adapter.revision)
-        logits = check_merged_logits(before, load_causal_lm(fresh, dtype=dtype), adapter, dtype)
-    return tensors, logits
+    if sharded.places is None or places is None:
+        return None
+    before = streamed_model(sharded.source, sharded.stored, sharded.places, dtype)
+    expected = source_logits(before, adapter)
+    after = streamed_model(locate(fresh), merged, places, dtype)
+    return logits_check(probe_logits(after), expected, dtype)
+
+
+def _whole_logits(name: str, adapter: LoraAdapter, fresh: Path, dtype: torch.dtype) -> Check:
+    """With one of the two models in memory at a time."""
+    before = load_causal_lm(name, dtype=dtype, revision=adapter.revision)
+    expected = source_logits(before, adapter)
+    del before
+    return logits_check(probe_logits(load_causal_lm(fresh, dtype=dtype)), expected, dtype)
 
 
 def _merge_whole(name: str, adapter: LoraAdapter, fresh: Path, dtype: torch.dtype) -> tuple[Check, Check]:

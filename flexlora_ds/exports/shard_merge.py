@@ -53,19 +53,19 @@ class Addition:
 
 @dataclass(frozen=True)
 class ShardedBase:
-    """A base whose files hold one tensor for each of its own, so that they can be merged file by file."""
+    """A base whose files hold every adapted weight as it is, so that they can be merged file by file."""
 
     source: ModelSource
     stored: StoredModel
-    places: Places
+    places: Places | None
+    """None where other weights are converted while they load (stacked experts): these are copied as they are stored."""
     additions: Mapping[str, Addition]
     """By stored name."""
     class_name: str
 
     @classmethod
     def of(cls, base: str, adapter: LoraAdapter, dtype: torch.dtype) -> ShardedBase | None:
-        """None for a base that has to be held whole: a GGUF, converted or quantised weights, an adapted weight that
-        layers share.
+        """None for a base that has to be held whole: a GGUF, quantised weights, an adapted weight that layers share.
 
         Raises:
             UserError: no base, or one that the adapter does not fit.
@@ -75,11 +75,13 @@ class ShardedBase:
             return None
         with one_line_errors(source, "model"):
             stored = StoredModel(source, dtype)
-            places = stored.places()
-            if places is None:
+            places, names = stored.places(), stored.read_as_it_is()
+            if names is None:
                 return None
-            model = tie(blueprint(source.name, stored.config, dtype, tied=False), places.untied)
-        additions = _additions(model, adapter, places)
+            model = blueprint(source.name, stored.config, dtype, tied=places is None)
+            if places is not None:
+                tie(model, places.untied)
+        additions = _additions(model, adapter, names if places is None else places.names)
         if additions is None or not all(_known(path) for path in stored.shards):
             return None
         return cls(source, stored, places, additions, type(model).__name__)
@@ -93,7 +95,7 @@ class ShardedBase:
         return {p: folder / f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i, p in enumerate(paths)}
 
     def _names(self, shapes: Mapping[str, Any]) -> list[str]:
-        return [name for name in shapes if name in self.places.names]
+        return [name for name in shapes if self.places is None or name in self.places.names]
 
     def merge(self, folder: Path, dtype: torch.dtype) -> None:
         """Write base + ΔW, added in fp32 and rounded once to `dtype`, with its configuration.
@@ -158,11 +160,13 @@ class ShardedBase:
                     yield float(error.max().nan_to_num(math.inf))
 
 
-def _additions(model: PreTrainedModel, adapter: LoraAdapter, places: Places) -> dict[str, Addition] | None:
+def _additions(
+    model: PreTrainedModel, adapter: LoraAdapter, places: Mapping[str, str]
+) -> dict[str, Addition] | None:
     """By stored name; None where an adapted weight is not stored as it is, or layers share it."""
     used = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     reached = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    stored = {place: name for name, place in places.names.items()}
+    stored = {place: name for name, place in places.items()}
     found = {}
     for name, matrix in adapter.matrices.items():
         weight, layer = adapted_weight(model, name, matrix), model.get_submodule(name)

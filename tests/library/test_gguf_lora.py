@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from flexlora_ds.export import main
-from flexlora_ds.exports.gguf_lora import ADAPTER_FILE, GgufNames
+from flexlora_ds.export import main, read_peft_adapter
+from flexlora_ds.exports.gguf_lora import ADAPTER_FILE, GgufNames, write_gguf_lora
 from tests.helpers.model_logits import apart
 from tests.helpers.tiny_gguf import NAMES, write_gguf
 from tests.helpers.zoo import write_model
@@ -138,8 +138,8 @@ def test_rows_in_another_order_are_noticed(
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llama_cpp"), reason="llama-cpp-python is not installed")
-def test_llama_cpp_gives_pefts_logits(llama: Path, tmp_path: Path) -> None:
-    """Loaded by llama.cpp itself."""
+def test_llama_cpp_gives_pefts_logits(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded by llama.cpp itself; at ranks of its own and one alpha, it scales the same adapter wrongly."""
     from llama_cpp import Llama
 
     adapter = write_adapter(llama, tmp_path / "adapter")
@@ -155,7 +155,13 @@ def test_llama_cpp_gives_pefts_logits(llama: Path, tmp_path: Path) -> None:
         return torch.from_numpy(np.array(model.scores[: len(ids)]))
 
     assert apart(by_llama_cpp(), plain) < 1e-3, "the two compute the base alike"
-    assert apart(by_llama_cpp(lora_path=str(path)), expected) < 1e-3
+    found = apart(by_llama_cpp(lora_path=str(path)), expected)
+    monkeypatch.setattr("flexlora_ds.exports.gguf_lora.padded", lambda adapter: adapter)
+    config = AutoModelForCausalLM.from_pretrained(llama).config
+    write_gguf_lora(tmp_path / "mixed.gguf", read_peft_adapter(adapter), config)
+    wrong = apart(by_llama_cpp(lora_path=str(tmp_path / "mixed.gguf")), expected)
+    print(f"apart from PEFT's logits: {found:.1e} padded, {wrong:.1e} with ranks of its own")
+    assert found < 1e-3 and wrong > 1e-2
     assert apart(plain, expected) > 1e-2, "the adapter matters"
 
 

@@ -85,6 +85,27 @@ def test_it_is_the_model_that_was_merged_whole(
     assert len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stacked_while_they_load_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The base is held whole for the logits only; its files keep their names."""
+    base = write_base(tmp_path / "base", kind)
+    folder = write_adapter(base, tmp_path / "adapter", ["q_proj"])
+    monkeypatch.setattr(merged_model, "merge", never)
+    monkeypatch.setattr(merged_model, "_merge_whole", never)
+    tensors, found = export_merged(read_peft_adapter(folder), tmp_path / "out", base=str(base))
+    assert tensors.figure <= 1 and found.figure < 1e-5
+    names = [
+        {name for path in where.glob("*.safetensors") for name in load_file(path)}
+        for where in (base, tmp_path / "out")
+    ]
+    assert names[0] == names[1] and any(".experts.0." in name for name in names[0])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert apart(logits(model), logits(PeftModel.from_pretrained(plain, folder))) < 1e-5
+
+
 def test_another_dtype_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_base(tmp_path / "base", "llama", torch.bfloat16)
     adapter = read_peft_adapter(write_adapter(base, tmp_path / "adapter", ["q_proj"]))
