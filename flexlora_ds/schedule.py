@@ -10,7 +10,8 @@ from fractions import Fraction
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 
-_PAPER_STEPS = 31_931
+PAPER_STEPS = 31_931
+"""Of the paper's run, whose proportions an `auto` calendar keeps."""
 _PAPER_CALENDAR = {"adjust_start": 5_000, "adjust_freeze": 5_000, "adjust_interval": 1_000}
 
 # Exact fractions, so that a size that is exactly a half rounds up on every machine.
@@ -150,7 +151,7 @@ def _interval(value: int | str, total_steps: int) -> int:
 def _resolved(name: str, value: int | str, total_steps: int) -> int:
     if isinstance(value, int):
         return value
-    return _half_up(Fraction(_PAPER_CALENDAR[name] * total_steps, _PAPER_STEPS))
+    return _half_up(Fraction(_PAPER_CALENDAR[name] * total_steps, PAPER_STEPS))
 
 
 def _planned(total_steps: int, config: FlexLoRAConfig) -> dict[int, int]:

@@ -92,6 +92,7 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
     of_what = "all weights" if options.traits.trains_base else f"{len(method.matrices)} matrices"
     lines = [
         settled.line(),
+        *([settled.match.line()] if settled.match else []),
         *settled.skeleton.remarks,
         f"{options.method}: {of_what}, {method.trainable_parameters:,} trainable parameters",
         *method.remarks,

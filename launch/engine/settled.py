@@ -10,6 +10,7 @@ from launch.data.batch_layout import BatchLayout
 from launch.engine.adam import AdamSettings
 from launch.model.computation import Computation
 from launch.model.skeleton import Skeleton
+from launch.options.parameter_match import ParameterMatch
 from launch.options.train_options import TrainOptions
 
 
@@ -30,6 +31,8 @@ class Settled:
     ds_config: Mapping[str, Any]
     """For `deepspeed.initialize`."""
     adam: AdamSettings
+    match: ParameterMatch | None = None
+    """What `match_params` came to."""
 
     @property
     def stage(self) -> int:

@@ -89,4 +89,5 @@ def summary_of(session: Session, state: str) -> Summary:
         trainable_params_mean=trainable_params_mean(log.initial_parameters, changes, done),
         rank_changes=sum(bool(c["pruned"] or c["expanded"]) for c in changes),
         warnings=log.warnings,
+        match=session.match,
     )

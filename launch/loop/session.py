@@ -28,6 +28,7 @@ from launch.loop.finite_guard import FiniteGuard
 from launch.loop.run_log import RunLog
 from launch.loop.stopping import StopAgreement
 from launch.loop.validation import Validator
+from launch.options.parameter_match import ParameterMatch
 from launch.options.train_options import TrainOptions
 from launch.progress import Progress
 from launch.run_folder.compatibility import Base, Identity
@@ -60,6 +61,8 @@ class Session:
     guard: FiniteGuard
     stop: StopAgreement
     saver: Saver
+    match: ParameterMatch | None = None
+    """What `match_params` came to."""
     done: int = 0
     """The last step that was completed."""
 
@@ -203,7 +206,19 @@ def begin(
         last=steps,
     )
     session = Session(
-        options, process, folder, engine, method, batches, log, validator, accuracy, guard, stop, saver
+        options,
+        process,
+        folder,
+        engine,
+        method,
+        batches,
+        log,
+        validator,
+        accuracy,
+        guard,
+        stop,
+        saver,
+        settled.match,
     )
     session.resume(start)
     return session

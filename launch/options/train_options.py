@@ -83,6 +83,8 @@ class TrainOptions(FlexLoRAConfig):
     """What is trained: FlexLoRA; for comparison PEFT's methods, any adapter of peft_config, or all weights (full)."""
     peft_config: Annotated[str | None, ADAPTER, MAY_CHANGE] = None
     """With method peft: a JSON file as PEFT's adapter_config.json, which names the kind and its settings."""
+    match_params: Annotated[str | None, ADAPTER, MAY_CHANGE] = None
+    """Take the rank that trains as many parameters as lora:RANK, or as this number, on the mean over the run."""
 
     init_adapter: Annotated[str, ADAPTER, MAY_CHANGE] = ""
     """A PEFT LoRA to go on from, a folder or a hub id: its update becomes P, λ and Q (method flexlora). Empty: none."""

@@ -40,6 +40,7 @@ def dry_run(options: TrainOptions) -> None:
     identity = Identity.of(settled.options, None, data.train.digest(), steps, adapter)
     begins = expect_start(settled.options, identity)
     dropped = data.dropped_line()
+    matched = [settled.match.line()] if settled.match else []
     page = DryRunPage(
         options=options,
         shapes=skeleton.shapes,
@@ -52,7 +53,7 @@ def dry_run(options: TrainOptions) -> None:
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
         ranks=skeleton.ranks,
-        notes=[*([dropped] if dropped else []), settled.line(), *skeleton.remarks, *begins],
+        notes=[*([dropped] if dropped else []), settled.line(), *matched, *skeleton.remarks, *begins],
     )
     text = render_plan(page)
     if os.environ.get("RANK", "0") == "0":

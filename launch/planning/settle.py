@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from flexlora_ds.adapter.inject import check_rank
 from flexlora_ds.base_model.precision import Dtype, resolve_dtype
 from flexlora_ds.partitions.unsupported import check_refusals
 from launch.data.prepare import resolve_prompt
@@ -25,6 +26,7 @@ from launch.model.liger import liger_installed, resolve_kernels
 from launch.model.skeleton import Skeleton, read_skeleton
 from launch.model.torch_compile import require_compiler, require_stage, resolve_compile
 from launch.options.train_options import TrainOptions
+from launch.planning.match_params import match_params
 from launch.planning.memory_plan import MemoryPlan, resolve_checkpointing
 from launch.trackers.known import require_installed
 
@@ -57,8 +59,11 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     check_refusals(source.settings, source.origin)
     require_accepted(source)
     dtype = resolve_dtype(options.dtype, gpu=torch.cuda.is_available())
-    limited_rank = options.rank if options.traits.changes_ranks else None
-    skeleton = read_skeleton(options.model, options.target_modules, limited_rank)
+    skeleton = read_skeleton(options.model, options.target_modules)
+    if (match := match_params(options, skeleton.shapes)) is not None:
+        options = options.replace(rank=match.rank)
+    if options.traits.changes_ranks:
+        check_rank(options.rank, skeleton.shapes)
     if (start := read_start(options, skeleton.shapes)) is not None:
         skeleton = replace(skeleton, ranks=dict(start.ranks))
     if options.method == "peft":
@@ -81,7 +86,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         kernels=computation.kernels,
         padding_free=computation.packed,
     )
-    return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam)
+    return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam, match)
 
 
 def _computation(options: TrainOptions, dtype: Dtype, skeleton: Skeleton, checkpointing: bool) -> Computation:

@@ -47,7 +47,8 @@ def page(run: RunData, plots: Mapping[str, bytes]) -> str:
 
 def _facts(run: RunData) -> dict[str, str]:
     summary, last = run.summary, run.metrics[-1]
-    params = summary.get("trainable_params", {})
+    params, match = summary.get("trainable_params", {}), summary.get("match_params")
+    matched = {} if match is None else {f"to match ({match['asked']})": f"{match['parameters']:,}"}
     return {
         "steps": f"{summary.get('steps', last['step']):,}",
         "final training loss": number(summary.get("final_loss", last["loss"]), ".4f"),
@@ -59,6 +60,7 @@ def _facts(run: RunData) -> dict[str, str]:
         "peak memory (GB)": number(summary.get("peak_mem_gb", last["peak_mem_gb"]), ".2f"),
         "trainable parameters": number(params.get("final"), ",.0f"),
         "the same, mean over steps": number(params.get("mean"), ",.0f"),
+        **matched,
         "rank changes": str(len(run.changes)),
         "total rank": f"{last['total_rank']:,}",
         "steps skipped": str(sum(bool(row["skipped"]) for row in run.metrics)),

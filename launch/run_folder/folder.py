@@ -22,6 +22,7 @@ from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import bring_to_disk
 from flexlora_ds.files.ownership import MARKER, remove_entries
 from flexlora_ds.files.text import write_text_atomically
+from launch.options.parameter_match import ParameterMatch
 from launch.run_folder.claim import WRITTEN, require_no_other
 from launch.run_folder.json_files import JsonLines, to_json
 from launch.run_folder.lock import LOCK_FILE
@@ -63,16 +64,24 @@ class Summary:
     trainable_params_mean: float
     rank_changes: int
     warnings: Sequence[str] = ()
+    match: ParameterMatch | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object of summary.json, `trainable_params` being {final, mean}."""
+        """Return the object of summary.json: `trainable_params` is {final, mean}, `match_params` where asked for."""
         values = asdict(self)
+        match = values.pop("match")
+        matched = (
+            {}
+            if match is None
+            else {"match_params": {"asked": match["asked"], "parameters": match["wanted"]}}
+        )
         final, mean = values.pop("trainable_params_final"), values.pop("trainable_params_mean")
         rank_changes, warnings = values.pop("rank_changes"), list(values.pop("warnings"))
         versions = values.pop("versions")
         return values | {
             "trainable_params": {"final": final, "mean": mean},
+            **matched,
             "rank_changes": rank_changes,
             "warnings": warnings,
             "versions": versions,

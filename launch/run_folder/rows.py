@@ -124,6 +124,12 @@ SOMETIMES: Mapping[str, Check] = {
 """Keys that a row may lack; those that its own kind has are as that says."""
 
 
+def is_match(value: Any) -> bool:
+    """What a run was to match."""
+    kind = {"asked": is_text, "parameters": is_count}
+    return isinstance(value, dict) and fault_of(value, kind) is None
+
+
 SUMMARY: Mapping[str, Check] = {
     "state": is_text,
     "steps": is_count,
@@ -133,6 +139,7 @@ SUMMARY: Mapping[str, Check] = {
     "tokens_per_s": is_number,
     "peak_mem_gb": is_number,
     "trainable_params": object_of(is_number),
+    "match_params": is_match,
     "rank_changes": is_count,
     "warnings": list_of(is_text),
     "versions": object_of(is_text),

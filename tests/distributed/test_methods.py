@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexlora_ds.peft_reading.attach import attach_adapter
-from launch.options.train_options import Method
+from launch.options.train_options import Method, TrainOptions
 from tests.helpers import training
 from tests.helpers.model_logits import apart, logits
 from tests.helpers.processes import Processes
@@ -99,6 +100,28 @@ def require_whole(
 @pytest.mark.parametrize("case", ["dora", "pissa", "adalora", "full", "vera"])
 def test_a_method_resumes_and_saves(case: str, place: Place, one_process: Processes, tmp_path: Path) -> None:
     require_whole(case, one_process, place, tmp_path, 0)
+
+
+def test_equal_budgets_are_said_at_start_and_end(
+    place: Place, one_process: Processes, tmp_path: Path
+) -> None:
+    asked = {"method": "adalora", "match_params": "lora:4", "rank": 8, "adjust_freeze": 2, "max_steps": 8}
+    (result,) = one_process.run(training.command, place.arguments(tmp_path / "run", 0, **asked))
+    assert result["code"] == 0, result["stderr"]
+    line = re.search(
+        r"rank (\d+) by match_params lora:4: ([\d,]+) trainable parameters, .* for ([\d,]+) \(",
+        result["stderr"],
+    )
+    assert line is not None, result["stderr"]
+    rank, expected, wanted = (int(number.replace(",", "")) for number in line.groups())
+    model = AutoModelForCausalLM.from_pretrained(place.model)
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    assert wanted == get_peft_model(model, config).get_nb_trainable_parameters()[0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["match_params"] == {"asked": "lora:4", "parameters": wanted}
+    # Expected of directions of mean size; which ones it kept shows in the end.
+    assert summary["trainable_params"]["mean"] == pytest.approx(expected, rel=0.1)
+    assert TrainOptions.from_yaml((tmp_path / "run" / "options.yaml").read_text()).rank == rank
 
 
 @pytest.mark.full

@@ -17,7 +17,7 @@ Every matrix begins with 1.5 · `rank` directions, as in the paper, and keeps `r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from flexlora_ds.orthogonality import violation
 from flexlora_ds.partitions import MASTER, live_shards, loss_scale
 from flexlora_ds.rank_change import RankChange
 from flexlora_ds.rounding import ceil_div
-from flexlora_ds.schedule import Calendar, resolve_calendar
+from flexlora_ds.schedule import MOST_CHANGES, Calendar, resolve_calendar
 from launch.engine.adam import AdamSettings
 from launch.engine.methods.adalora_averages import average_after_step
 from launch.engine.methods.peft_adapter import PeftAdapter
@@ -52,7 +52,7 @@ def calendar_of(total_steps: int, options: TrainOptions) -> Calendar:
     """When the budget falls: after `start`, until `end`.
 
     Raises:
-        UserError: no step lies between the two.
+        UserError: no step lies between the two, or there are more masks than can be listed beforehand.
     """
     calendar = resolve_calendar(total_steps, options.to_flexlora_config())
     if calendar.start >= calendar.end:
@@ -61,21 +61,28 @@ def calendar_of(total_steps: int, options: TrainOptions) -> Calendar:
             f"keys adjust_start, adjust_freeze; the run has {total_steps} steps",
             "lower one of them",
         )
+    masks = (calendar.end - calendar.start) // calendar.interval
+    if masks > MOST_CHANGES:
+        raise UserError(
+            f"{masks:,} rank changes are more than {MOST_CHANGES:,}",
+            f"key adjust_interval; the run has {total_steps:,} steps",
+            "raise it",
+        )
     return calendar
 
 
-def budget_after(step: int, calendar: Calendar, begin: int, end: int) -> int:
-    """Directions that PEFT (0.21) leaves after a step, of `begin` at the start, `end` from the freeze on."""
-    if step >= calendar.end:
-        return end
-    if step <= calendar.start:
-        return begin
-    # Masks are drawn at the multiples of the interval, and hold until the next.
-    drawn = step - step % calendar.interval
-    if drawn <= calendar.start:
-        return begin
-    left = 1 - (drawn - calendar.start) / (calendar.end - calendar.start)
-    return int((begin - end) * left**3 + end)
+def budgets(total_steps: int, options: TrainOptions, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """(step, directions left after it) of every mask that PEFT (0.21) draws, of `begin` at the start to `end`.
+
+    Raises:
+        UserError: as `calendar_of`.
+    """
+    calendar = calendar_of(total_steps, options)
+    first = (calendar.start // calendar.interval + 1) * calendar.interval
+    for step in range(first, calendar.end, calendar.interval):
+        left = 1 - (step - calendar.start) / (calendar.end - calendar.start)
+        yield step, int((begin - end) * left**3 + end)
+    yield calendar.end, end
 
 
 def describe(total_steps: int, options: TrainOptions, matrices: int) -> str:
