@@ -21,7 +21,8 @@ def begin_directions(run: Session) -> None:
     if not run.options.traits.changes_ranks or not config.begins_from_gradient(language_model=True):
         return
     if run.options.init_adapter:
-        run.log.progress.message("init gradient has no effect: P and Q are those of init_adapter")
+        if config.init == "gradient":  # asked for, and no default
+            run.log.progress.message("init gradient has no effect: P and Q are those of init_adapter")
         return
     batches = FirstBatches.of(run.options, run.data, run.process.device)
     started = time.perf_counter()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexlora_ds.peft_format import max_relative_difference
 from flexlora_ds.peft_reading.plain import read_peft_adapter
+from tests.helpers import trainer_worker as worker
 from tests.helpers import training
 from tests.helpers.processes import Processes
 from tests.helpers.training import Place, make_place
@@ -83,12 +84,11 @@ def test_the_first_loss_is_that_of_the_model_that_peft_merged(
     run(two_processes, trained.arguments(tmp_path / "sharded", 3, **SHORT, dropout=0.0))
     merged = trained.place.arguments(tmp_path / "merged", 0, **STILL, model=trained.merged)
     run(one_process, merged)
-    base = trained.place.arguments(tmp_path / "base", 0, **STILL)
-    run(one_process, base)
-    (expected,), (unadapted,) = training.losses(tmp_path / "merged"), training.losses(tmp_path / "base")
+    (expected,) = training.losses(tmp_path / "merged")
+    updates = [m.delta().abs().max() for m in read_peft_adapter(trained.adapter).matrices.values()]
+    assert max(updates) > 0.02, "the adapter matters"
     alone = training.losses(tmp_path / "alone")
     assert alone[0] == pytest.approx(expected, rel=1e-5)
-    assert abs(unadapted - expected) > 1e-3 * expected, "the adapter matters"
     assert training.losses(tmp_path / "sharded") == pytest.approx(alone, rel=1e-4)
     assert training.ranks(tmp_path / "sharded") == training.ranks(tmp_path / "alone")
     total = sum(m.rank for m in read_peft_adapter(trained.adapter).matrices.values()) + 4 * 4
@@ -133,11 +133,39 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert "init_adapter is" in refused and "none (its files differ)" in refused
 
 
-def test_a_budget_cuts_it(trained: Trained, one_process: Processes, tmp_path: Path) -> None:
-    arguments = trained.arguments(tmp_path / "out", 2, **STILL, init_rank_budget=12)
-    said = run(one_process, [*arguments, "--target_modules=q_proj,v_proj,down_proj"])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [worker.TORCH, 2, 3])
+def test_transformers_trainer_goes_on_alike(
+    trained: Trained, two_processes: Processes, tmp_path: Path, stage: int | str
+) -> None:
+    """With a model that `start_from_adapter` prepared, and the default `init`."""
+    options = {**SHORT, "dropout": 0.0, "lr_schedule": "constant", "warmup_steps": 0}
+    run(two_processes, trained.arguments(tmp_path / "launch", 2, **options))
+    case = {
+        "arguments": trained.place.arguments(tmp_path / "unused", 0, **options),
+        "out": str(tmp_path / "trainer"),
+        "stage": stage,
+        "trainer": "Trainer",
+        "init_adapter": str(trained.adapter),
+    }
+    found = two_processes.run(worker.train, case)[0]
+    assert found["losses"] == pytest.approx(training.losses(tmp_path / "launch"), rel=1e-5)
+    assert found["ranks"] == training.ranks(tmp_path / "launch") and found["ranks"]
+
+
+def test_a_budget_cuts_it_and_another_base_is_doubted(
+    trained: Trained, one_process: Processes, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "somebody/model"}))
+    options = {**STILL, "init_adapter": tmp_path / "adapter", "init_rank_budget": 12}
+    arguments = trained.arguments(tmp_path / "out", 2, **options, target_modules="q_proj,v_proj,down_proj")
+    said = run(one_process, arguments)
     assert "kept 12 of 28 directions" in said
     assert sum(m.rank for m in read_peft_adapter(tmp_path / "out" / "adapter").matrices.values()) == 12
+    assert "warning: init_adapter was trained on somebody/model, and the base is" in said
 
 
 def test_what_cannot_go_on_is_refused_in_one_line(
@@ -159,15 +187,3 @@ def test_what_cannot_go_on_is_refused_in_one_line(
             said = run(one_process, trained.arguments(out, dry_run=dry_run, **options), code=2)
             assert line in said and "Traceback" not in said
     assert "10 layers, rank 2 to 9: " in run(one_process, trained.arguments(out, dry_run=True))
-
-
-def test_an_adapter_that_names_another_base_is_doubted(
-    trained: Trained, one_process: Processes, tmp_path: Path
-) -> None:
-    shutil.copytree(trained.adapter, tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "base_model_name_or_path": "somebody/model"}))
-    options = {**STILL, "init_adapter": tmp_path / "adapter"}
-    said = run(one_process, trained.arguments(tmp_path / "out", **options))
-    assert "warning: init_adapter was trained on somebody/model, and the base is" in said

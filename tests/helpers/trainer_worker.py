@@ -19,7 +19,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     """Train as `launch` would with these words, in another loop: losses, and ranks after each change.
 
     Keys of `case`: `arguments`, the words after `launch/train.py`; `out`; `stage`; `trainer`, `Trainer` or
-    `SFTTrainer`; `gas`, micro-steps of an update; `resume`, a checkpoint; `arguments_more`, for the trainer.
+    `SFTTrainer`; `gas`, micro-steps of an update; `resume`, a checkpoint; `arguments_more`, for the trainer;
+    `init_adapter`, a LoRA that the model goes on from.
     """
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
@@ -62,6 +63,7 @@ def make_trainer(case: dict[str, Any], world: int) -> Any:
     """A trainer over the records in `launch`'s order, with its learning rate and steps."""
     from transformers import AutoModelForCausalLM
 
+    from flexlora_ds import inject_adapters, start_from_adapter
     from flexlora_ds.integrations.transformers import FlexLoRAMixin, FlexLoRATrainer
     from launch.data.prepare import load_tokenizer_of, prepare_data
     from launch.options.train_options import parse_options
@@ -73,10 +75,14 @@ def make_trainer(case: dict[str, Any], world: int) -> Any:
     rows = rows_in_order(options, prepare_data(options, tokenizer, vocabulary).train)
     arguments = training_arguments(options, case, world)
     model = AutoModelForCausalLM.from_pretrained(str(options.model), dtype=torch.float32)
+    config = options.to_flexlora_config()
+    if "init_adapter" in case:
+        inject_adapters(model, config)
+        start_from_adapter(model, config, case["init_adapter"])
     common = {
         "train_dataset": rows,
         "data_collator": Padding(vocabulary.padding_id(tokenizer)),
-        "flexlora": options.to_flexlora_config(),
+        "flexlora": config,
     }
     if case["trainer"] == "Trainer":
         return FlexLoRATrainer(model, arguments, **common)

@@ -54,7 +54,7 @@ def never(*_: Any, **__: Any) -> Any:
         ("gpt2", ["c_attn", "c_proj"]),  # Conv1D: weights stored as [in, out]
     ],
 )
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
 def test_it_is_the_model_that_was_merged_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, targets: list[str], stored: torch.dtype
 ) -> None:
@@ -85,7 +85,7 @@ def test_it_is_the_model_that_was_merged_whole(
     assert len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.full)])
 def test_experts_that_are_stacked_while_they_load_are_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
