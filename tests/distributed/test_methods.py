@@ -38,6 +38,7 @@ PEFT_FILES: dict[str, dict[str, Any]] = {
         "target_modules": ["k_proj", "v_proj", "down_proj"],
         "feedforward_modules": ["down_proj"],
     },
+    "randlora": {"peft_type": "RANDLORA", "r": 4, "target_modules": ["q_proj"]},
     "loha": {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj", "down_proj"]},
 }
 """For `method: peft`, by the name of the case."""

@@ -119,7 +119,7 @@ class PeftAdapter:
         masters = {}
         for p, value in live_shards(self.engine).read(list(named), MASTER):
             if self.engine.global_rank == 0:
-                masters[named[p]] = value.detach().cpu().clone()
+                masters[named[p]] = value.detach().to("cpu", copy=True)
         if self.engine.global_rank == 0:
             tensors = _of_the_adapter(model, masters)
             config = copy(model.peft_config["default"])
@@ -160,4 +160,5 @@ def _of_the_adapter(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tens
     # The rest are frozen parts of an adapter, and the base's weights, which PEFT leaves out.
     everything = {**model.state_dict(), **masters}
     kept = get_peft_model_state_dict(model, everything, save_embedding_layers=False)
-    return {name: value.detach().cpu().contiguous() for name, value in kept.items()}
+    # Copies: layers may share a frozen part, and a file holds each by itself.
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in kept.items()}

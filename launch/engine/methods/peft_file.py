@@ -38,14 +38,15 @@ OF_AN_ADAPTER = (
     "task_type",
 )
 """Keys that say what an adapter is or was made with, and nothing of how one is trained."""
-ELSEWHERE: Mapping[str, str] = {
+_ELSEWHERE: Mapping[str, str] = {
     "ADALORA": "choose method adalora, which calls its allocator",
     "POLY": "choose a kind that asks for no task with each record",
     "XLORA": "choose a kind that needs no adapters of others",
     "ADAPTION_PROMPT": "choose a kind that adapts layers",
+    "SHADOW": "choose a kind that adapts layers",
 }
 """What to do instead of a kind that this loop cannot train."""
-_START_OF_ITS_OWN: Mapping[str, str] = {
+START_OF_ITS_OWN: Mapping[str, str] = {
     "pissa": "choose method pissa",
     "olora": "choose method olora",
     "lora_ga": "choose method lora_ga",
@@ -120,8 +121,8 @@ def _known_kind(values: Mapping[str, Any], place: str) -> Any:
     known = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     given = values.get("peft_type")
     if not isinstance(given, str) or given not in known:
-        close = nearest(given, [*known]) if isinstance(given, str) else None
-        todo = f"did you mean {close}?" if close else f"give one of {', '.join(sorted(known))}"
+        close = nearest(given, [kind.lower() for kind in known]) if isinstance(given, str) else None
+        todo = f"did you mean {close.upper()}?" if close else f"give one of {', '.join(sorted(known))}"
         what = f"peft_type {shown(given)} is not known to PEFT" if "peft_type" in values else "no peft_type"
         raise UserError(what, place, todo)
     return known[given]
@@ -137,14 +138,14 @@ def _require_known(settings: Mapping[str, Any], known: list[str], place: str) ->
 
 def _require_trainable(config: Any, place: str) -> None:
     kind = str(config.peft_type.value)
-    if config.is_prompt_learning or kind in ELSEWHERE:
-        todo = ELSEWHERE.get(
+    if config.is_prompt_learning or kind in _ELSEWHERE:
+        todo = _ELSEWHERE.get(
             kind, "choose one that adapts layers: virtual tokens do not go with packed records"
         )
         raise UserError(f"peft_type {kind} cannot be trained here", place, todo)
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str):
-        for word, todo in _START_OF_ITS_OWN.items():
+        for word, todo in START_OF_ITS_OWN.items():
             if init.lower().startswith(word):
                 raise UserError(f"init_lora_weights {shown(init)} is more than a file can say", place, todo)
 
