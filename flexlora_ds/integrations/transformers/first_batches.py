@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
@@ -46,4 +48,16 @@ def start_on(
 
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = accumulation
-    start_from_gradient(engine, trainer.flexlora, losses)
+    with _figures_kept(trainer):
+        start_from_gradient(engine, trainer.flexlora, losses)
+
+
+@contextmanager
+def _figures_kept(trainer: Any) -> Iterator[None]:
+    """TRL's trainers count tokens and gather figures where they compute a loss; these passes train nothing."""
+    names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(trainer, name)]
+    kept = {name: deepcopy(getattr(trainer, name)) for name in names}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)

@@ -16,9 +16,10 @@ from flexlora_ds.adapter.layer import adapters
 from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.integrations.transformers.checkpoint import find_state, follow_state, save_state
+from flexlora_ds.integrations.transformers.deepspeed_json import complete
 from flexlora_ds.integrations.transformers.life import RankLife
 from flexlora_ds.integrations.transformers.model import adapt, begins_from_gradient, head_groups
-from flexlora_ds.integrations.transformers.refusals import allow_our_optimizer, refuse
+from flexlora_ds.integrations.transformers.refusals import refuse
 from flexlora_ds.integrations.transformers.saving import save_adapter_files
 
 
@@ -70,7 +71,7 @@ class FlexLoRAMixin:
                 eps=args.adam_epsilon,
                 extra_groups=head_groups(trainer.model, args.weight_decay),
             )
-            allow_our_optimizer(trainer)
+            complete(trainer)
         return trainer.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:

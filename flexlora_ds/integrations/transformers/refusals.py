@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.integrations.transformers.deepspeed_json import deepspeed_settings
 from flexlora_ds.optimizer import FlexLoRAAdamW
 from flexlora_ds.partitions.unsupported import check_refusals
 
@@ -21,7 +22,7 @@ def refuse(trainer: Any) -> None:
     for fault, place, mend in _faults(trainer):
         raise UserError(fault, place, mend)
     if trainer.is_deepspeed_enabled:
-        settings = _deepspeed_settings(trainer)
+        settings = deepspeed_settings(trainer)
         for block, mend in (
             (
                 "optimizer",
@@ -32,19 +33,6 @@ def refuse(trainer: Any) -> None:
             if block in settings:
                 raise UserError(f"the trainer brings its own {block}", f"{_DEEPSPEED}, key {block}", mend)
         check_refusals(settings, _DEEPSPEED)
-
-
-def allow_our_optimizer(trainer: Any) -> None:
-    """Let DeepSpeed take an optimizer that it does not ship, on the CPU too."""
-    if trainer.is_deepspeed_enabled:
-        settings = _deepspeed_settings(trainer)
-        settings["zero_allow_untested_optimizer"] = True
-        settings["zero_force_ds_cpu_optimizer"] = False
-
-
-def _deepspeed_settings(trainer: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
-    return settings
 
 
 def _faults(trainer: Any) -> Iterator[tuple[str, str, str]]:
