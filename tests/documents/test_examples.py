@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import pytest
 
 import data_prep.tasks
 from data_prep.build import Options, build
@@ -24,7 +27,11 @@ def examples(page: str) -> list[str]:
 
 def test_no_example_is_forgotten() -> None:
     found = {str(page.relative_to(ROOT)): len(examples(str(page.relative_to(ROOT)))) for page in pages()}
-    assert {page: count for page, count in found.items() if count} == {"README.md": 1, "docs/data.md": 2}
+    assert {page: count for page, count in found.items() if count} == {
+        "README.md": 2,
+        "docs/data.md": 2,
+        "docs/trainer.md": 4,
+    }
 
 
 def run_readme_example(text: str, folder: str) -> dict[str, Any]:
@@ -56,10 +63,79 @@ def run_readme_example(text: str, folder: str) -> dict[str, Any]:
 
 
 def test_the_example_of_the_readme_trains_and_saves(tmp_path: Path, one_process: Processes) -> None:
-    (text,) = examples("README.md")
+    text, _ = examples("README.md")
     (found,) = one_process.run(run_readme_example, text.replace('"bfloat16"', '"bf16"'), str(tmp_path))
     assert found["matrices"] == found["loaded"] == 6
     assert found["changes"] > 0
+
+
+def run_trainer_example(text: str, folder: str) -> dict[str, Any]:
+    """Run the text as `python` would, with a tiny model for the hub's, and records."""
+    import torch
+    from peft import PeftModel
+
+    from tests.helpers import tiny
+    from tests.helpers.trainer_worker import fresh_accelerate
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids, mask, labels = tiny.collate([row["ids"] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    records = [{"ids": ids} for ids in tiny.records(16)]
+    variables: dict[str, Any] = {"dataset": records, "collate": collate}
+    os.chdir(folder)
+    loads = patch("transformers.AutoModelForCausalLM.from_pretrained", lambda name: tiny.tiny_llama())
+    with loads, fresh_accelerate(launched=False):
+        exec(text, variables)
+    os.chdir(ROOT)
+    peft = PeftModel.from_pretrained(tiny.tiny_llama(), Path(folder) / "out")
+    return {
+        "changes": len(variables["trainer"].rank_life.changes),
+        "loaded": sum("lora_A" in name for name, _ in peft.named_parameters()),
+    }
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md"])
+def test_the_examples_of_the_trainer_train_and_save(
+    tmp_path: Path, one_process: Processes, page: str
+) -> None:
+    (text,) = [text for text in examples(page) if "FlexLoRATrainer(" in text]
+    quick = f"max_steps={STEPS}, use_cpu=True, report_to='none', remove_unused_columns=False"
+    (found,) = one_process.run(run_trainer_example, text.replace("max_steps=500", quick), str(tmp_path))
+    assert found["loaded"] == 4 and found["changes"] > 0
+
+
+def run_torch_example(text: str, folder: str) -> dict[str, Any]:
+    """Run the text with a tiny model and a batch for each step."""
+    import torch
+
+    from tests.helpers import tiny
+
+    ids = torch.randint(1, tiny.VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": ids, "labels": ids}] * STEPS
+    variables: dict[str, Any] = {"model": tiny.tiny_llama(), "batches": batches}
+    os.chdir(folder)
+    exec(text, variables)
+    os.chdir(ROOT)
+    return {"changes": variables["controller"].changes}
+
+
+def test_the_example_in_plain_torch_trains_and_saves(tmp_path: Path, one_process: Processes) -> None:
+    (text,) = [text for text in examples("docs/trainer.md") if "TorchEngine(" in text]
+    (found,) = one_process.run(run_torch_example, text, str(tmp_path))
+    assert found["changes"] > 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_short_examples_of_the_trainers_page_run() -> None:
+    """The extension is compiled already; TRL is there or not."""
+    with_trl, prepares = [
+        text for text in examples("docs/trainer.md") if "Engine(" not in text and "args" not in text
+    ]
+    with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
+        exec(compile(prepares, "docs/trainer.md", "exec", dont_inherit=True), {})
+    if find_spec("trl") is not None:
+        exec(compile(with_trl, "docs/trainer.md", "exec", dont_inherit=True), {"__name__": "example"})
 
 
 def test_the_ninth_task_of_the_page_on_data_builds(tmp_path: Path) -> None:
