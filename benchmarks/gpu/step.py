@@ -22,7 +22,7 @@ from benchmarks.gpu.base import build_base, layer_parameters
 from benchmarks.gpu.clock import Kernels, kernels_of, seconds_of
 from benchmarks.gpu.facts import product_rate
 from benchmarks.gpu.section import Conditions, Report
-from benchmarks.kernels import count_kernels
+from benchmarks.kernels import count_operations, named_graph_kernels
 from benchmarks.peers import AdaLoRA, FrozenBase
 from benchmarks.shapes import SHAPES, records
 from launch.data.batches import MicroBatch
@@ -83,7 +83,10 @@ def run(conditions: Conditions, report: Report) -> None:
 
 def run_compiled(conditions: Conditions, report: Report) -> None:
     """Section `compiled`: whole decoder layers compiled, without Liger's kernels, which would be in the way."""
-    at_each_load(conditions, report, list(COMPILED_KINDS))
+    # A compiled layer takes packed examples on a GPU alone.
+    packed = conditions.device.type == "cuda"
+    with named_graph_kernels():
+        at_each_load(conditions, report, [replace(kind, packed=packed) for kind in COMPILED_KINDS])
 
 
 def at_each_load(conditions: Conditions, report: Report, kinds: list[Kind]) -> None:
@@ -117,8 +120,7 @@ def measure(
     """All contenders at one rank and load."""
     count = 4 if conditions.tiny else LOADS[load]
     dtype = "fp32" if device.type == "cpu" else "bf16"
-    stage = 2
-    options = options_of(conditions.shape, stage, dtype, rank, 0.05, False, count)
+    options = options_of(conditions.shape, 2, dtype, rank, 0.05, False, count)
     place = f"rank {rank}, {load}"
     rows: list[Measured] = []
     for kind in kinds:
@@ -146,9 +148,8 @@ def measure(
         if row.contender.kind.name not in UNPROFILED and conditions.left > 15:
             with report.attempt(f"{place}: kernels of {row.contender.kind.name}"):
                 profile_step(report, place, row, conditions, count, device)
-    for row in rows:
-        row.contender.engine.destroy()
-    rows.clear()
+    while rows:
+        rows.pop().contender.engine.destroy()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -241,7 +242,7 @@ def profile_step(
     name = row.contender.kind.name
     work = partial(train, row, batches(row, conditions, count, 1))
     if device.type != "cuda":
-        report.figure(f"{place}: {name}: operations", count_kernels(work, device))
+        report.figure(f"{place}: {name}: operations", count_operations(work))
         return
     found: Kernels = kernels_of(work, device)
     busy = found.busy / statistics.median(row.blocks)
