@@ -102,15 +102,14 @@ def test_two_processes_at_zero_3_and_through_a_resume(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["lora"])
-def test_another_method_packed_and_padded(
-    method: str, place: Place, tmp_path: Path, one_process: Processes
+@pytest.mark.parametrize(("method", "packed"), [("lora", True), ("lora", False), ("adalora", True)])
+def test_other_methods_packed_and_padded(
+    method: str, packed: bool, place: Place, tmp_path: Path, one_process: Processes
 ) -> None:
-    for packed in (True, False):
-        out = tmp_path / f"{packed}"
-        run(one_process, place, out, 0, method=method, eval_every=16, eval_items=ITEMS, padding_free=packed)
-        (row,) = read_lines(out / "accuracy.jsonl")
-        assert row["accuracy"] == evaluated(place, out / "adapter", tmp_path / f"eval-{packed}", "score")
+    out = tmp_path / "run"
+    run(one_process, place, out, 0, method=method, eval_every=16, eval_items=ITEMS, padding_free=packed)
+    (row,) = read_lines(out / "accuracy.jsonl")
+    assert row["accuracy"] == evaluated(place, out / "adapter", tmp_path / "eval", "score")
 
 
 def test_tests_that_are_not_there_are_said_before_the_model_is_loaded(
