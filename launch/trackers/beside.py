@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ class Trackers:
                 if process.wait(max(0.0, deadline - time.monotonic())):
                     self._fail(name, f"has failed: {self._last_line(name, process.returncode)}")
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # a library's own service too
                 process.wait()
                 self._fail(name, f"was not done {seconds:.0f} s after the run")
         self._processes.clear()

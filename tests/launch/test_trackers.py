@@ -95,11 +95,12 @@ def test_tensorboard_reads_back_what_the_logs_say_also_after_a_crash(tmp_path: P
 def test_wandb_writes_an_offline_run_and_continues_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = tmp_path / "run"
     crash_and_resume("wandb", run)
+    wandb.teardown()  # as the end of a tracker's process does: its service then has written everything
     records = [
         r for file in sorted(run.glob("tracking/wandb/offline-run-*/*.wandb")) for r in wandb_records(file)
     ]
