@@ -12,9 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from eval.__main__ import main as evaluate
 from flexlora_ds.peft_reading.attach import attach_adapter
 from launch.options.train_options import Method, TrainOptions
-from tests.helpers import training
+from tests.helpers import eval_tiny, training
 from tests.helpers.model_logits import apart, logits
 from tests.helpers.processes import Processes
 from tests.helpers.resumed_runs import assert_same_run
@@ -155,3 +156,25 @@ def test_a_resume_on_more_processes_goes_on_alike(
     rest = run(two_processes, place, tmp_path / "rest", 3, **asked, resume=checkpoint)
     assert training.losses(rest) == pytest.approx(training.losses(whole), rel=1e-4)
     assert training.ranks(rest) == training.ranks(whole) if method == "adalora" else True
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["full", "adalora", "dora", "pissa"])
+def test_an_evaluation_takes_what_a_run_left(
+    method: str, place: Place, one_process: Processes, tmp_path: Path
+) -> None:
+    """With the prompt that it was trained with, and the figure of the live model after its last step."""
+    data = eval_tiny.write_data(tmp_path / "tests", 4)
+    asked = {"method": method, "prompt": "llm_adapters", "lr": 0.03, "eval_every": 16, "eval_data": data}
+    asked |= {"eval_items": 4, "eval_mode": "score"}
+    out = run(one_process, place, tmp_path / "run", 0, **asked)
+    trained = ["--model", str(out / "model")]
+    if method != "full":
+        trained = ["--model", str(place.model), "--adapter", str(out / "adapter")]
+    words = ["--data", str(data), "--mode", "score", "--limit", "4", "--out", str(tmp_path / "eval")]
+    assert evaluate([*trained, *words]) == 0
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert results["settings"]["prompt"] == "llm_adapters"
+    live = training.read_lines(out / "accuracy.jsonl")[-1]
+    if method != "pissa":  # its adapter lacks the rounding of the base that it was trained on
+        assert live["accuracy"] == {name: task["accuracy"] for name, task in results["tasks"].items()}
