@@ -25,7 +25,7 @@ from benchmarks.learning.settings import LORA
 from benchmarks.learning.tables import page
 from flexlora_ds.errors import RunError, UserError
 
-SETTINGS = (LORA, "default", "gradient", "alloc-entropy", "alloc-growth")
+SETTINGS = (LORA, "gaussian", "gradient", "alloc-entropy", "alloc-growth")
 SEEDS = (1, 2, 3)
 OPTIONS = {"lr": 1e-3, "dtype": "fp32", "val_size": 256, "save_every": 0}
 """In place of those of `benchmarks.learning`, for all runs."""
