@@ -18,7 +18,6 @@ RIVALS: dict[str, dict[str, object]] = {
     "PiSSA": {"method": "pissa"},
     "OLoRA": {"method": "olora"},
     "AdaLoRA": {"method": "adalora"},
-    "full": {"method": "full"},
 }
 """Others' methods, beside LoRA and LoRA-GA."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.learning.settings import RIVALS
 from tests.helpers.commands import run_module
 from tests.helpers.training import SMALL, make_place
 
@@ -32,6 +33,23 @@ def test_settings_are_compared_within_a_seed(tmp_path: Path) -> None:
     assert rows["gaussian", 1]["loss 1/4"] != rows["gaussian", 2]["loss 1/4"]
     again = learning(*words, *(f"--{key}={value}" for key, value in options.items()))
     assert "done" not in again.stdout and done.stdout.endswith(again.stdout), "nothing runs twice"
+
+
+@pytest.mark.full
+def test_rivals_are_compared_at_equal_budgets_on_records_that_none_has_seen(tmp_path: Path) -> None:
+    place, out = make_place(tmp_path), tmp_path / "out"
+    options = {"model": place.model, "data": place.data, "recipe": "demo", **SMALL, "init_batches": 1}
+    options |= {"max_steps": 3, "val_every": 3, "save_every": 0, "match_params": "lora:4"}
+    options |= {"adjust_start": 0, "adjust_freeze": 1, "adjust_interval": 1}
+    words = ["--settings=LoRA,rivals", "--seeds=1", "--jobs=1", "--held_out=6", f"--out={out}"]
+    done = learning(*words, *(f"--{key}={value}" for key, value in options.items()))
+    assert done.returncode == 0, done.stderr
+    rows = {row["setting"]: row for row in json.loads((out / "figures.json").read_text())}
+    assert set(rows) == {"LoRA", *RIVALS}
+    budget = rows["LoRA"]["mean parameters"]
+    for setting, row in rows.items():
+        assert 0.75 < row["mean parameters"] / budget < 1.25, setting
+        assert row["further records"] > 0, setting
 
 
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
