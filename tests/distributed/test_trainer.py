@@ -200,3 +200,45 @@ def test_the_markets_prices_are_those_of_launch(
         assert max(other["loss"].values()) > 0
         assert ours["loss"] == pytest.approx(other["loss"], rel=1e-2)
         assert ours["gain"] == pytest.approx(other["gain"], rel=1e-2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options", [{"orth_form": "norm"}, {"importance": "sensitivity"}, {"spectrum": "exact"}], ids=str
+)
+@pytest.mark.parametrize(("world", "stage"), [(2, worker.TORCH), (1, 2), (2, 3)])
+def test_options_mean_what_they_mean_in_launch(
+    request: pytest.FixtureRequest,
+    place: Place,
+    one_process: Processes,
+    tmp_path: Path,
+    options: dict[str, Any],
+    world: int,
+    stage: int | str,
+) -> None:
+    """A penalty is added once an update, whoever counts the micro-steps."""
+    expected = launched_with(place, one_process, options)
+    result = run(request, world, case_of(place, tmp_path / "out", stage, options=options, gas=2))
+    assert result["ranks"] == training.ranks(expected)
+    assert relative(result["losses"], training.losses(expected)) < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("world", "stage"), [(1, worker.TORCH), (2, worker.TORCH), (2, 0), (2, 2), (2, 3)])
+def test_bf16_trains_with_and_without_checkpointed_activations(
+    request: pytest.FixtureRequest,
+    place: Place,
+    launched: Path,
+    tmp_path: Path,
+    world: int,
+    stage: int | str,
+    checkpointing: bool,
+) -> None:
+    more = {"bf16": True, "gradient_checkpointing": checkpointing}
+    result = run(request, world, case_of(place, tmp_path / "out", stage, gas=2, arguments_more=more))
+    assert len({tuple(ranks.values()) for ranks in result["ranks"]}) == 3, "every change moved a direction"
+    assert relative(result["losses"], training.losses(launched)) < 0.02
+    assert all(
+        torch.isfinite(t).all() for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()
+    )

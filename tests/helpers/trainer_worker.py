@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from tests.helpers import tiny
+
 TORCH = "torch"
-"""In place of a ZeRO stage: no DeepSpeed; alone, or in DistributedDataParallel."""
+"""In place of a ZeRO stage: no DeepSpeed, as if it were not installed; alone, or in DistributedDataParallel."""
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
@@ -23,21 +27,62 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     `init_adapter`, a LoRA that the model goes on from.
     """
     torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
-    with fresh_accelerate(launched=world > 1 or case["stage"] != TORCH):
-        trainer = make_trainer(case, world)
+    world, plain = int(os.environ["WORLD_SIZE"]), case["stage"] == TORCH
+    if not plain:
+        tiny.start()  # DeepSpeed's communication: a run without it may have begun torch's
+    data = LaunchData.of(case["arguments"])
+    block = without_deepspeed() if plain else nullcontext()
+    with fresh_accelerate(launched=world > 1 or not plain), block:
+        trainer = make_trainer(case, data, world)
         trainer.train(resume_from_checkpoint=case.get("resume"))
+        changes = trainer.rank_life.changes
         found = {
             "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-            "ranks": [change["ranks"] for change in trainer.rank_life.changes],
-            "noise": [change["noise"] for change in trainer.rank_life.changes],
-            "market": [change["market"] for change in trainer.rank_life.changes],
+            "ranks": [change["ranks"] for change in changes],
+            "noise": [change["noise"] for change in changes],
+            "market": [change["market"] for change in changes],
             "deepspeed": trainer.is_deepspeed_enabled,
             "ddp": trainer.rank_life.engine.__dict__.get("ddp") is not None,
         }
         del trainer
         gc.collect()
     return found
+
+
+@dataclass(frozen=True)
+class LaunchData:
+    """What `launch` makes of its words: options, tokenizer, and the records of all steps in its order."""
+
+    options: Any
+    tokenizer: Any
+    padding_id: int
+    rows: Any
+
+    @classmethod
+    def of(cls, arguments: list[str]) -> LaunchData:
+        """For one process, whose order is that of any number."""
+        from launch.data.prepare import load_tokenizer_of, prepare_data
+        from launch.options.train_options import parse_options
+        from launch.planning.settle import settle
+
+        settled = settle(parse_options(arguments), 1)
+        options, vocabulary = settled.options, settled.skeleton.vocabulary
+        tokenizer = load_tokenizer_of(options)
+        rows = rows_in_order(options, prepare_data(options, tokenizer, vocabulary).train)
+        return cls(options, tokenizer, vocabulary.padding_id(tokenizer), rows)
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """Whoever imports DeepSpeed meanwhile fails, as where it is not installed."""
+    known = sys.modules.get("deepspeed")
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["deepspeed"]
+        if known is not None:
+            sys.modules["deepspeed"] = known
 
 
 @contextmanager
@@ -59,37 +104,25 @@ def fresh_accelerate(*, launched: bool) -> Iterator[None]:
     GradientState._reset_state()
 
 
-def make_trainer(case: dict[str, Any], world: int) -> Any:
+def make_trainer(case: dict[str, Any], data: LaunchData, world: int) -> Any:
     """A trainer over the records in `launch`'s order, with its learning rate and steps."""
     from transformers import AutoModelForCausalLM
 
-    from flexlora_ds import inject_adapters, start_from_adapter
     from flexlora_ds.integrations.transformers import FlexLoRAMixin, FlexLoRATrainer
-    from launch.data.prepare import load_tokenizer_of, prepare_data
-    from launch.options.train_options import parse_options
-    from launch.planning.settle import settle
 
-    settled = settle(parse_options(case["arguments"]), 1)
-    options = settled.options
-    tokenizer, vocabulary = load_tokenizer_of(options), settled.skeleton.vocabulary
-    rows = rows_in_order(options, prepare_data(options, tokenizer, vocabulary).train)
-    arguments = training_arguments(options, case, world)
-    model = AutoModelForCausalLM.from_pretrained(str(options.model), dtype=torch.float32)
-    config = options.to_flexlora_config()
-    if "init_adapter" in case:
-        inject_adapters(model, config)
-        start_from_adapter(model, config, case["init_adapter"])
+    arguments = training_arguments(data.options, case, world)
+    model = AutoModelForCausalLM.from_pretrained(str(data.options.model), dtype=torch.float32)
     common = {
-        "train_dataset": rows,
-        "data_collator": Padding(vocabulary.padding_id(tokenizer)),
-        "flexlora": config,
+        "train_dataset": data.rows,
+        "data_collator": Padding(data.padding_id),
+        "flexlora": data.options.to_flexlora_config(),
     }
     if case["trainer"] == "Trainer":
         return FlexLoRATrainer(model, arguments, **common)
     from trl import SFTTrainer
 
     made = type("FlexLoRASFTTrainer", (FlexLoRAMixin, SFTTrainer), {})
-    return made(model, arguments, processing_class=tokenizer, **common)
+    return made(model, arguments, processing_class=data.tokenizer, **common)
 
 
 def rows_in_order(options: Any, examples: Any) -> Any:
