@@ -169,6 +169,7 @@ def test_no_test_imports_another() -> None:
         assert not others, f"{path}: what it shares with {others} belongs in tests/helpers"
 
 
+@pytest.mark.complaint("LoRA-Pro 12")
 def test_only_the_partitions_touch_deepspeeds_internals() -> None:
     for module, imported in GRAPH.items():
         if any(name.startswith("deepspeed.runtime") for name in imported):

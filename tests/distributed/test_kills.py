@@ -82,6 +82,7 @@ def complete(folder: Path) -> bool:
 
 
 @pytest.mark.full
+@pytest.mark.complaint("DeepSpeed 7044", "accelerate 2912", "torchtune 2651")
 def test_killed_twenty_times_while_saving(
     place: Place, tmp_path: Path, two_processes: Processes, nursery: Nursery
 ) -> None:

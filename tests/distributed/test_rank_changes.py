@@ -219,6 +219,7 @@ def test_many_changes_leak_nothing(stage: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", range(4))
+@pytest.mark.complaint("DeepSpeed 5484")
 def test_200_changes_grow_no_memory(stage: int, world: int) -> None:
     with Processes(world, timeout=900) as processes:
         for result in processes.run(worker.many_changes, {"stage": stage, "changes": 200}):

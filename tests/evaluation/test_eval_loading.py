@@ -59,6 +59,7 @@ def test_absurd_sizes_end_an_evaluation(
 
 
 @pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.complaint("lm-evaluation-harness 2294", "lm-evaluation-harness 2432")
 def test_an_evaluation_says_whether_the_adapter_changes_anything(
     trained: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

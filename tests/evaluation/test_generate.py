@@ -55,6 +55,7 @@ def assert_same(predictions: list[Prediction], reference: list[tuple[str, str | 
 
 @pytest.mark.parametrize("who", ["taught", "untaught"])
 @pytest.mark.parametrize(("budget", "rows"), [(1, 1), (10_000, 3), (10_000, None), (300, 8)])
+@pytest.mark.complaint("DoRA 14", "DoRA 9")
 def test_every_batch_size_equals_one_by_one(
     who: str, budget: int, rows: int | None, request: pytest.FixtureRequest
 ) -> None:
