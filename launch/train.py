@@ -32,7 +32,7 @@ from launch.data.template_date import resolve_template_date
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
-from launch.engine.methods.adalora import describe as adalora_calendar
+from launch.engine.methods.adalora_calendar import describe as adalora_calendar
 from launch.engine.settled import Settled
 from launch.loop.accuracy import prepare_test
 from launch.loop.finish import finish, stop

@@ -13,7 +13,7 @@ from dataclasses import replace
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.schedule import PAPER_STEPS, adjustment_size, due_steps
-from launch.engine.methods.adalora import budgets, initial_rank
+from launch.engine.methods.adalora_calendar import budgets, initial_rank
 from launch.options.parameter_match import Asked, ParameterMatch, parse_match
 from launch.options.train_options import TrainOptions
 from launch.planning.parameters import Shapes, parameters_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from flexlora_ds.schedule import adjustment_size, describe, due_steps
 from launch.data.batch_layout import BatchLayout
-from launch.engine.methods.adalora import describe as adalora_calendar
+from launch.engine.methods.adalora_calendar import describe as adalora_calendar
 from launch.options.train_options import TrainOptions
 from launch.planning.memory_estimate import GIB, MemoryEstimate
 from launch.planning.parameters import Shapes, parameters_of, rank_at_start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launch.engine.methods.adalora import initial_rank
+from launch.engine.methods.adalora_calendar import initial_rank
 from launch.model.skeleton import Skeleton
 from launch.options.train_options import TrainOptions
 

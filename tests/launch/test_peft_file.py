@@ -11,13 +11,9 @@ from peft import OFTConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from flexlora_ds.errors import RunError, UserError
-from launch.engine.methods import peft_file
-from launch.engine.methods.peft_file import (
-    PeftFromFile,
-    count_parameters,
-    read_peft_config,
-    require_possible,
-)
+from launch.engine.methods import peft_settings
+from launch.engine.methods.peft_file import PeftFromFile, count_parameters, require_possible
+from launch.engine.methods.peft_settings import read_peft_config
 from launch.options.train_options import TrainOptions
 from tests.helpers import eval_tiny
 
@@ -116,7 +112,7 @@ def test_an_adapter_that_changes_the_base_is_refused_whatever_it_is_called(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a start of a later PEFT may, which no list of ours knows."""
-    monkeypatch.setattr(peft_file, "START_OF_ITS_OWN", {})
+    monkeypatch.setattr(peft_settings, "START_OF_ITS_OWN", {})
     given = {"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
     with pytest.raises(UserError, match="changes the base's weights before the first step"):
         PeftFromFile(options(tmp_path, given)).adapt(AutoModelForCausalLM.from_pretrained(base))
