@@ -242,3 +242,27 @@ def test_bf16_trains_with_and_without_checkpointed_activations(
     assert all(
         torch.isfinite(t).all() for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()
     )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("world", "stage"), [(2, worker.TORCH), (1, 0), (2, 2), (2, 3)])
+def test_the_best_checkpoint_comes_back(
+    request: pytest.FixtureRequest, place: Place, tmp_path: Path, world: int, stage: int | str
+) -> None:
+    """Step 8 is the best of 16, with two of the three changes behind it; what is saved at the end is that of step 8."""
+    more = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+        **{"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4},
+    }
+    case = case_of(place, tmp_path / "out", stage, arguments_more=more, scores=[0.1, 0.9, 0.2, 0.3])
+    result = run(request, world, case)
+    assert len(result["ranks"]) == 2
+    best, end = (
+        load_file(f / "adapter_model.safetensors")
+        for f in (tmp_path / "out" / "checkpoint-8", tmp_path / "out")
+    )
+    last = load_file(tmp_path / "out" / "checkpoint-16" / "adapter_model.safetensors")
+    assert all(torch.equal(end[name], best[name]) for name in best)
+    assert any(last[name].shape != best[name].shape for name in best)

@@ -117,6 +117,12 @@ def make_trainer(case: dict[str, Any], data: LaunchData, world: int) -> Any:
         "data_collator": Padding(data.padding_id),
         "flexlora": data.options.to_flexlora_config(),
     }
+    if "scores" in case:
+        scores = iter(case["scores"])
+        common |= {
+            "eval_dataset": data.rows.select(range(4)),
+            "compute_metrics": lambda _: {"score": next(scores)},
+        }
     if case["trainer"] == "Trainer":
         return FlexLoRATrainer(model, arguments, **common)
     from trl import SFTTrainer

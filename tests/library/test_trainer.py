@@ -157,6 +157,35 @@ def test_a_checkpoint_is_an_adapter_and_exports_as_one(tmp_path: Path) -> None:
     assert "total_rank" in trainer.state.log_history[0]
 
 
+def test_the_best_checkpoint_comes_back_at_its_own_ranks(tmp_path: Path) -> None:
+    """The metric is made to be best at step 4, before the second change; PEFT's reading of what was saved agrees."""
+    from peft import PeftModel
+
+    seen = iter([0.0, 1.0, 0.5, 0.4])
+    trainer = trainer_of(
+        tiny.tiny_llama(),
+        tmp_path,
+        more={"eval_dataset": [{"ids": [1, 2, 3]}], "compute_metrics": lambda _: {"score": next(seen)}},
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    best = tmp_path / "checkpoint-4"
+    assert trainer.state.best_model_checkpoint == str(best)
+    assert [change["step"] for change in trainer.rank_life.changes] == [3]
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        live = trainer.model.eval()(input_ids=ids).logits
+        for folder in (best, tmp_path):
+            loaded = PeftModel.from_pretrained(tiny.tiny_llama(), folder)
+            assert (loaded.eval()(input_ids=ids).logits - live).abs().max() < 1e-5
+
+
 def test_a_half_precision_base_has_adapters_in_fp32(tmp_path: Path) -> None:
     model = tiny.tiny_llama("bf16")
     trainer = trainer_of(model, tmp_path, max_steps=3)
@@ -202,10 +231,6 @@ def test_adapters_that_are_there_are_taken_as_they_are(tmp_path: Path) -> None:
     [
         ({"optim": "adafactor"}, "adafactor is not ours (optim)"),
         ({"torch_compile": True}, "compiled code holds the ranks fast (torch_compile)"),
-        (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
-            "(load_best_model_at_end); leave it out",
-        ),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
             "(lr_scheduler_type); choose",
@@ -280,7 +305,8 @@ def test_the_rows_of_padded_and_of_packed_records_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_save_optimizer_and_scheduler", "_load_from_checkpoint", "_prepare_for_training"]
+    "name",
+    ["_save_optimizer_and_scheduler", "_load_from_checkpoint", "_prepare_for_training", "_load_best_model"],
 )
 def test_the_trainers_private_methods_that_are_replaced_are_there(name: str) -> None:
     """A Trainer that calls other ones would neither save nor resume."""

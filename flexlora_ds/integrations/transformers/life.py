@@ -10,10 +10,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from flexlora_ds.adapter.layer import forward_context
+from flexlora_ds.checkpoint.live import return_to
 from flexlora_ds.checkpoint.state import Checkpoint
 from flexlora_ds.controller import RankController
 from flexlora_ds.errors import UserError
-from flexlora_ds.integrations.transformers.checkpoint import restore_state
+from flexlora_ds.integrations.transformers.checkpoint import find_state, restore_state
 from flexlora_ds.integrations.transformers.engine import count_update, engine_of
 from flexlora_ds.integrations.transformers.first_batches import start_on, take
 from flexlora_ds.integrations.transformers.folds import folds_of_rows
@@ -98,6 +99,17 @@ class RankLife:
         if change is not None:
             self.changes.append(change.to_dict())
         return change
+
+    def return_to_best(self) -> None:
+        """Make the model that of the best checkpoint; collective.
+
+        Raises:
+            RunError: it holds no training state.
+        """
+        best = find_state(self.trainer.state.best_model_checkpoint, self.trainer.args.output_dir)
+        assert best is not None, "the Trainer names the best checkpoint before it is loaded"
+        return_to(self.engine, best)
+        self.changes = best.run["rank_changes"]
 
     def with_figures(self, logs: dict[str, float]) -> dict[str, float]:
         """The logs of a training step with Σ of the ranks and the number of changes; others as they are."""

@@ -2,8 +2,9 @@
 
     class FlexLoRASFTTrainer(FlexLoRAMixin, SFTTrainer): ...
 
-It overrides the Trainer's public methods and adds a callback. Three private ones remain, because the Trainer has no
-public place for them: what a checkpoint holds beside the adapter, and the two moments at which a resume reads it.
+It overrides the Trainer's public methods and adds a callback. Four private ones remain, because the Trainer has no
+public place for them: what a checkpoint holds beside the adapter, the two moments at which a resume reads it, and the
+return to the best one.
 """
 
 from __future__ import annotations
@@ -133,3 +134,7 @@ class FlexLoRAMixin:
         if resume_from_checkpoint is not None:
             super()._load_scaler(resume_from_checkpoint)  # type: ignore[misc]
         return prepared
+
+    def _load_best_model(self) -> None:
+        """Back to the ranks and values of the best checkpoint, without which `train` would save the last."""
+        self.rank_life.return_to_best()

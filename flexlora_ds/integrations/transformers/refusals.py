@@ -59,12 +59,6 @@ def _faults(trainer: Any) -> Iterator[tuple[str, str, str]]:
         )
     if args.torch_compile:
         yield "compiled code holds the ranks fast", "torch_compile", "leave it out"
-    if args.load_best_model_at_end:
-        yield (
-            "the best checkpoint's ranks are not those of the live model",
-            "load_best_model_at_end",
-            "leave it out, and load the adapter of the checkpoint that you want",
-        )
     if not _replaces_adamw(args.optim):
         yield f"{_word(args.optim)} is not ours", "optim", "leave it out: FlexLoRA's AdamW is used"
     if trainer.optimizer is not None and not isinstance(trainer.optimizer, FlexLoRAAdamW):
