@@ -12,6 +12,10 @@ GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER = 4
 """Bytes of an fp32 master weight and of every per-element optimizer state."""
+MASK = 1
+"""Bytes of an element of torch's dropout mask."""
+DEFAULT_BUCKET = 500_000_000
+"""Elements: DeepSpeed's own `reduce_bucket_size`, where its JSON says nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,24 @@ class MemorySetting:
     """Per-element states beside the master: both moments and the age; 5 with importance sensitivity."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; None if all do."""
+    fused_kernels: bool = False
+    """Liger's norm and SwiGLU, which keep less."""
+    bucket: int | None = None
+    """Elements of the buffer in which ZeRO reduces gradients; None: hidden size squared."""
 
     @classmethod
     def from_ds_config(
         cls, settings: Mapping[str, Any], dtype: str, processes: int, **others: Any
     ) -> MemorySetting:
-        """With stage and offloading read from a DeepSpeed configuration, resolved or not."""
+        """With stage, offloading and buffers read from a DeepSpeed configuration, resolved or not."""
+        bucket = lookup(settings, "zero_optimization.reduce_bucket_size")
         return cls(
             dtype=dtype,
             processes=processes,
             stage=int(lookup(settings, "zero_optimization.stage") or 0),
             offload_optimizer=lookup(settings, "zero_optimization.offload_optimizer.device") == "cpu",
             offload_param=lookup(settings, "zero_optimization.offload_param.device") == "cpu",
+            bucket=None if bucket == "auto" else int(bucket or DEFAULT_BUCKET),
             **others,
         )
 
@@ -98,15 +108,21 @@ class MemoryEstimate:
     adapter: float
     """The adapter's weights and their gradients."""
     optimizer: float
+    buckets: float
+    """The buffer in which ZeRO reduces gradients."""
     activations: float
     logits: float
     host: float
     """What offloading moves to the host's memory; not part of the total."""
+    states: float
+    """Of the optimizer on the device, what its first update makes."""
+    gradients: float
+    """Of the adapter, its gradients once they are reduced."""
 
     @property
     def total(self) -> float:
         """Bytes on the device (on a machine without GPU: in memory)."""
-        return self.weights + self.gathered + self.adapter + self.optimizer + self.activations + self.logits
+        return sum(size for _, size in self.parts())
 
     def parts(self) -> Iterator[tuple[str, float]]:
         """What the total consists of, in words."""
@@ -114,6 +130,7 @@ class MemoryEstimate:
         yield "gathered layers", self.gathered
         yield "adapter and its gradients", self.adapter
         yield "optimizer (masters and states)", self.optimizer
+        yield "buffer of gradients", self.buckets
         yield "activations", self.activations
         yield "logits and loss", self.logits
 
@@ -132,52 +149,78 @@ def estimate_memory(
     Args:
         trainable: parameters of the adapter, or of the base.
         tokens: tokens of one micro-batch, padding included.
-        dropped_inputs: the inputs of all adapted layers together, where each keeps a dropped copy (PEFT's dropout).
+        dropped_inputs: the inputs of all adapted layers together, where each keeps a dropped copy and its mask
+            (PEFT's dropout).
         frozen_base: False where the base's own weights are what is trained.
     """
     width = BYTES[setting.dtype]
     base = setting.shared(shape.base_parameters * width, from_stage=3) if frozen_base else 0.0
-    adapter = setting.shared(trainable * width, from_stage=3) + setting.shared(
-        trainable * width, from_stage=2
-    )
+    gradients = setting.shared(trainable * width, from_stage=2)
+    adapter = setting.shared(trainable * width, from_stage=3) + gradients
     # A plain fp32 optimizer updates the parameters themselves; every wrapper keeps masters of its own.
     masters = 0 if setting.stage == 0 and setting.dtype == "fp32" else 1
-    optimizer = setting.shared(trainable * MASTER * (masters + setting.optimizer_states), from_stage=1)
+    states = setting.shared(trainable * MASTER * setting.optimizer_states, from_stage=1)
+    optimizer = setting.shared(trainable * MASTER * masters, from_stage=1) + states
     return MemoryEstimate(
         weights=0.0 if setting.offload_param else base,
         gathered=_gathered(shape, width) if setting.stage == 3 else 0.0,
         adapter=adapter,
         optimizer=0.0 if setting.offload_optimizer else optimizer,
+        buckets=_buckets(shape, setting),
         activations=_activations(shape, setting, tokens, dropped_inputs),
         logits=_logits(shape, setting, tokens),
         host=base * setting.offload_param + optimizer * setting.offload_optimizer,
+        states=0.0 if setting.offload_optimizer else states,
+        gradients=gradients,
     )
 
 
-def layer_bytes_per_token(shape: ModelShape, dtype: str) -> int:
+def layer_bytes_per_token(shape: ModelShape, dtype: str, *, fused_kernels: bool = False) -> int:
     """Bytes that one decoder layer with a frozen base and adapters keeps for the backward pass, for a token.
 
-    Counted for Llama as transformers runs it: the residual stream at both norms, both normed inputs, q, k
-    and v before and after the rotation, the attention's output; gate, up, the activation and their product;
-    below fp32 also both norms' fp32 copies.
+    Counted for Llama as transformers runs it. A frozen layer keeps nothing, an adapted one its input.
+
+    | kept | elements |
+    |---|---|
+    | the residual stream at both norms, in fp32 whatever the dtype | 2 hidden |
+    | what both norms give; the rotated queries; the attention's output | 4 hidden |
+    | the rotated keys; the values | 2 keys |
+    | gate; up; the activation; their product | 4 intermediate |
+
+    Liger's norms keep the stream in the model's dtype, and its SwiGLU computes the activation again.
     """
-    elements = 7 * shape.hidden_size + 3 * shape.kv_size + 4 * shape.intermediate_size
-    upcasts = 0 if dtype == "fp32" else 2 * shape.hidden_size * 4
-    return elements * BYTES[dtype] + upcasts
+    width = BYTES[dtype]
+    stream = 2 * shape.hidden_size * (width if fused_kernels else BYTES["fp32"])
+    mlp = (3 if fused_kernels else 4) * shape.intermediate_size
+    return stream + (4 * shape.hidden_size + 2 * shape.kv_size + mlp) * width
 
 
 def _activations(shape: ModelShape, setting: MemorySetting, tokens: int, dropped_inputs: int) -> float:
+    """With checkpointing the layers' inputs, and one layer at a time, after the logits are gone."""
     width = BYTES[setting.dtype]
-    layers = shape.layers * layer_bytes_per_token(shape, setting.dtype) + dropped_inputs * width
+    of_layer = layer_bytes_per_token(shape, setting.dtype, fused_kernels=setting.fused_kernels)
+    layers = tokens * (shape.layers * of_layer + dropped_inputs * (width + MASK))
     if setting.gradient_checkpointing:
-        return tokens * (shape.layers * shape.hidden_size * width + layers / max(1, shape.layers))
-    return tokens * layers
+        one = layers / max(1, shape.layers)
+        return tokens * shape.layers * shape.hidden_size * width + max(
+            0.0, one - _logits(shape, setting, tokens)
+        )
+    return layers
 
 
 def _logits(shape: ModelShape, setting: MemorySetting, tokens: int) -> float:
-    """Logits and their gradient in the model's dtype, the fp32 copy and its softmax."""
-    at_once = min(tokens, setting.loss_chunk or tokens)
-    return at_once * shape.vocab_size * (2 * BYTES[setting.dtype] + 8)
+    """Of chunked logits, an fp32 copy and its exponentials; else the log-probabilities and two gradients, in fp32."""
+    if setting.loss_chunk is None:
+        return tokens * shape.vocab_size * 3 * BYTES["fp32"]
+    return min(tokens, setting.loss_chunk) * shape.vocab_size * 2 * BYTES["fp32"]
+
+
+def _buckets(shape: ModelShape, setting: MemorySetting) -> float:
+    """Stage 1 sums in fp32."""
+    if setting.stage == 0:
+        return 0.0
+    elements = shape.hidden_size**2 if setting.bucket is None else setting.bucket
+    return elements * (MASTER if setting.stage == 1 else BYTES[setting.dtype])
 
 
 def _gathered(shape: ModelShape, width: int) -> float:

@@ -13,7 +13,7 @@ from launch.data.batch_layout import BatchLayout, batch_layout
 from launch.engine.settled import Settled
 from launch.model.head_loss import chunk_rows, computes_losses
 from launch.model.skeleton import Skeleton
-from launch.options.train_options import TrainOptions
+from launch.options.train_options import Kernels, TrainOptions
 from launch.planning.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
 from launch.planning.parameters import trained_at_start
 
@@ -32,6 +32,7 @@ class MemoryPlan:
     """The DeepSpeed JSON, resolved or not."""
     skeleton: Skeleton
     gradient_checkpointing: bool
+    kernels: Kernels = "none"
 
     def at(self, micro_batch: int) -> MemoryEstimate:
         """Bytes of one process at a micro-batch of the longest records."""
@@ -42,6 +43,7 @@ class MemoryPlan:
             self.processes,
             gradient_checkpointing=self.gradient_checkpointing,
             loss_chunk=self._loss_chunk(),
+            fused_kernels=self.kernels == "liger",
             optimizer_states=5 if options.importance == "sensitivity" else 3,
         )
         copies = (
@@ -87,17 +89,18 @@ def memory_of(settled: Settled) -> MemoryPlan:
         settled.ds_config,
         settled.skeleton,
         computation.gradient_checkpointing,
+        computation.kernels,
     )
 
 
-def resolve_checkpointing(
-    options: TrainOptions, dtype: Dtype, processes: int, settings: Mapping[str, Any], skeleton: Skeleton
-) -> bool:
+def resolve_checkpointing(plan: MemoryPlan) -> bool:
     """Whether activations are recomputed; `auto` does so only where nothing fits without it.
+
+    Args:
+        plan: that of a run without it.
 
     Raises:
         UserError: the batch does not divide among the processes.
     """
-    if options.gradient_checkpointing != "auto":
-        return options.gradient_checkpointing
-    return not MemoryPlan(options, dtype, processes, settings, skeleton, False).layout().fits
+    asked = plan.options.gradient_checkpointing
+    return not plan.layout().fits if asked == "auto" else asked

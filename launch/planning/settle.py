@@ -25,7 +25,7 @@ from launch.model.computation import Computation
 from launch.model.liger import liger_installed, resolve_kernels
 from launch.model.skeleton import Skeleton, read_skeleton
 from launch.model.torch_compile import require_compiler, require_stage, resolve_compile
-from launch.options.train_options import TrainOptions
+from launch.options.train_options import Kernels, TrainOptions
 from launch.planning.match_params import match_params
 from launch.planning.memory_plan import MemoryPlan, resolve_checkpointing
 from launch.trackers.known import require_installed
@@ -68,9 +68,11 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         skeleton = replace(skeleton, ranks=dict(start.ranks))
     if options.method == "peft":
         skeleton = replace(skeleton, file_parameters=count_parameters(options))
-    checkpointing = resolve_checkpointing(options, dtype, world_size, source.settings, skeleton)
-    layout = MemoryPlan(options, dtype, world_size, source.settings, skeleton, checkpointing).layout()
-    computation = _computation(options, dtype, skeleton, checkpointing)
+    kernels = _kernels(options, skeleton)
+    plan = MemoryPlan(options, dtype, world_size, source.settings, skeleton, False, kernels)
+    checkpointing = resolve_checkpointing(plan)
+    layout = replace(plan, gradient_checkpointing=checkpointing).layout()
+    computation = _computation(options, dtype, skeleton, kernels, checkpointing)
     repeatable = options.replace(dtype=dtype, gradient_checkpointing=checkpointing)
     ds_config = resolve_ds_config(
         source, repeatable, layout, dtype, hidden_size=getattr(skeleton.text_config, "hidden_size", None)
@@ -89,16 +91,21 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam, match)
 
 
-def _computation(options: TrainOptions, dtype: Dtype, skeleton: Skeleton, checkpointing: bool) -> Computation:
-    config, machine = skeleton.config, Machine.here()
-    kernels = resolve_kernels(
+def _kernels(options: TrainOptions, skeleton: Skeleton) -> Kernels:
+    return resolve_kernels(
         options.kernels,
         compiled=options.compile,
-        config=config,
-        gpu=machine.gpu,
+        config=skeleton.config,
+        gpu=torch.cuda.is_available(),
         installed=liger_installed(),
         place=options.place("kernels"),
     )
+
+
+def _computation(
+    options: TrainOptions, dtype: Dtype, skeleton: Skeleton, kernels: Kernels, checkpointing: bool
+) -> Computation:
+    config, machine = skeleton.config, Machine.here()
     require_compiler(options.compile, method=options.method, config=config, place=options.place("compile"))
     attention = resolve_attention(
         options.attention,
