@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from launch.data.batches import GlobalBatch
 from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
 from launch.data.template_date import resolve_template_date
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
+from launch.distributed.bandwidth import measure_rate
+from launch.distributed.link import find_link
+from launch.distributed.members import gather_members
 from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
 from launch.engine.methods.adalora_calendar import describe as adalora_calendar
@@ -37,6 +41,7 @@ from launch.engine.settled import Settled
 from launch.loop.accuracy import prepare_test
 from launch.loop.finish import finish, stop
 from launch.loop.gradient_start import begin_directions
+from launch.loop.memory_check import check_memory
 from launch.loop.session import Session, begin, identify, run_folder
 from launch.loop.tracked import tracked
 from launch.model.token_loss import head_of, token_loss
@@ -44,7 +49,9 @@ from launch.options.command_line import answer
 from launch.options.debug import debug_wanted
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
 from launch.planning.dry_run import dry_run
+from launch.planning.memory_plan import memory_of
 from launch.planning.settle import settle
+from launch.planning.stage_choice import needless_stage_three
 from launch.run_folder.resume import Start, continue_files, find_start
 
 
@@ -73,6 +80,10 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
         continue_files(start, folder, process)
         folder.write_options(settled.repeatable.to_yaml())
         introduce(run, settled, start)
+        # Some all-reduces, timed, and which host each process is on.
+        look_at_machine(run, settled)
+        # Below ZeRO-3 whether it fits everywhere; at ZeRO-3 the weights, which are sharded.
+        check_memory(run, settled, start.step, memory_to_come(settled, start))
         if start.checkpoint is None:
             # The products with the gradient, to which each process adds its part of the first batches.
             begin_directions(run)
@@ -113,6 +124,32 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
         run.log.warn(doubt)
     for line in ([dropped] if dropped else []) + lines + start.messages:
         run.log.progress.message(line)
+
+
+def look_at_machine(run: Session, settled: Settled) -> None:
+    """Say how fast the processes exchange numbers; warn where that is too slow, or ZeRO-3 is not needed; collective."""
+    rate = measure_rate(run.process)
+    doubts: list[str | None] = []
+    if rate is not None:
+        run.log.progress.message(str(rate))
+        link = find_link(run.process, gather_members(run.process))
+        doubts.append(None if link is None else link.doubt(rate, os.environ))
+    if settled.stage == 3:
+        doubts.append(needless_stage_three(memory_of(settled), settled.layout, rate))
+    for doubt in doubts:
+        if doubt is not None:
+            run.log.warn(doubt)
+
+
+def memory_to_come(settled: Settled, start: Start) -> float:
+    """Bytes that the first step makes and keeps, beside what its backward pass makes.
+
+    The optimizer's states, unless a checkpoint brought them; ZeRO's buffer, and from stage 2 on the reduced gradients.
+    """
+    estimate = memory_of(settled).at(settled.layout.micro_batch_size)
+    states = estimate.states if start.checkpoint is None else 0.0
+    buffer = estimate.buckets if settled.stage < 3 else 0.0  # at stage 3 it is there from the beginning
+    return states + buffer + (estimate.gradients if settled.stage >= 2 else 0.0)
 
 
 def run_steps(run: Session, done: int) -> None:

@@ -12,6 +12,7 @@ from flexlora_ds.partitions.rebuild import forget_construction, resize
 from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards
 from flexlora_ds.partitions.torch_engine import TorchEngine
 from flexlora_ds.partitions.transfer import Edit
+from flexlora_ds.partitions.trial import try_backward
 
 __all__ = [
     "BUCKET_ELEMENTS",
@@ -26,4 +27,5 @@ __all__ = [
     "resize",
     "skip_non_finite",
     "trainable_groups",
+    "try_backward",
 ]

@@ -78,6 +78,11 @@ def _check_micro(micro: int, share: int, options: TrainOptions, processes: int) 
         )
 
 
+def smaller_micro_batch(layout: BatchLayout) -> int:
+    """The next one that `auto` would take, where there is one."""
+    return _half(layout.micro_batch_size, layout.micro_batch_size * layout.accumulation_steps)
+
+
 def _half(micro: int, share: int) -> int:
     """The largest size of at most half of `micro` that divides a process's share."""
     return next(size for size in range(micro // 2, 0, -1) if share % size == 0)

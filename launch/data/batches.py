@@ -14,6 +14,7 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.rounding import ceil_div, round_up
 from launch.data.examples import IGNORED, Example, Examples, Ints
 from launch.data.hashing import hash64
+from launch.data.largest import step_of_largest
 from launch.data.order import DataOrder
 
 PAD_MULTIPLE = 8  # lengths are rounded up to it: tensor cores prefer it, and fewer distinct shapes occur
@@ -121,6 +122,7 @@ class TrainingBatches:
         self._examples = examples
         self._seed = seed
         self._share = share
+        self._packed = padding_free
         self._arrange = pack if padding_free else partial(collate, pad_token_id=pad_token_id)
 
     def batch(self, step: int, micro_batches: Iterator[MicroBatch] | None = None) -> GlobalBatch:
@@ -148,6 +150,15 @@ class TrainingBatches:
             rows = [self._examples[int(index)] for index in indices[first : first + size]]
             made = self._arrange(rows, seed=self._seed, step=step)
             yield replace(made, places=tuple(range(first, first + size)))
+
+    def largest(self, after: int, last: int) -> MicroBatch:
+        """Return the largest micro-batch that this process sees in the steps after `after` to `last`."""
+        size = self._share.micro_batch_size
+        own = slice(self._share.rank * size, (self._share.rank + 1) * size)
+        multiple = None if self._packed else PAD_MULTIPLE
+        lengths = self._examples.lengths
+        step = step_of_largest(self._order, lengths, own, after, last, multiple=multiple)
+        return next(self.micro_batches(step))
 
     def _indices(self, step: int) -> Ints:
         indices = self._order.indices(step)

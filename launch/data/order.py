@@ -37,7 +37,11 @@ class DataOrder:
 
     def indices(self, step: int) -> Ints:
         """Return the batch_size indices of step `step` (from 1), in the order of the stream."""
-        first, last = (step - 1) * self.batch_size, step * self.batch_size
+        return self.stretch(step, step)
+
+    def stretch(self, first_step: int, last_step: int) -> Ints:
+        """Return the indices of several steps, one behind the other."""
+        first, last = (first_step - 1) * self.batch_size, last_step * self.batch_size
         pieces = []
         for epoch in range(first // self.count, (last - 1) // self.count + 1):
             start = epoch * self.count

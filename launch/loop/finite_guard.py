@@ -78,6 +78,10 @@ class FiniteGuard:
         self._explain(step, seen)
         return True
 
+    def forget_gradients(self) -> None:
+        """Leave out what the gradients of a micro-batch that is no part of a step have added."""
+        self._probe.take()
+
     def _close_last(self) -> None:
         """Give the last micro-batch the sum of its gradients."""
         if self._seen and self._seen[-1][2] is None:

@@ -136,6 +136,9 @@ class TrainOptions(FlexLoRAConfig):
     compile: Annotated[bool | Compile, SPEED, MAY_CHANGE] = False
     """What torch compiles: pieces (norm and SwiGLU; true means these) or blocks (whole layers, not at ZeRO-3)."""
 
+    memory_check: Annotated[bool | Auto, SPEED, MAY_CHANGE] = "auto"
+    """Whether the largest micro-batch is tried before the first step, so that no later one runs out; auto: on a GPU."""
+
     log_every: Annotated[Positive, LOGS, MAY_CHANGE] = 10
     """Steps between lines of metrics.jsonl."""
     val_every: Annotated[Count | Auto, LOGS, MAY_CHANGE] = "auto"

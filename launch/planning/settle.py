@@ -87,6 +87,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         micro_batch_size=layout.micro_batch_size,
         kernels=computation.kernels,
         padding_free=computation.packed,
+        memory_check=torch.cuda.is_available() if options.memory_check == "auto" else options.memory_check,
     )
     return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam, match)
 

@@ -201,3 +201,39 @@ def test_the_hash_is_splitmix64_on_every_platform() -> None:
 
 PINNED_ORDER = [4, 3, 1, 2, 0, 5]
 """A run that is resumed under another version must see the same order: this one may never change."""
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=8, max_size=40),
+    share=st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]),
+    packed=st.booleans(),
+    grouped=st.booleans(),
+    after=st.integers(0, 5),
+    steps=st.integers(1, 9),
+)
+def test_the_largest_micro_batch_is_that_of_all_steps(
+    lengths: list[int], share: tuple[int, int], packed: bool, grouped: bool, after: int, steps: int
+) -> None:
+    """Of each process, by all the micro-batches that it will see."""
+    world, micro = share
+    examples = make_examples(lengths, [0] * len(lengths))
+    for rank in range(world):
+        batches = TrainingBatches(
+            examples,
+            8,
+            3,
+            ProcessShare(world, rank, micro),
+            PAD,
+            padding_free=packed,
+            group_by_length=grouped,
+        )
+        seen = [made for step in range(after + 1, after + steps + 1) for made in batches.micro_batches(step)]
+        found = batches.largest(after, after + steps)
+        assert found.input_ids.numel() == max(made.input_ids.numel() for made in seen)
+        assert any(found.record_ids == made.record_ids for made in seen)
+
+
+def test_of_a_run_without_end_the_beginning_tells() -> None:
+    batches = TrainingBatches(make_examples([3, 30, 5, 7], [0] * 4), 4, 0, ProcessShare(1, 0, 2), PAD)
+    assert batches.largest(10**9, 10**12).input_ids.shape == (2, 32)
