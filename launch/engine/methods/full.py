@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexlora_ds.files.folders import replacing_folder
 from flexlora_ds.files.text import write_text_atomically
 from flexlora_ds.partitions import MASTER, forget_construction, live_shards
 from flexlora_ds.peft_format import PROMPT_FILE, prompt_note, require_finite
@@ -112,8 +113,8 @@ class FullFineTuning:
         for name, p in model.named_parameters(remove_duplicate=False):
             tensors[name] = tensors[names[id(p)]]
         tensors.update((name, b.cpu()) for name, b in model.named_buffers() if name in model.state_dict())
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=tensors)
-        load_tokenizer_of(self.options).save_pretrained(folder)
-        prompt = json.dumps(prompt_note(self.options.prompt, self.options.prompt_date))
-        write_text_atomically(folder / PROMPT_FILE, prompt + "\n")
+        with replacing_folder(folder) as fresh:
+            model.save_pretrained(fresh, state_dict=tensors)
+            load_tokenizer_of(self.options).save_pretrained(fresh)
+            prompt = json.dumps(prompt_note(self.options.prompt, self.options.prompt_date))
+            write_text_atomically(fresh / PROMPT_FILE, prompt + "\n")
