@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexlora_ds.command import one_line, reported_error
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
@@ -13,6 +14,9 @@ from launch.loop.session import Session
 from launch.loop.worth import directions_of, weigh
 from launch.report.build import build_report
 from launch.run_folder.folder import Summary, trainable_params_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def finish(session: Session) -> None:
@@ -90,4 +94,13 @@ def summary_of(session: Session, state: str) -> Summary:
         rank_changes=sum(bool(c["pruned"] or c["expanded"]) for c in changes),
         warnings=log.warnings,
         match=session.match,
+        frozen_params=frozen_parameters(session.engine.module),
     )
+
+
+def frozen_parameters(model: PreTrainedModel) -> int:
+    """The frozen weights that every token is multiplied with: all but the embeddings' and the head's."""
+    outside = (model.get_input_embeddings(), model.get_output_embeddings())
+    left_out = {id(p) for module in outside if module is not None for p in module.parameters()}
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in left_out]
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in frozen)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from launch.report.run_data import RunData
 from launch.report.style import DEPTH, DPI, STYLE, make_figure
@@ -47,6 +47,7 @@ def draw_births(run: RunData, path: Path) -> None:
         if len(steps) > 1:
             bar = figure.colorbar(ScalarMappable(norm, DEPTH), ax=axes, pad=0.02, aspect=28)
             bar.outline.set_visible(False)
+            bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
             bar.set_label("born at step")
         figure.savefig(path, dpi=DPI)
 

@@ -66,6 +66,8 @@ class Summary:
     warnings: Sequence[str] = ()
     match: ParameterMatch | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    frozen_params: int | None = None
+    """The base's frozen weights without embeddings and head, from which the report counts operations."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of summary.json: `trainable_params` is {final, mean}, `match_params` where asked for."""
@@ -78,10 +80,11 @@ class Summary:
         )
         final, mean = values.pop("trainable_params_final"), values.pop("trainable_params_mean")
         rank_changes, warnings = values.pop("rank_changes"), list(values.pop("warnings"))
-        versions = values.pop("versions")
+        versions, frozen = values.pop("versions"), values.pop("frozen_params")
         return values | {
             "trainable_params": {"final": final, "mean": mean},
             **matched,
+            **({} if frozen is None else {"frozen_params": frozen}),
             "rank_changes": rank_changes,
             "warnings": warnings,
             "versions": versions,

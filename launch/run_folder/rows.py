@@ -140,6 +140,7 @@ SUMMARY: Mapping[str, Check] = {
     "peak_mem_gb": is_number,
     "trainable_params": object_of(is_number),
     "match_params": is_match,
+    "frozen_params": is_count,
     "rank_changes": is_count,
     "warnings": list_of(is_text),
     "versions": object_of(is_text),
