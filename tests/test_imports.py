@@ -242,7 +242,7 @@ def test_every_third_party_package_is_declared() -> None:
         name.replace("-", "_").lower()
         for name in re.findall(r'^ *(?:[\w-]+ = \[)?"([\w-]+)[><=]', project, re.M)
     }
-    names = {"yaml": "pyyaml", "lm_eval": "lm_eval"}
+    names = {"yaml": "pyyaml", "PIL": "pillow", "lm_eval": "lm_eval"}
     given = {"triton"}  # torch brings it where it can run
     served = {"vllm"}  # a server, beside which the evaluation runs
     files = [*FILES.values(), *(ROOT / "benchmarks").rglob("*.py")]

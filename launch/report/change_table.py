@@ -59,7 +59,7 @@ def _change(row: Mapping[str, Any], places: Places, *, with_market: bool) -> dic
 
 
 def _names(names: Sequence[str], places: Places) -> dict[str, Any]:
-    """Layers by module kind, or whole names where there is no kind; each with its count, and how many more there are."""
+    """Layers by module kind, or whole names where there is no kind, with their counts; how many more there are."""
     counts = Counter(names)
     shown: dict[str, list[str]] = {}
     for name, count in itertools.islice(counts.items(), MOST_NAMES):

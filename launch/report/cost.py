@@ -30,7 +30,7 @@ def flops_of(run: RunData) -> float | None:
     trainable = run.summary.get("trainable_params", {}).get("mean")
     if tokens is None or frozen is None or trainable is None:
         return None
-    return float(tokens) * (4.0 * frozen + 6.0 * trainable)
+    return float(tokens * (4.0 * frozen + 6.0 * trainable))
 
 
 def _cost(run: RunData) -> dict[str, str]:

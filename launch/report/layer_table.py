@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from launch.report.history import History, MatrixHistory
@@ -37,16 +37,14 @@ def layer_table(history: History) -> LayerTable:
     ranks = [rank for matrix in history.matrices for rank in matrix.ranks]
     lowest, highest = min(ranks), max(ranks)
     cells = _cells(history.matrices, lowest, max(1, highest - lowest))
-    by_kind = {
-        kind: {m.label: next(cells) for m in matrices} for kind, matrices in history.kinds.items()
-    }
+    by_kind = {kind: {m.label: next(cells) for m in matrices} for kind, matrices in history.kinds.items()}
     others = list(by_kind.pop(OTHERS, {}).values())
     labels = sorted({label for column in by_kind.values() for label in column}, key=_layer_order)
     rows = {label: [column.get(label) for column in by_kind.values()] for label in labels}
     return LayerTable(list(by_kind), rows, others, lowest, highest)
 
 
-def _cells(matrices: Iterable[MatrixHistory], lowest: int, spread: int) -> Iterable[Cell]:
+def _cells(matrices: Iterable[MatrixHistory], lowest: int, spread: int) -> Iterator[Cell]:
     return (
         Cell(place, matrix.name, matrix.ranks[-1], round((matrix.ranks[-1] - lowest) / spread, 3))
         for place, matrix in enumerate(matrices)

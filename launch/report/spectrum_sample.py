@@ -50,7 +50,9 @@ class SampledSpectrum:
 
 def sample_spectra(run: RunData) -> list[SampledSpectrum]:
     """Ten matrices drawn by a fixed seed, in the model's order; those whose λ are not all finite are none of them."""
-    sound = {name: values for name, values in run.spectra.items() if values and all(map(math.isfinite, values))}
+    sound = {
+        name: values for name, values in run.spectra.items() if values and all(map(math.isfinite, values))
+    }
     drawn = set(random.Random(0).sample(list(sound), min(SAMPLE, len(sound))))
     chosen = {name: sorted(map(abs, values), reverse=True) for name, values in sound.items() if name in drawn}
     tallest = max((values[0] for values in chosen.values()), default=0.0)
