@@ -65,8 +65,8 @@ def draw_rank_heatmap(run: RunData, path: Path) -> None:
         for panel, (kind, names) in zip(panels.flat, kinds.items(), strict=False):
             values = np.asarray([history[name] for name in names])
             panel.imshow(values, cmap=RANKS, norm=norm, aspect="auto", interpolation="nearest")
-            _dress_heatmap(panel, values, steps, [layer_label(name, kind) for name in names])
-            panel.set_title(f"{kind}  Σ {values[:, 0].sum()} → {values[:, -1].sum()}", fontsize=10)
+            _dress_heatmap(panel, values, steps, [_tail(layer_label(name, kind), 48) for name in names])
+            panel.set_title(f"{_tail(kind)}  Σ {values[:, 0].sum()} → {values[:, -1].sum()}", fontsize=10)
         _hide_rest(panels, len(kinds))
         _add_colour_bar(figure, panels, ScalarMappable(norm, RANKS), f"rank (pale: {start}, as at the start)")
         _label(
@@ -93,7 +93,7 @@ def draw_singular_values(run: RunData, path: Path) -> None:
                 colour = DEPTH(norm(depth))
                 places = np.arange(1, len(values) + 1)
                 panel.plot(places, values, "o-", color=colour, linewidth=1, markersize=2.6, alpha=0.75)
-            panel.set_title(kind, fontsize=10)
+            panel.set_title(_tail(kind), fontsize=10)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
             panel.set_xlim(left=0.5)
         panels[0, 0].set_ylim(bottom=0)
@@ -119,6 +119,11 @@ def smooth(values: Sequence[float]) -> npt.NDArray[np.float64]:
     half = np.minimum(max(1, count // 60), places // 2)
     first, last = places - half, np.minimum(places + half + 1, count)
     return np.asarray((sums[last] - sums[first]) / (last - first))
+
+
+def _tail(name: str, longest: int = 28) -> str:
+    """The end of a name, which tells it from others, so that a plot keeps room for itself."""
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"
 
 
 def _grid_of(panels: int) -> tuple[int, int]:
