@@ -70,10 +70,11 @@ def _names(names: Sequence[str], places: Places) -> dict[str, Any]:
 
 
 def _ages(ages: Sequence[int]) -> str:
-    """Each, or their range where they are many."""
-    if len(ages) > _MOST_AGES:
+    """Each with its count, or their range where they are many."""
+    counts = Counter(ages)
+    if len(counts) > _MOST_AGES:
         return f"{min(ages):,} to {max(ages):,}"
-    return ", ".join(f"{age:,}" for age in ages)
+    return ", ".join(f"{age:,} × {n}" if n > 1 else f"{age:,}" for age, n in counts.items())
 
 
 def _market(row: Mapping[str, Any]) -> str:

@@ -212,6 +212,17 @@ def test_summary(alone: Path) -> None:
     assert summary["versions"]["torch"] == torch.__version__
 
 
+def test_the_summary_counts_the_frozen_weights_that_work_on_every_token(
+    alone: Path, two: Path, lora: Path, base: Any
+) -> None:
+    """Whole at stage 3 too, where each process holds a part; under PEFT's wrapper too."""
+    frozen = sum(
+        p.numel() for name, p in base.named_parameters() if "embed" not in name and "head" not in name
+    )
+    found = [json.loads((run / "summary.json").read_text())["frozen_params"] for run in (alone, two, lora)]
+    assert found == [frozen] * 3 and frozen > 0
+
+
 def test_options_hold_every_option(alone: Path) -> None:
     written = yaml.safe_load((alone / "options.yaml").read_text())
     for key, value in training.SMALL.items():

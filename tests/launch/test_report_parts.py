@@ -172,7 +172,7 @@ def test_a_change_of_many_matrices_names_layers_by_module(run: RunData) -> None:
     cell = rows[0]["pruned"]
     assert sum(len(layers.split(", ")) for layers in cell["kinds"].values()) == MOST_NAMES
     assert cell["more"] == 64 - MOST_NAMES and set(cell["kinds"]) <= {*KINDS, "base_model.model.lm_head"}
-    assert rows[0]["numbers"]["age of pruned"] == "10 to 10"
+    assert rows[0]["numbers"]["age of pruned"] == "10 × 64"
 
 
 def test_costs_stand_beside_those_of_other_runs(run: RunData) -> None:
