@@ -14,12 +14,24 @@ _USUAL = ("classifier", "score", "qa_outputs")
 
 
 def usual_heads(model: nn.Module) -> tuple[str, ...]:
-    """The head of a task that the base knows nothing of, where the model has one at its top."""
-    return tuple(name for name, _ in model.named_children() if name in _USUAL)
+    """The head of a task that the base knows nothing of, where the model has one at its top.
+
+    As PEFT finds it: by how a name ends, so that DistilBERT's `pre_classifier` is one too.
+    """
+    return tuple(name for name, _ in model.named_children() if name.endswith(_USUAL))
+
+
+def all_usual_saved(model: nn.Module, whole: Sequence[str]) -> bool:
+    """Whether `whole`, full names, holds every head that PEFT looks for in the adapter of a task."""
+    inside = tuple(f"{name}." for name in whole)
+    usual = [name for name, _ in model.named_modules() if name.endswith(_USUAL)]
+    return all(name in whole or name.startswith(inside) for name in usual)
 
 
 def modules_named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     """The full names of the modules that `wanted` means, each a full name or the end of one, in module order.
+
+    PEFT takes the names in an adapter for ends of names, dot or not. What it would look for is among them.
 
     Raises:
         UserError: one matches nothing, or a weight of it is shared with a module outside (tied).
@@ -31,7 +43,7 @@ def modules_named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
             top = ", ".join(name for name, _ in model.named_children())
             raise UserError(f"modules_to_save: {end!r} is no module", mend=f"at its top the model has {top}")
         found += hits
-    names = [name for name, _ in model.named_modules() if name in found]
+    names = [name for name, _ in model.named_modules() if name.endswith(tuple(found))]
     outermost = [name for name in names if not name.startswith(tuple(f"{other}." for other in names))]
     _require_untied(model, outermost)
     return outermost

@@ -123,6 +123,43 @@ def test_a_tasks_head_trains_beside_the_adapters_and_peft_loads_both(tmp_path: P
     assert loaded.peft_config["default"].task_type == "SEQ_CLS"
 
 
+@pytest.mark.parametrize(
+    ("asked", "saved", "task"),
+    [
+        (None, ("pre_classifier", "classifier"), "SEQ_CLS"),
+        (["classifier"], ("pre_classifier", "classifier"), "SEQ_CLS"),
+        ([], (), None),
+    ],
+)
+def test_peft_loads_a_head_of_two_layers_and_an_adapter_without_a_head(
+    tmp_path: Path, asked: list[str] | None, saved: tuple[str, ...], task: str | None
+) -> None:
+    """PEFT takes DistilBERT's pre_classifier for a classifier too, and misses what an adapter of the task lacks."""
+    from peft import PeftModel
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    shape = {"vocab_size": tiny.VOCABULARY, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
+    model = DistilBertForSequenceClassification(
+        DistilBertConfig(**shape, initializer_range=0.3, num_labels=3)
+    )
+    model.save_pretrained(tmp_path / "base")
+    more = {"modules_to_save": asked}
+    config = configuration(target_modules=["q_lin", "v_lin"])
+    trainer = trainer_of(model, tmp_path / "out", config, sentences, more, max_steps=6)
+    assert trainer.modules_to_save == saved
+    trainer.train()
+    base = DistilBertForSequenceClassification.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert loaded.peft_config["default"].task_type == task
+    ids, mask, _ = tiny.collate(tiny.records(6))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, attention_mask=mask).logits
+        found = loaded.eval()(input_ids=ids, attention_mask=mask).logits
+        plain = DistilBertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+        assert (plain(input_ids=ids, attention_mask=mask).logits - expected).abs().max() > 1e-4
+    assert (found - expected).abs().max() < 1e-5
+
+
 def test_a_resume_repeats_every_bit_dropout_included(tmp_path: Path) -> None:
     whole = trainer_of(tiny.tiny_llama(), tmp_path, save_strategy="steps", save_steps=4)
     whole.train()

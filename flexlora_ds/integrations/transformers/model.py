@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from flexlora_ds.adapter.heads import modules_named, trained_beside, usual_heads
+from flexlora_ds.adapter.heads import all_usual_saved, modules_named, trained_beside, usual_heads
 from flexlora_ds.adapter.inject import inject_adapters, use_fp32_adapters
 from flexlora_ds.adapter.layer import adapters
 from flexlora_ds.config import FlexLoRAConfig
@@ -69,6 +69,15 @@ def task_type_of(model: nn.Module) -> str | None:
     """PEFT's name for what the model is for; None where it has none."""
     name = type(model).__name__
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def task_of_adapter(model: nn.Module, whole: Sequence[str]) -> str | None:
+    """The task type that an adapter with these modules is saved under.
+
+    None where a head of the task is not among them: PEFT looks for it in every adapter of such a task.
+    """
+    task = task_type_of(model)
+    return task if task == "CAUSAL_LM" or all_usual_saved(model, whole) else None
 
 
 def base_name_of(model: Any) -> str:

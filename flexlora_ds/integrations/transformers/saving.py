@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.files.text import write_text_atomically
-from flexlora_ds.integrations.transformers.model import base_name_of, task_type_of
+from flexlora_ds.integrations.transformers.model import base_name_of, task_of_adapter
 from flexlora_ds.peft_format import ADAPTER_FILES
 from flexlora_ds.saving import save_adapter
 
@@ -29,7 +29,7 @@ def save_adapter_files(trainer: Any, folder: Path) -> None:
         trainer.flexlora,
         base_model=base_name_of(trainer.model),
         modules_to_save=trainer.modules_to_save,
-        task_type=task_type_of(trainer.model),
+        task_type=task_of_adapter(trainer.model, trainer.modules_to_save),
     )
     if engine.global_rank != 0:
         return
