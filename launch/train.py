@@ -48,6 +48,7 @@ from launch.model.token_loss import head_of, token_loss
 from launch.options.command_line import answer
 from launch.options.debug import debug_wanted
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
+from launch.options.without_effect import without_effect
 from launch.planning.dry_run import dry_run
 from launch.planning.memory_plan import memory_of
 from launch.planning.settle import settle
@@ -120,6 +121,8 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
         lines.append(adalora_calendar(data.steps, options, len(method.matrices)))
     if not options.traits.changes_ranks and "gradient" in (options.init, options.new_direction):
         run.log.warn(f"gradient has no effect in init and new_direction: method is {options.method}")
+    if idle := without_effect(options):
+        lines.append(f"no effect with method {options.method}: {', '.join(idle)}")
     for doubt in method.doubts:
         run.log.warn(doubt)
     for line in ([dropped] if dropped else []) + lines + start.messages:

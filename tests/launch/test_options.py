@@ -28,6 +28,7 @@ from launch.options.train_options import (
     by_group,
     parse_options,
 )
+from launch.options.without_effect import without_effect
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -342,3 +343,21 @@ def test_every_method_of_the_option_can_be_built() -> None:
     from launch.engine.methods.registry import METHODS
 
     assert set(METHODS) == set(get_args(Method))
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        ("--method lora --rank 4 --lambda_lr 2 --adjust_size 3 --seed 1", ["adjust_size", "lambda_lr"]),
+        ("--method adalora --adjust_start 3 --adjust_size 3", ["adjust_size"]),
+        ("--method lora_ga --init_batches 3 --peft_config f.json", ["peft_config"]),
+        ("--method full --rank 4 --dropout 0 --weight_decay 1", ["rank", "dropout"]),
+        ("--method peft --peft_config f.json --target_modules q_proj --alpha 2", ["alpha"]),
+        ("--eval_items 3 --peft_config f.json --lambda_lr 2", ["peft_config", "eval_items"]),
+        ("--eval_items 3 --eval_every 2", []),
+    ],
+)
+def test_options_of_the_command_line_without_effect_are_known(words: str, idle: list[str]) -> None:
+    """And the shipped recipe's are not among them."""
+    options = parse_options(["--model", "m", *words.split()])
+    assert sorted(without_effect(options)) == sorted(idle)
