@@ -123,6 +123,7 @@ def read_adapter_start(
     require_finite_adapter(adapter, str(folder))
     remarks: tuple[str, ...] = ()
     if total_rank is not None:
+        _require_enough(total_rank, adapter, config.min_rank)
         smaller = truncate(adapter, Size(total_rank=total_rank, min_rank=config.min_rank))
         adapter, remarks = smaller.adapter, (smaller.line(),)
     factors = {n: factors_of(adapter.matrices[n], config.scaling) for n in shapes if n in adapter.matrices}
@@ -163,3 +164,12 @@ def _require_fit(adapter: LoraAdapter, shapes: Mapping[str, LayerShape], folder:
                 str(folder),
                 _OTHER,
             )
+
+
+def _require_enough(total_rank: int, adapter: LoraAdapter, min_rank: int) -> None:
+    least = sum(min(min_rank, matrix.rank) for matrix in adapter.matrices.values())
+    if total_rank < least:
+        raise UserError(
+            f"a budget of {total_rank:,} directions is below rank {min_rank} in every matrix, which is {least:,}",
+            mend=f"give at least {least:,}",
+        )

@@ -179,6 +179,10 @@ def test_what_cannot_go_on_is_refused_in_one_line(
             "method lora goes on from no adapter (--init_adapter on the command line); set method flexlora",
         ),
         ({"init_adapter": "", "init_rank_budget": 9}, "init_rank_budget belongs to init_adapter"),
+        (
+            {"init_rank_budget": 5},
+            "a budget of 5 directions is below rank 1 in every matrix, which is 6; give at least 6",
+        ),
         ({"match_params": "lora:4"}, "the ranks are those of init_adapter (--match_params"),
         ({"target_modules": "q_proj"}, "which is not among the layers to be adapted here"),
         ({"model": trained.merged}, "whose weights are not those of"),

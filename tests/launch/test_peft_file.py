@@ -108,6 +108,13 @@ def test_values_that_peft_finds_out_about_late_are_one_line_too(
     assert "\n" not in str(refusal.value)
 
 
+def test_a_module_to_save_that_is_none_is_refused(base: Path, tmp_path: Path) -> None:
+    """PEFT would train without it, and say in the adapter that it was there."""
+    given = {"peft_type": "LORA", "modules_to_save": ["lm_head", "lmhead"]}
+    with pytest.raises(UserError, match=r"modules_to_save 'lmhead' is no module of the base \(.*\.json\)"):
+        count_parameters(options(tmp_path, given, model=str(base)))
+
+
 def test_an_adapter_that_changes_the_base_is_refused_whatever_it_is_called(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

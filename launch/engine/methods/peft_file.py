@@ -66,7 +66,8 @@ class PeftFromFile(PeftAdapter):
         """Wrap the model; its targets are the file's, or those of the options where it names none.
 
         Raises:
-            UserError: PEFT cannot make the adapter on this model, or the base's weights would not stay as they are.
+            UserError: PEFT cannot make the adapter on this model, a module to save is none, or the base's weights would
+                not stay as they are.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -74,6 +75,7 @@ class PeftFromFile(PeftAdapter):
         self._settings = _plain(config)
         if hasattr(config, "target_modules") and config.target_modules is None:
             config.target_modules = match_modules(linear_names(model), self.options.target_modules)
+        _require_modules(model, config, str(self.options.peft_config))
         before = _sums(model)
         with peft_faults(str(self.options.peft_config)):
             wrapped: Any = self.wrapped_in(model, config)
@@ -112,6 +114,16 @@ class PeftFromFile(PeftAdapter):
             )
         if not any(p.requires_grad for p in wrapped.parameters()):
             raise UserError("nothing of this adapter is trained", place, "correct the file")
+
+
+def _require_modules(model: nn.Module, config: Any, place: str) -> None:
+    """PEFT passes over a module to save that is none, and writes its name into the adapter all the same."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in getattr(config, "modules_to_save", None) or ():
+        if not any(name.endswith(wanted) for name in names):
+            raise UserError(
+                f"modules_to_save {shown(wanted)} is no module of the base", place, "correct the file"
+            )
 
 
 def _plain(config: Any) -> dict[str, Any]:
