@@ -236,6 +236,10 @@ def _adapter_folder(run: Path) -> Path:
     for folder in (run / "adapter", run):
         if (folder / CONFIG_FILE).is_file():
             return folder
+    if (run / "model" / "config.json").is_file():
+        raise UserError(
+            f"--run {run} trained all weights", mend=f"use {run / 'model'}: it is a model already"
+        )
     raise UserError(
         f"--run {run} holds no adapter/{CONFIG_FILE}", mend="give the folder of a run that has trained"
     )

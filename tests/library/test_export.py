@@ -355,6 +355,9 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
 
     new = tmp_path / "new"
     assert "holds no adapter" in fails(arguments(tmp_path / "nowhere", new), capsys, 2)
+    (tmp_path / "full" / "model").mkdir(parents=True)
+    (tmp_path / "full" / "model" / "config.json").write_text("{}")
+    assert "it is a model already" in fails(arguments(tmp_path / "full", new), capsys, 2)
     assert "not empty" in fails(arguments(run, run), capsys, 2)
     small = save_small(tmp_path / "small")
     capsys.readouterr()
