@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from launch.progress import duration
+from launch.report.accuracy_table import accuracy_rows
 from launch.report.birth_table import births_of
 from launch.report.change_table import change_rows
 from launch.report.cost import FLOPS, cost_table
@@ -62,6 +63,7 @@ def page(run: RunData, plots: Mapping[str, bytes], beside: Sequence[RunData] = (
             costs=costs,
             run_names=[one.name for one in (run, *beside)],
             formula=FLOPS if "FLOPs" in costs else "",
+            accuracy=accuracy_rows(run.accuracy),
             births=births_of(run),
             options={**run.options, **versions},
             style=Markup(_text("page.css")),
@@ -101,6 +103,7 @@ def _facts(run: RunData) -> dict[str, str]:
         "steps": f"{summary.get('steps', last['step']):,}",
         "final training loss": number(summary.get("final_loss", last["loss"]), ".4f"),
         "final validation loss": number(run.validation[-1]["loss"] if run.validation else None, ".4f"),
+        **({"accuracy, mean of tasks": number(run.accuracy[-1]["average"], ".1%")} if run.accuracy else {}),
         "wall time": "–" if wall is None else duration(wall),
         "tokens per second": number(summary.get("tokens_per_s", last["tokens_per_s"]), ",.0f"),
         "peak memory (GB)": number(summary.get("peak_mem_gb", last["peak_mem_gb"]), ".2f"),

@@ -77,7 +77,7 @@ def test_defaults_are_the_contract() -> None:
         "expand_min_energy": 0.0,
         "orth_form": "decoupled",
         "orth_weight": None,
-        "init": "gaussian",
+        "init": "auto",
         "init_batches": 8,
         "init_std": "unit",
         "lambda_lr": "auto",
