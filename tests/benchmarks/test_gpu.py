@@ -20,7 +20,7 @@ from benchmarks.gpu.clock import union
 from benchmarks.gpu.compare import BASELINES, baseline_of, read_figures, worse
 from benchmarks.gpu.proofs.listed import proofs
 from benchmarks.gpu.sections import SECTIONS, share_of
-from tests.helpers.bare import bare_environment
+from tests.helpers.bare import bare_environment, undeclared_modules
 from tests.helpers.processes import ROOT
 
 FAST = "facts,proofs,step,change,plan"
@@ -46,6 +46,14 @@ def run_command(
         timeout=900,
         check=False,
     )
+
+
+def test_what_setuptools_brings_along_is_not_hidden() -> None:
+    """Which it puts on Python's path as soon as a test before has imported it."""
+    import setuptools  # noqa: F401
+
+    hidden = undeclared_modules()
+    assert "jaraco" not in hidden and "hypothesis" in hidden
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -47,7 +48,14 @@ def undeclared_modules() -> set[str]:
         for module, packages in packages_distributions().items()
         if not any(canonicalize_name(package) in declared for package in packages)
     }
-    return found - ours - ALWAYS
+    return found - ours - ALWAYS - _inside_setuptools()
+
+
+def _inside_setuptools() -> set[str]:
+    """Modules that setuptools brings along: once it is imported they look like installed packages."""
+    spec = find_spec("setuptools")
+    folders = [Path(place) / "_vendor" for place in spec.submodule_search_locations or ()] if spec else []
+    return {path.name.partition(".")[0] for folder in folders if folder.is_dir() for path in folder.iterdir()}
 
 
 def _closure() -> set[str]:
