@@ -40,6 +40,10 @@ class Progress:
         self._last_draw = float("-inf")
         self._step_seconds: float | None = None
 
+    def begin(self) -> None:
+        """The first step begins now: what came before it says nothing of the time left."""
+        self._last_time = self._clock()
+
     def update(self, step: int, *, loss: float | None, tokens_per_s: float, lr: float) -> None:
         """Show step `step` as done; `loss` None keeps the last one (a run need not fetch each)."""
         self._measure(step)

@@ -161,6 +161,7 @@ def run_steps(run: Session, done: int) -> None:
     What the processes say to each other stands at each line.
     """
     run.validator.before_first_step(done)
+    run.log.progress.begin()
     run.accuracy.before_first_step(done)
     # The largest of three flags: the loop ends early when one process asks for it.
     for batch in run.batches(after=done):

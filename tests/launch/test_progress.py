@@ -81,6 +81,16 @@ def test_the_last_loss_stays_where_a_step_has_none() -> None:
     assert losses == ["loss –", "loss 0.2500", "loss 0.2500"]
 
 
+def test_what_comes_before_the_first_step_is_no_step() -> None:
+    log, clock = Screen(terminal=False), Clock()
+    progress = Progress(11, log_every=1, stream=log, clock=clock)
+    clock.now += 90.0  # a start from the gradient, a validation
+    progress.begin()
+    clock.now += 2.0
+    progress.update(1, loss=1.0, tokens_per_s=1.0, lr=3e-4)
+    assert "0:20 left" in log.getvalue()
+
+
 def test_a_resumed_run_measures_its_own_steps() -> None:
     log, clock = Screen(terminal=False), Clock()
     progress = Progress(100, log_every=1, start=90, stream=log, clock=clock)
