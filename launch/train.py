@@ -28,7 +28,7 @@ from flexlora_ds.command import exit_code_of
 from flexlora_ds.schedule import describe, due_steps
 from launch.command import NOT_BEGUN, known_failures
 from launch.data.batches import GlobalBatch
-from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches
+from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches, steps_of
 from launch.data.template_date import resolve_template_date
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.bandwidth import measure_rate
@@ -37,6 +37,7 @@ from launch.distributed.members import gather_members
 from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
 from launch.engine.methods.adalora_calendar import describe as adalora_calendar
+from launch.engine.methods.registry import require_calendar
 from launch.engine.settled import Settled
 from launch.loop.accuracy import prepare_test
 from launch.loop.finish import finish, stop
@@ -70,6 +71,7 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
     settled = settled.dated(on_rank_zero(process, lambda: resolve_template_date(options, tokenizer)))
     options, vocabulary = settled.options, settled.skeleton.vocabulary
     data = on_all_ranks(process, lambda: prepare_data(options, tokenizer, vocabulary))
+    on_all_ranks(process, lambda: require_calendar(options, steps_of(options, data)))
     test = on_all_ranks(process, lambda: prepare_test(options, tokenizer, vocabulary))
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)

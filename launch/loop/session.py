@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -168,41 +168,15 @@ def begin(
         most_tokens=settled.layout.micro_batch_size * options.cutoff_len,
     )
     guard = FiniteGuard(engine, process, log.warn)
-    controller = method.controller
-    fixed = {
-        "identity": identity.to_dict(),
-        "origin": start.origin,
-        "versions": library_versions(),
-        NOTES: controller
-        and adapter_notes(
-            controller.config,
-            options.model,
-            options.prompt,
-            prompt_date=options.prompt_date,
-            fan_in_fan_out=any_transposed(controller.layers),
-        ),
-    }
-
-    def notes() -> dict[str, Any]:
-        """What a checkpoint says beside the engine's state."""
-        return {
-            **fixed,
-            METHOD: method.state_dict(),
-            "journal": log.state_dict(),
-            "guard": guard.state_dict(),
-            LOG_SEALS: folder.seals(),
-        }
-
-    every, keep = options.save_every, options.keep_checkpoints
     saver = Saver(
         folder,
         process,
         engine,
-        controller,
-        notes,
+        method.controller,
+        _notes(identity, start, options, method, log, guard, folder),
         constants=method.constants,
-        every=every,
-        keep=keep,
+        every=options.save_every,
+        keep=options.keep_checkpoints,
         last=steps,
     )
     session = Session(
@@ -222,3 +196,36 @@ def begin(
     )
     session.resume(start)
     return session
+
+
+def _notes(
+    identity: Identity,
+    start: Start,
+    options: TrainOptions,
+    method: Method,
+    log: RunLog,
+    guard: FiniteGuard,
+    folder: RunFolder,
+) -> Callable[[], dict[str, Any]]:
+    """What a checkpoint says beside the engine's state, at the time of the call."""
+    controller = method.controller
+    fixed = {
+        "identity": identity.to_dict(),
+        "origin": start.origin,
+        "versions": library_versions(),
+        NOTES: controller
+        and adapter_notes(
+            controller.config,
+            options.model,
+            options.prompt,
+            prompt_date=options.prompt_date,
+            fan_in_fan_out=any_transposed(controller.layers),
+        ),
+    }
+    return lambda: {
+        **fixed,
+        METHOD: method.state_dict(),
+        "journal": log.state_dict(),
+        "guard": guard.state_dict(),
+        LOG_SEALS: folder.seals(),
+    }

@@ -77,3 +77,4 @@ def test_a_calendar_without_a_step_between_is_refused(
     (result,) = one_process.run(training.command, place.arguments(tmp_path / "run", 0, **asked))
     assert result["code"] == 2
     assert "AdaLoRA's budget falls between its start at step 12 and its freeze at step 12" in result["stderr"]
+    assert not (tmp_path / "run").exists(), "before anything is built"

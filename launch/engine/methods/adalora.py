@@ -83,11 +83,7 @@ class AdaLoRA(PeftAdapter):
         return optimizer
 
     def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
-        """Give PEFT its calendar, and an allocator that looks into the engine.
-
-        Raises:
-            UserError: no step lies between the calendar's start and its freeze.
-        """
+        """Give PEFT its calendar, and an allocator that looks into the engine."""
         from launch.engine.methods.adalora_allocator import ShardedAllocator
 
         super().attach(engine, total_steps, validate)

@@ -8,6 +8,7 @@ keeps A₀ and B₀, which say what the base has become. The adapter that is sav
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -35,9 +36,9 @@ class ChangedBase(PeftLoRA):
         """A₀ and B₀ by the names of the parameters: they say what the base has become."""
         return self._initial
 
+    @abstractmethod
     def begin(self, model: nn.Module, beginning: Beginning) -> nn.Module:
         """The model wrapped, with A₀ and B₀ in its layers and their product taken out of its base; collective."""
-        raise NotImplementedError
 
     def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
         """Begin, or as the checkpoint's run began.

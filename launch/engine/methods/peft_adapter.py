@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -15,48 +16,21 @@ from torch import Tensor, nn
 from flexlora_ds.adapter.inject import linear_names, match_modules
 from flexlora_ds.files.safetensors_file import save_tensors
 from flexlora_ds.files.text import write_text_atomically
-from flexlora_ds.partitions import MASTER, forget_construction, live_shards
+from flexlora_ds.partitions import MASTER, live_shards
 from flexlora_ds.peft_format import PROMPT_FILE, WEIGHTS_FILE, prompt_note, require_finite
-from flexlora_ds.rank_change import RankChange
-from launch.data.batches import MicroBatch
-from launch.engine.adam import AdamSettings
+from launch.engine.methods.fixed import FixedMethod
 from launch.engine.methods.protocol import ANEW, Beginning
-from launch.options.train_options import TrainOptions
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
     from peft import PeftConfig
 
 
-class PeftAdapter:
+class PeftAdapter(FixedMethod, ABC):
     """An adapter as PEFT makes it, under the same loop, data and loss; a kind says its configuration."""
 
-    def __init__(self, options: TrainOptions) -> None:
-        self.options = options
-        self.matrices: list[str] = []
-        self.remarks: list[str] = []
-        self.doubts: list[str] = []
-
+    @abstractmethod
     def peft_config(self) -> PeftConfig:
         """PEFT's configuration of these options, for `matrices`."""
-        raise NotImplementedError
-
-    @property
-    def controller(self) -> None:
-        """There is none of ours."""
-        return None
-
-    @property
-    def constants(self) -> Mapping[str, Tensor]:
-        """The trained state says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The trained state says it all."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Nothing to continue."""
 
     def adapt(self, model: nn.Module, beginning: Beginning = ANEW) -> nn.Module:
         """Wrap the model in PEFT's adapter."""
@@ -75,42 +49,6 @@ class PeftAdapter:
         with _said_to_be_partitioned(model):
             found: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
         return found
-
-    def optimizer(self, model: nn.Module, adam: AdamSettings) -> torch.optim.Optimizer:
-        """torch's AdamW over all that is trained."""
-        params = [p for p in model.parameters() if p.requires_grad]
-        options = self.options
-        return torch.optim.AdamW(
-            params, lr=options.lr, betas=adam.betas, eps=adam.eps, weight_decay=options.weight_decay
-        )
-
-    def attach(self, engine: DeepSpeedEngine, total_steps: int, validate: Callable[[], float] | None) -> None:
-        """Remember the engine."""
-        self.engine = engine
-        forget_construction(engine)
-
-    def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
-        """PEFT draws its dropout from torch's generator."""
-
-    def after_step(self, step: int) -> RankChange | None:
-        """Ranks never change."""
-        return None
-
-    def orthogonality(self) -> float | None:
-        """There is no P and Q."""
-        return None
-
-    @property
-    def total_rank(self) -> int:
-        """Σ of the ranks of all matrices; 0 where there are none."""
-        return 0
-
-    @property
-    def trainable_parameters(self) -> int:
-        """The number of trainable parameters."""
-        return sum(
-            getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters() if p.requires_grad
-        )
 
     def save(self, folder: Path, base_model: str) -> dict[str, list[float]]:
         """Write PEFT's files, what was trained from the fp32 masters."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from flexlora_ds.orientation import LayerShape
 from launch.engine.methods import lora_ga, peft_file, weight_start
 from launch.engine.methods.adalora import AdaLoRA
+from launch.engine.methods.adalora_calendar import calendar_of
 from launch.engine.methods.flexlora import FlexLoRA
 from launch.engine.methods.full import FullFineTuning
 from launch.engine.methods.peft_file import PeftFromFile
@@ -53,3 +54,15 @@ def require_possible(options: TrainOptions, stage: int, shapes: Mapping[str, Lay
     """
     if options.method in _NEEDS:
         _NEEDS[options.method](options, stage, shapes)
+
+
+def require_calendar(options: TrainOptions, total_steps: int) -> None:
+    """See that the method's calendar fits into the run, before a weight is loaded.
+
+    FlexLoRA's is looked at where the steps are counted (`launch.data.prepare`).
+
+    Raises:
+        UserError: as `calendar_of` of AdaLoRA.
+    """
+    if options.method == "adalora":
+        calendar_of(total_steps, options)

@@ -11,6 +11,7 @@ PEFT takes it out before it rounds them.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +28,9 @@ from launch.options.train_options import TrainOptions
 class WeightStart(ChangedBase):
     """What the two share."""
 
+    @abstractmethod
     def factorise(self, layer: Any) -> None:
         """Let PEFT write A₀ and B₀ of the layer's weight, which it changes."""
-        raise NotImplementedError
 
     def begin(self, model: nn.Module, beginning: Beginning) -> nn.Module:
         """Factorise one weight after another."""
