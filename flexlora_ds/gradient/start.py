@@ -42,7 +42,7 @@ class GradientStart:
 
 
 def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> GradientStart:
-    """Give every matrix the leading singular pairs of its gradient as P and Q; λ stays 0. Collective.
+    """Give every matrix the leading singular pairs of its gradient as P and Q; λ is 0, and stays so. Collective.
 
     Two passes over the same batches: G Ωᵀ, then Uᵀ G. Before the first step, at any ZeRO stage. No
     parameter gets a gradient and no step is taken. A matrix whose gradient is zero or not finite keeps what it has.
@@ -53,10 +53,12 @@ def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> 
         losses: the same losses at every call.
 
     Raises:
-        UserError: the model stands alone, without an engine, in one of several processes.
+        UserError: a λ is not 0, so that other P and Q would change the model's output; or the model stands alone,
+            without an engine, in one of several processes.
     """
     model = _model_of(engine)
     layers = adapters(model)
+    _require_zero(engine, layers)
     shapes = linear_shapes(model, list(layers))
     factors = {name: _gaussian_factor(layer, config) for name, layer in layers.items()}
     first = GradientProducts(shapes, right=factors)
@@ -77,6 +79,20 @@ def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> 
         renew()
     sigma = {name: triples.sigma.tolist() for name, triples in found.items()}
     return GradientStart(sigma, tuple(name for name in layers if name not in found))
+
+
+def _require_zero(engine: Any, layers: Mapping[str, AdaptedLinear]) -> None:
+    """UserError naming the first matrix that has learnt something; the same on all processes."""
+    names = {layer.lam: name for name, layer in layers.items()}
+    wholes = live_shards(engine).read(list(names), MASTER) if _has_engine(engine) else zip(names, names, strict=True)
+    learnt = [names[p] for p, value in wholes if bool(value.any())]
+    if learnt:
+        more = f", nor in {len(learnt) - 1} more" if len(learnt) > 1 else ""
+        raise UserError(
+            f"λ is not 0 in {learnt[0]}{more}: with other P and Q the model would compute something else",
+            "start_from_gradient",
+            "call it before the first step, on adapters that begin anew",
+        )
 
 
 def _gaussian_factor(layer: AdaptedLinear, config: FlexLoRAConfig) -> Tensor:

@@ -84,6 +84,18 @@ def test_a_gradient_that_is_not_finite_leaves_the_gaussian_directions(one_proces
     assert broken["sigma"] == {}
 
 
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.full), 2, 3])
+def test_adapters_that_have_learnt_are_refused_by_every_process(two_processes: Processes, stage: int) -> None:
+    """With ZeRO a process holds a part of λ only, here perhaps none of what is not 0."""
+    for result in two_processes.run(worker.refused, {"stage": stage}):
+        name = result["names"][-2]
+        assert result["said"].startswith(f"λ is not 0 in {name}, nor in 1 more: with other P and Q")
+        assert result["said"].endswith(
+            "(start_from_gradient); call it before the first step, on adapters that begin anew"
+        )
+        assert result["kept"]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("gradient"))

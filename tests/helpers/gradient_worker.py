@@ -11,6 +11,7 @@ from torch import Tensor
 from flexlora_ds import FlexLoRAConfig, RankController, adapters, inject_adapters
 from flexlora_ds.adapter.inject import linear_names
 from flexlora_ds.adapter.layer import forward_context
+from flexlora_ds.errors import UserError
 from flexlora_ds.gradient.start import start_from_gradient
 from flexlora_ds.partitions import MASTER, live_shards
 from tests.helpers import tiny
@@ -76,6 +77,29 @@ def started(case: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "gradients": sum(p.grad is not None for p in engine.module.parameters()) if not steps else None,
     }
+
+
+def refused(case: dict[str, Any]) -> dict[str, Any]:
+    """What a start says once the last two matrices have learnt, in this process's own words, and what it changed."""
+    _, world = tiny.start()
+    config = configuration()
+    model: Any = tiny.tiny_llama()
+    inject_adapters(model, config)
+    engine = tiny.make_engine(model, config, tiny.ds_config(case["stage"], "fp32", world))
+    layers = adapters(engine.module)
+    for layer in list(layers.values())[-2:]:
+        live_shards(engine).write(
+            layer.lam, MASTER, torch.tensor([0.0, 0.0, 0.0, -1e-6], device=engine.device)
+        )
+    factors = [p for layer in layers.values() for p in (layer.P, layer.Q)]
+    before = [value.clone() for _, value in live_shards(engine).read(factors, MASTER)]
+    try:
+        start_from_gradient(engine, config, lambda: iter([]))
+    except UserError as error:
+        said = str(error)
+    after = [value for _, value in live_shards(engine).read(factors, MASTER)]
+    equal = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return {"said": said, "kept": equal, "names": list(layers)}
 
 
 def whole_gradients() -> dict[str, Tensor]:
