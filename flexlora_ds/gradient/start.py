@@ -84,7 +84,11 @@ def start_from_gradient(engine: Any, config: FlexLoRAConfig, losses: Losses) -> 
 def _require_zero(engine: Any, layers: Mapping[str, AdaptedLinear]) -> None:
     """UserError naming the first matrix that has learnt something; the same on all processes."""
     names = {layer.lam: name for name, layer in layers.items()}
-    wholes = live_shards(engine).read(list(names), MASTER) if _has_engine(engine) else zip(names, names, strict=True)
+    wholes = (
+        live_shards(engine).read(list(names), MASTER)
+        if _has_engine(engine)
+        else zip(names, names, strict=True)
+    )
     learnt = [names[p] for p, value in wholes if bool(value.any())]
     if learnt:
         more = f", nor in {len(learnt) - 1} more" if len(learnt) > 1 else ""

@@ -71,14 +71,9 @@ def trainer_of(
     more: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    rows = [{"ids": ids} for ids in tiny.records(24)]
+    given = {"train_dataset": [{"ids": ids} for ids in tiny.records(24)], "data_collator": collate}
     return FlexLoRATrainer(
-        model,
-        arguments(out, **options),
-        flexlora=config or configuration(),
-        train_dataset=rows,
-        data_collator=collate,
-        **(more or {}),
+        model, arguments(out, **options), flexlora=config or configuration(), **{**given, **(more or {})}
     )
 
 
@@ -249,6 +244,61 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
         "due after 3, which was skipped"
     )
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def few(count: int) -> list[dict[str, Any]]:
+    return [{"ids": ids} for ids in tiny.records(count)]
+
+
+class Dry(torch.utils.data.IterableDataset[Any]):
+    """A stream that ends before its first record."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+NO_STEP: list[tuple[Any, dict[str, Any], str]] = [
+    (
+        few(24),
+        {"max_steps": 0},
+        r"the run has no step \(max_steps 0, num_train_epochs 3\); give at least one",
+    ),
+    (few(24), {"max_steps": -1, "num_train_epochs": 0}, "the run has no step"),
+    ([], {}, "there is no record to train on"),
+    ([], {"max_steps": -1}, "there is no record to train on"),
+    (few(3), {"dataloader_drop_last": True}, "the records do not fill one batch .*dataloader_drop_last"),
+    (few(3), {"max_steps": -1, "dataloader_drop_last": True}, "the records do not fill one batch"),
+    (Dry(), {}, "no step was taken, for the data gave no batch"),
+    (Dry(), {"save_strategy": "epoch"}, "no step was taken"),
+]
+
+
+@pytest.mark.parametrize(("rows", "options", "said"), NO_STEP)
+def test_a_run_without_a_step_leaves_no_adapter(
+    tmp_path: Path, rows: Any, options: dict[str, Any], said: str
+) -> None:
+    """The Trainer itself warns of some, and trains one step of none where it is asked for none."""
+    alone = {"accelerator_config": {"dispatch_batches": False}}
+    more = {"train_dataset": rows}
+    config = configuration(adjust_size=0)
+    trainer = trainer_of(tiny.tiny_llama(), tmp_path, config, more=more, **alone, **options)
+    with pytest.raises(UserError, match=said) as refusal:
+        trainer.train()
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError):
+        trainer.save_model()
+    assert not list(tmp_path.rglob("adapter_*"))
+
+
+def test_a_run_whose_updates_were_all_skipped_leaves_no_adapter(tmp_path: Path) -> None:
+    def broken(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        return outputs.logits.float().mean() * float("inf")
+
+    config = configuration(init="gaussian")
+    trainer = trainer_of(tiny.tiny_llama(), tmp_path, config, more={"compute_loss_func": broken}, max_steps=6)
+    with pytest.raises(RunError, match="none of 6 updates was applied"):
+        trainer.train()
+    assert not list(tmp_path.rglob("adapter_*"))
 
 
 def test_adapters_that_are_there_are_taken_as_they_are(tmp_path: Path) -> None:

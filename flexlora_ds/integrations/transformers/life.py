@@ -18,6 +18,7 @@ from flexlora_ds.integrations.transformers.checkpoint import find_state, restore
 from flexlora_ds.integrations.transformers.engine import count_update, engine_of
 from flexlora_ds.integrations.transformers.first_batches import start_on, take
 from flexlora_ds.integrations.transformers.folds import folds_of_rows
+from flexlora_ds.integrations.transformers.untrained import require_steps
 from flexlora_ds.rank_change import RankChange
 
 GetBatches = Callable[[Iterator[Any], int, Any], Any]
@@ -59,6 +60,7 @@ class RankLife:
     def begin(self, total_steps: int) -> None:
         """Before the first step, once the Trainer has wrapped the model; collective."""
         trainer = self.trainer
+        require_steps(total_steps, trainer.args)
         self.engine = engine_of(trainer)
         self.controller = RankController(self.engine, trainer.flexlora, total_steps)
         if self.resumed is not None:

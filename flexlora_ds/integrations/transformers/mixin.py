@@ -22,6 +22,12 @@ from flexlora_ds.integrations.transformers.life import RankLife
 from flexlora_ds.integrations.transformers.model import adapt, begins_from_gradient, head_groups
 from flexlora_ds.integrations.transformers.refusals import refuse
 from flexlora_ds.integrations.transformers.saving import save_adapter_files
+from flexlora_ds.integrations.transformers.untrained import (
+    require_applied,
+    require_batches,
+    require_records,
+    require_taken,
+)
 
 
 class FlexLoRAMixin:
@@ -75,6 +81,14 @@ class FlexLoRAMixin:
             complete(trainer)
         return trainer.optimizer
 
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's; UserError where it has no batch, for a run without a step would look like a success."""
+        trainer: Any = self
+        require_records(trainer.train_dataset)
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        require_batches(loader)
+        return loader
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """The next update's batches; a start from the gradient looks at the first of them beforehand."""
         batches = self.rank_life.look_ahead(epoch_iterator, num_batches, device, super().get_batch_samples)  # type: ignore[misc]
@@ -97,14 +111,16 @@ class FlexLoRAMixin:
                 used, may be others than in the run that wrote it.
 
         Raises:
-            UserError: this trainer has trained already, or the checkpoint is of other options. RunError: there is no
-                training state in it, or it is damaged.
+            UserError: this trainer has trained already, there is no step to take, or the checkpoint is of other
+                options. RunError: there is no training state in it, or it is damaged; or every update was skipped.
         """
         trainer: Any = self
         self.rank_life.require_new()
         self.rank_life.resumed = find_state(resume_from_checkpoint, trainer.args.output_dir)
         follow_state(trainer, self.rank_life.resumed)
         result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        require_taken(trainer)
+        require_applied(trainer, self.rank_life.engine)
         self.save_model()
         return result
 
@@ -115,6 +131,8 @@ class FlexLoRAMixin:
             UserError: nothing has been trained yet. RunError: it holds numbers that are not finite.
         """
         trainer: Any = self
+        self.rank_life.require_engine()
+        require_taken(trainer)
         save_adapter_files(trainer, Path(output_dir or trainer.args.output_dir))
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
