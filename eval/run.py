@@ -45,6 +45,8 @@ def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     backend = open_backend(options, team.device())
     if team.is_rank_zero:
         _print_note(backend.effect)
+        for doubt in backend.doubts:
+            _print_note(f"warning: {doubt}")
     team.connect()
     day = _template_date(options, style, backend.tokenizer, team)
     tasks = tokenise_all(questions, backend.tokenizer, day)

@@ -6,6 +6,7 @@ P = U, Q = Vᵀ and λ = σ / s, ΔW = s · P diag(λ) Q at the run's own scale 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ class AdapterStart:
     """The base that the adapter says it was trained on."""
     prompt: str | None = None
     """The prompt that it was trained with, where that is known."""
+    doubts: tuple[str, ...] = ()
+    """What its configuration says to no effect; `start_from_adapter` warns of it."""
 
     def prepare(self, model: nn.Module) -> None:
         """Give the adapters of a model their ranks and values, before `deepspeed.initialize`.
@@ -102,6 +105,8 @@ def start_from_adapter(
     layers = adapters(model)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     start = read_adapter_start(Path(folder), config, shapes, total_rank)
+    for doubt in start.doubts:
+        warnings.warn(doubt, stacklevel=2)
     start.prepare(model)
     return start
 
@@ -128,7 +133,7 @@ def read_adapter_start(
         adapter, remarks = smaller.adapter, (smaller.line(),)
     factors = {n: factors_of(adapter.matrices[n], config.scaling) for n in shapes if n in adapter.matrices}
     ranks = {name: len(found.lam) for name, found in factors.items()}
-    return AdapterStart(ranks, factors, remarks, adapter.base_model, adapter.prompt)
+    return AdapterStart(ranks, factors, remarks, adapter.base_model, adapter.prompt, adapter.doubts)
 
 
 def factors_of(matrix: LoraMatrix, scaling: float) -> AdapterFactors:

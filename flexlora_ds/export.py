@@ -175,7 +175,7 @@ def _export(options: argparse.Namespace) -> str:
     else:
         checks = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
         lines[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
-    said = [] if smaller is None else [smaller.line()]
+    said = [f"warning: {doubt}" for doubt in adapter.doubts] + ([] if smaller is None else [smaller.line()])
     return "\n".join([*lines, *said, *(f"checked: {check}" for check in checks)])
 
 

@@ -98,6 +98,8 @@ class LoraAdapter:
     """PEFT's name for what the model is for; None where it has none."""
     folder: Path | None = None
     """Where it was read from."""
+    doubts: tuple[str, ...] = ()
+    """What its configuration says to no effect."""
 
 
 def write_peft_adapter(

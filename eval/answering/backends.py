@@ -33,7 +33,7 @@ class Answering(Protocol):
 class Backend:
     """A loaded model. `most_rows`: the most items a batch may have (None: any number). `settings`: those of the
     model that can change a prediction. `device`: its type. `vocabulary`: None where it looks for unknown tokens.
-    `effect`: what is to be said of the adapter."""
+    `effect`: what is to be said of the adapter. `doubts`: what its configuration says to no effect."""
 
     tokenizer: Any
     context: int | None
@@ -42,6 +42,7 @@ class Backend:
     settings: dict[str, Any]
     vocabulary: Vocabulary | None
     effect: str | None
+    doubts: tuple[str, ...]
     answerer: Callable[[EvaluationProtocol, dict[str, TaskItems]], Answering]
 
 
@@ -65,6 +66,7 @@ def _with_transformers(options: Options, device: torch.device) -> Backend:
         },
         vocabulary=lm.vocabulary,
         effect=lm.effect,
+        doubts=lm.doubts,
         answerer=lambda protocol, tasks: Answerer(lm, protocol, tasks),
     )
 
@@ -79,5 +81,6 @@ def _with_vllm(options: Options) -> Backend:
         settings={"dtype": engine.dtype, "attention": "vllm", "backend": f"vllm {engine.version}"},
         vocabulary=None,
         effect=None,
+        doubts=engine.doubts,
         answerer=lambda protocol, tasks: VllmAnswerer(engine, tasks),
     )

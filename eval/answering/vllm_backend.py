@@ -42,6 +42,8 @@ class VllmEngine:
     dtype: str
     version: str
     folder: Any = field(default=None, repr=False)
+    doubts: tuple[str, ...] = ()
+    """What the adapter's configuration says to no effect."""
 
     def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], stop: list[str]) -> list[str]:
         """The greedy continuation of each prompt, to the first of the `stop` strings (kept in the text)."""
@@ -105,6 +107,7 @@ def start_vllm(options: Options) -> VllmEngine:
         "trust_remote_code": False,
     }
     folder, lora = None, None
+    doubts: tuple[str, ...] = ()
     if options.adapter is not None:
         adapter = read_peft_adapter(Path(options.adapter))
         rank = server_rank(max(matrix.rank for matrix in adapter.matrices.values()))
@@ -115,6 +118,7 @@ def start_vllm(options: Options) -> VllmEngine:
                 "merge it with python -m flexlora_ds.export --to merged",
             )
         require_finite_adapter(adapter, options.adapter)
+        doubts = adapter.doubts
         served = Path(options.adapter)
         if not _reads_patterns(vllm.__version__):
             folder = tempfile.TemporaryDirectory(prefix="eval-uniform-")
@@ -127,7 +131,7 @@ def start_vllm(options: Options) -> VllmEngine:
     config = llm.llm_engine.model_config
     dtype = str(config.dtype).removeprefix("torch.")
     return VllmEngine(
-        llm, vllm.SamplingParams, lora, int(config.max_model_len), dtype, vllm.__version__, folder
+        llm, vllm.SamplingParams, lora, int(config.max_model_len), dtype, vllm.__version__, folder, doubts
     )
 
 

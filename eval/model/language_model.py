@@ -40,6 +40,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.effect: str | None = None
         """What is to be said of its adapter (`eval.model.effect`)."""
+        self.doubts: tuple[str, ...] = ()
+        """What its adapter's configuration says to no effect."""
         self.device = device or next(model.parameters()).device
         self.config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)

@@ -21,7 +21,7 @@ from flexlora_ds.base_model.precision import TORCH_DTYPES, resolve_dtype
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import read_json_object
 from flexlora_ds.peft_format import PROMPT_FILE
-from flexlora_ds.peft_reading.attach import attach_adapter
+from flexlora_ds.peft_reading.attach import attach_adapter, doubts_of
 
 
 def resolve_attention(name: str, dtype: torch.dtype, device: torch.device, supported: Collection[str]) -> str:
@@ -60,11 +60,12 @@ def load(options: Options, device: torch.device) -> LanguageModel:
         ),
         device=device,
     )
-    effect = None
+    effect: str | None = None
+    doubts: tuple[str, ...] = ()
     if options.adapter is not None:
         before = probe(model)
         model = attach_adapter(model, options.adapter)
-        effect = effect_of(before, probe(model))
+        effect, doubts = effect_of(before, probe(model)), doubts_of(model)
         if options.merge:
             model = merge_adapter(model)
     elif options.merge:
@@ -72,7 +73,7 @@ def load(options: Options, device: torch.device) -> LanguageModel:
             "nothing to merge without an adapter", "--merge", "give --adapter or leave --merge out"
         )
     lm = LanguageModel(model.to(device), tokenizer)
-    lm.effect = effect
+    lm.effect, lm.doubts = effect, doubts
     return lm
 
 

@@ -24,6 +24,7 @@ from flexlora_ds.peft_reading.config import (
     require_repeatable,
     shown,
 )
+from flexlora_ds.peft_reading.idle import idle_lines
 from flexlora_ds.plain_text import python_command
 
 FAULTS = (
@@ -73,6 +74,13 @@ def attach_adapter(model: Any, adapter: str) -> Any:
             where = "the adapter" if keys is missing else "the model"
             raise UserError(f"{where} {what} {keys[0]}{_more(keys)}", f"--adapter {adapter}", _remedy(config))
     return adapted
+
+
+def doubts_of(adapted: Any) -> tuple[str, ...]:
+    """What the configuration of an attached adapter says to no effect."""
+    tuner = adapted.base_model
+    names = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
+    return idle_lines(vars(adapted.active_peft_config), names, CONFIG_FILE)
 
 
 def _load(model: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Any, list[str], list[str]]:

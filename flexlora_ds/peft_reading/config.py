@@ -73,7 +73,7 @@ NUMBERS = Kind(
 )
 INIT = Kind("true, false or a text", lambda value: isinstance(value, (bool, str)))
 
-_PLAIN = re.compile(r"\^?(\w|\\?[.-])+\$?")
+PLAIN_PATTERN = re.compile(r"\^?(\w|\\?[.-])+\$?")
 """Names, as most patterns are: they match at once."""
 _REGULAR = {
     "target_modules": "{}",
@@ -200,7 +200,7 @@ def require_bounded(config: Mapping[str, Any], names: Sequence[str], place: str)
         if isinstance(found, list) and key.endswith("_modules"):
             continue  # names, not expressions
         patterns = [found] if isinstance(found, str) else found if isinstance(found, (list, dict)) else []
-        slow = [text for text in patterns if isinstance(text, str) and not _PLAIN.fullmatch(text)]
+        slow = [text for text in patterns if isinstance(text, str) and not PLAIN_PATTERN.fullmatch(text)]
         full_matches([wrap.format(text) for text in slow], names, f"{place}, {key}")
 
 

@@ -24,6 +24,7 @@ from flexlora_ds.peft_format import (
     LoraMatrix,
 )
 from flexlora_ds.peft_reading.config import pattern_value, read_config, require_bounded, require_plain
+from flexlora_ds.peft_reading.idle import idle_lines
 
 _NAME = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_A|lora_B|base_layer)\.weight")
 _AGAIN = "write it again"
@@ -40,6 +41,7 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
     matrices, base_weights = _matrices(
         config, read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE)
     )
+    doubts = idle_lines(config, list(matrices), str(folder / CONFIG_FILE))
     return LoraAdapter(
         matrices,
         base_model=config.get("base_model_name_or_path") or "",
@@ -53,6 +55,7 @@ def read_peft_adapter(folder: Path) -> LoraAdapter:
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         base_weights=base_weights,
         folder=folder,
+        doubts=doubts,
     )
 
 

@@ -54,6 +54,7 @@ def share_start(
             "remarks": list(start.remarks),
             "base_model": start.base_model,
             "prompt": start.prompt,
+            "doubts": list(start.doubts),
         }
 
     said = on_rank_zero(process, read)
@@ -79,7 +80,7 @@ def line_of(start: AdapterStart, options: TrainOptions, matrices: Sequence[str])
 
 def doubts_of(start: AdapterStart, options: TrainOptions) -> list[str]:
     """Where the adapter was trained otherwise, in ways that may be meant."""
-    doubts = []
+    doubts = list(start.doubts)
     if start.base_model and start.base_model != options.model and not Path(start.base_model).exists():
         doubts.append(
             f"init_adapter was trained on {start.base_model}, and the base is {options.model}: "

@@ -44,6 +44,18 @@ def test_an_adapter_beside_the_model_ends_an_evaluation(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_evaluation_warns_of_keys_without_effect(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = Path(shutil.copytree(place / "adapter", tmp_path / "adapter"))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"k_proj": 64}}))
+    words = ["--model", f"{place}/model", "--adapter", f"{adapter}", "--data", f"{place}/data"]
+    assert main([*words, "--out", f"{tmp_path}/out", "--tasks", "boolq", "--limit", "1"]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: alpha")]
+    assert len(warned) == 1 and "'k_proj' matches none of the 4 adapted layers" in warned[0]
+
+
 @pytest.mark.parametrize(
     "changes", [{"hidden_size": 10**12}, {"num_hidden_layers": 100_000}, {"vocab_size": -3}]
 )

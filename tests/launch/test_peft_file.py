@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import OFTConfig, get_peft_model
+import torch
+from peft import OFTConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from flexlora_ds import TorchEngine
 from flexlora_ds.errors import RunError, UserError
 from launch.engine.methods import peft_settings
 from launch.engine.methods.peft_file import PeftFromFile, count_parameters, require_possible
@@ -113,6 +115,71 @@ def test_a_module_to_save_that_is_none_is_refused(base: Path, tmp_path: Path) ->
     given = {"peft_type": "LORA", "modules_to_save": ["lm_head", "lmhead"]}
     with pytest.raises(UserError, match=r"modules_to_save 'lmhead' is no module of the base \(.*\.json\)"):
         count_parameters(options(tmp_path, given, model=str(base)))
+
+
+LORA = {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}
+IDLE: list[tuple[dict[str, Any], str]] = [
+    ({**LORA, "rank_pattern": {"q_prjo": 4}}, r"rank_pattern 'q_prjo' matches none of .*mean 'q_proj'\?"),
+    (
+        {**LORA, "alpha_pattern": {"v_proj": 2, "0.self_attn.v_proj": 4}},
+        r"'0.self_attn.v_proj' has no effect",
+    ),
+    ({**LORA, "rank_pattern": {"k_proj": 4}}, "'k_proj' matches none of the 4 adapted layers"),
+    ({**LORA, "target_modules": ["q_proj", "v_porj"]}, r"target_modules 'v_porj' is no module .*'v_proj'\?"),
+    ({**LORA, "exclude_modules": ["1.self_attn.q_prj"]}, "exclude_modules '1.self_attn.q_prj' is no module"),
+    ({**LORA, "layers_to_transform": [0, 7]}, "layers_to_transform 7 is no layer that is adapted"),
+    (
+        {"peft_type": "LOHA", "target_modules": ["q_proj"], "alpha_pattern": {"q": 3}},
+        "alpha_pattern 'q' matches none",
+    ),
+    (
+        {"peft_type": "FOURIERFT", "target_modules": ["q_proj"], "n_frequency_pattern": {"v_proj": 3}},
+        "n_frequency_pattern 'v_proj' matches none",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), IDLE, ids=[said for _, said in IDLE])
+def test_names_that_mean_nothing_on_this_base_are_refused(
+    base: Path, tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    """PEFT itself trains something else than what was meant, with a warning at most."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(UserError, match=said) as refusal:
+        PeftFromFile(options(tmp_path, given)).adapt(model)
+    assert "\n" not in str(refusal.value) and "peft.json" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {**LORA, "rank_pattern": {"q_proj": 4}, "exclude_modules": ["v_proj"], "layers_to_transform": [1]},
+        {**LORA, "target_modules": r".*\.[qv]_proj", "alpha_pattern": {r"layers\.0\..*": 4, ".*": 8}},
+        {"peft_type": "LORA", "modules_to_save": ["lm_head"]},
+        {"peft_type": "OSF", "target_modules": ["q_proj"], "rank_pattern": {"layers.1": 2}},
+    ],
+    ids=str,
+)
+def test_names_that_mean_something_are_taken(base: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    method = PeftFromFile(options(tmp_path, given))
+    method.adapt(AutoModelForCausalLM.from_pretrained(base))
+    assert method.matrices
+
+
+def test_an_adapter_is_saved_with_its_patterns_in_their_order(base: Path, tmp_path: Path) -> None:
+    """The first match counts, and PEFT alone would write them by the alphabet: with other scales than were trained."""
+    given = {**LORA, "alpha_pattern": {"q_proj": 4, ".*": 32}, "init_lora_weights": False}
+    method = PeftFromFile(options(tmp_path, given))
+    wrapped: Any = method.adapt(AutoModelForCausalLM.from_pretrained(base))
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    method.engine = TorchEngine(wrapped, torch.optim.AdamW(trained))  # type: ignore[assignment]
+    method.save(tmp_path / "adapter", str(base))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, wrapped.eval()(input_ids=ids).logits)
+    scales = [module.scaling["default"] for module in loaded.modules() if hasattr(module, "lora_A")]
+    assert sorted(set(scales)) == [0.5, 4.0]
 
 
 def test_an_adapter_that_changes_the_base_is_refused_whatever_it_is_called(

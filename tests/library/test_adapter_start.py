@@ -19,6 +19,8 @@ from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.exports.truncation import Size, truncate
 from flexlora_ds.peft_format import AdapterFactors, LoraMatrix, write_peft_adapter
 from flexlora_ds.peft_reading.plain import read_peft_adapter
+from launch.engine.adapter_start import doubts_of
+from launch.options.train_options import TrainOptions
 from tests.helpers.model_logits import apart, logits
 from tests.helpers.zoo import make_model
 
@@ -92,6 +94,17 @@ def test_the_update_and_the_logits_are_those_of_peft(tmp_path: Path, kind: str, 
     for name, matrix in read_peft_adapter(tmp_path / "ours").matrices.items():
         again = matrix.scale * matrix.B.double() @ matrix.A.double()
         assert (again - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max()
+
+
+def test_keys_without_effect_are_warned_of(tmp_path: Path) -> None:
+    """Whoever has written one meant a scale; the adapter is what PEFT made of it."""
+    reference = trained_by_peft(tmp_path, alpha_pattern={"v_porj": 40})
+    model = base()
+    inject_adapters(model, CONFIG)
+    with pytest.warns(UserWarning, match="alpha_pattern 'v_porj' matches none of the 6 adapted layers"):
+        start = start_from_adapter(model, CONFIG, tmp_path)
+    assert apart(logits(model), logits(reference)) < 1e-5
+    assert [doubt for doubt in doubts_of(start, TrainOptions(model="m")) if "v_porj" in doubt]
 
 
 def test_a_budget_keeps_the_largest_singular_values_of_all(tmp_path: Path) -> None:

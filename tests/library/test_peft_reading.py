@@ -22,8 +22,9 @@ from flexlora_ds.errors import UserError
 from flexlora_ds.export import main, read_peft_adapter
 from flexlora_ds.exports.checks import source_logits
 from flexlora_ds.exports.probe import probe_logits
-from flexlora_ds.peft_reading.attach import attach_adapter
+from flexlora_ds.peft_reading.attach import attach_adapter, doubts_of
 from flexlora_ds.peft_reading.config import HARMLESS, pattern_value, require_plain, require_types
+from flexlora_ds.peft_reading.idle import idle_keys
 from tests.helpers.model_logits import apart
 from tests.helpers.zoo import write_model
 
@@ -218,6 +219,76 @@ def test_patterns_mean_what_they_mean_to_peft() -> None:
     ):
         for name in names:
             assert pattern_value(patterns, name, 0) == patterns.get(get_pattern_key(patterns, name), 0)
+
+
+PATTERNS: list[dict[str, int]] = [
+    {"q_prjo": 2},
+    {"q_proj": 2, "layers.1.self_attn.q_proj": 3},
+    {"layers.1.self_attn.q_proj": 3, "q_proj": 2, "v_proj": 5},
+    {"k_proj": 2, r"layers\.(0|7)\..*": 3, "model.layers.9.self_attn.v_proj": 6},
+    {".*": 3, "v_proj": 3, "q_proj": 5},
+    {r"^model\.layers\.0\.self_attn\.q_proj": 2, "self_attn": 4},
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=str)
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_keys_that_mean_no_layer_are_told_by_whoever_reads(
+    bases: Callable[[str], Path], tmp_path: Path, option: str, patterns: dict[str, int]
+) -> None:
+    """All that PEFT warns of, and a key behind another that takes all its layers: without it nothing changes."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **{option: patterns})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = get_peft_model(load(bases("llama")), config)
+    by_peft = [str(w.message) for w in said if "did not match any targeted module" in str(w.message)]
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, **{option: patterns})  # PEFT writes them by the alphabet
+    names = model.base_model.targeted_module_names
+    found = idle_keys({option: patterns}, names, "here")
+    assert [key.key for key in found if key.hidden_by is None] == [
+        key for key in patterns if any(repr(key) in line for line in by_peft)
+    ]
+    for key in found:
+        left = {k: v for k, v in patterns.items() if k != key.key}
+        for name in names:
+            assert pattern_value(left, name, 0) == pattern_value(patterns, name, 0)
+    read = read_peft_adapter(tmp_path).doubts
+    assert len(read) == len(found)
+    assert all(key.fault() in line for key, line in zip(found, read, strict=True))
+    attached = doubts_of(attach_adapter(load(bases("llama")), str(tmp_path)))
+    assert [line.partition(" (")[0] for line in attached] == [line.partition(" (")[0] for line in read]
+
+
+def test_idle_keys_say_what_may_have_been_meant() -> None:
+    names = [f"model.layers.{i}.self_attn.{kind}" for i in range(3) for kind in ("q_proj", "v_proj")]
+    config = {"peft_type": "LORA", "alpha_pattern": {"q_prjo": 2, ".*": 3, "v_proj": 4, "0.q_proj": 3}}
+    said = [(key.fault(), key.remedy()) for key in idle_keys(config, names, "here")]
+    assert said == [
+        ("alpha_pattern 'q_prjo' matches none of the 6 adapted layers", "did you mean 'q_proj'?"),
+        (
+            "alpha_pattern 'v_proj' has no effect: '.*' stands before it, and the first match counts",
+            "write it first",
+        ),
+        ("alpha_pattern '0.q_proj' matches none of the 6 adapted layers", "did you mean 'q_proj'?"),
+    ]
+    anywhere = {"peft_type": "OSF", "rank_pattern": {"layers.1": 2, "layers.7": 3}}
+    assert [key.key for key in idle_keys(anywhere, names, "here")] == ["layers.7"]
+    assert not idle_keys({"peft_type": "ADALORA", "rank_pattern": {"a.lora_E": [True]}}, names, "here")
+
+
+def test_an_export_warns_of_keys_without_effect(
+    sound: Path, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sound, tmp_path / "adapter")
+    edit(tmp_path / "adapter", alpha_pattern={"qproj": 99})
+    words = ["--run", f"{tmp_path}/adapter", "--base", f"{bases('llama')}", "--out", f"{tmp_path}/out"]
+    assert main([*words, "--to", "peft"]) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warned == [
+        "warning: alpha_pattern 'qproj' matches none of the 2 adapted layers "
+        f"({tmp_path}/adapter/adapter_config.json); PEFT ignores it too"
+    ]
 
 
 @pytest.fixture(scope="module")

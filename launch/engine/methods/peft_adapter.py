@@ -17,7 +17,7 @@ from flexlora_ds.adapter.inject import linear_names, match_modules
 from flexlora_ds.files.safetensors_file import save_tensors
 from flexlora_ds.files.text import write_text_atomically
 from flexlora_ds.partitions import MASTER, live_shards
-from flexlora_ds.peft_format import PROMPT_FILE, WEIGHTS_FILE, prompt_note, require_finite
+from flexlora_ds.peft_format import CONFIG_FILE, PROMPT_FILE, WEIGHTS_FILE, prompt_note, require_finite
 from launch.engine.methods.fixed import FixedMethod
 from launch.engine.methods.protocol import ANEW, Beginning
 
@@ -74,8 +74,18 @@ class PeftAdapter(FixedMethod, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(folder)
+        _keep_order(folder / CONFIG_FILE, config)
         prompt = json.dumps(prompt_note(self.options.prompt, self.options.prompt_date))
         write_text_atomically(folder / PROMPT_FILE, prompt + "\n")
+
+
+def _keep_order(path: Path, config: Any) -> None:
+    """The keys of patterns as they were in training: the first match counts, and PEFT writes them by the alphabet."""
+    settings = json.loads(path.read_text())
+    for option, given in settings.items():
+        if option.endswith("_pattern") and isinstance(given, dict):
+            settings[option] = {key: given[key] for key in getattr(config, option)}
+    write_text_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.orientation import LayerShape
 from flexlora_ds.peft_reading.config import shown
 from launch.engine.methods.peft_adapter import PeftAdapter
+from launch.engine.methods.peft_names import listed_names, require_known, require_modules
 from launch.engine.methods.peft_settings import OF_AN_ADAPTER, peft_faults, read_peft_config
 from launch.engine.methods.protocol import ANEW, Beginning
 from launch.options.train_options import TrainOptions
@@ -66,8 +67,8 @@ class PeftFromFile(PeftAdapter):
         """Wrap the model; its targets are the file's, or those of the options where it names none.
 
         Raises:
-            UserError: PEFT cannot make the adapter on this model, a module to save is none, or the base's weights would
-                not stay as they are.
+            UserError: PEFT cannot make the adapter on this model, a name in the file means nothing there, or the base's
+                weights would not stay as they are.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -75,10 +76,13 @@ class PeftFromFile(PeftAdapter):
         self._settings = _plain(config)
         if hasattr(config, "target_modules") and config.target_modules is None:
             config.target_modules = match_modules(linear_names(model), self.options.target_modules)
-        _require_modules(model, config, str(self.options.peft_config))
+        place = str(self.options.peft_config)
+        require_modules(model, config, place)
+        listed, base = listed_names(config), [name for name, _ in model.named_modules()]
         before = _sums(model)
-        with peft_faults(str(self.options.peft_config)):
+        with peft_faults(place):
             wrapped: Any = self.wrapped_in(model, config)
+        require_known(listed, base, wrapped, place)
         layers = wrapped.base_model.model.named_modules()
         self.matrices = [name for name, module in layers if isinstance(module, BaseTunerLayer)]
         self._require_same_base(wrapped, before)
@@ -114,16 +118,6 @@ class PeftFromFile(PeftAdapter):
             )
         if not any(p.requires_grad for p in wrapped.parameters()):
             raise UserError("nothing of this adapter is trained", place, "correct the file")
-
-
-def _require_modules(model: nn.Module, config: Any, place: str) -> None:
-    """PEFT passes over a module to save that is none, and writes its name into the adapter all the same."""
-    names = [name for name, _ in model.named_modules()]
-    for wanted in getattr(config, "modules_to_save", None) or ():
-        if not any(name.endswith(wanted) for name in names):
-            raise UserError(
-                f"modules_to_save {shown(wanted)} is no module of the base", place, "correct the file"
-            )
 
 
 def _plain(config: Any) -> dict[str, Any]:
