@@ -23,6 +23,7 @@ from eval.protocols import MAX_NEW_TOKENS, Protocol
 from eval.results import count, summarise, table
 from eval.test_sets import load_all_questions, protocol_for, tokenise_all
 from eval.workers import Team
+from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.text import write_json_atomically, write_text_atomically
 from flexlora_ds.progress_bar import ProgressBar
@@ -142,7 +143,7 @@ def _record_too_long(
     folder.merge_logs(tasks.values())
     first = too_long[0].question
     _print_note(
-        f"warning: {len(too_long)} items do not fit the model's context of {context} tokens and count as unanswered "
+        f"warning: {counted(len(too_long), 'item')} longer than the model's context of {context} tokens: unanswered "
         f"(the first: {first.task}, item {first.index})"
     )
 

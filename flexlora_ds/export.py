@@ -17,6 +17,7 @@ from flexlora_ds.base_model.loading import load_skeleton
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.command import CommandParser, one_line, run_parsed
+from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.exports.checks import Check, check_adapter, check_reading, check_update
 from flexlora_ds.exports.gguf_lora import ADAPTER_FILE, check_gguf_lora, write_gguf_lora
@@ -156,12 +157,13 @@ def _export(options: argparse.Namespace) -> str:
     adapter = adapter if smaller is None else smaller.adapter
     ranks = sorted(matrix.rank for matrix in adapter.matrices.values())
     checks: tuple[Check, ...]
-    lines = [f"wrote {out}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}"]
+    matrices = counted(len(ranks), "matrix", "matrices")
+    lines = [f"wrote {out}: {matrices} of rank {ranks[0]} to {ranks[-1]}"]
     if options.to == "peft":
         checks = export_peft(adapter, out, options.base)
     elif options.to == "peft-uniform":
         checks = export_uniform(adapter, out, options.base)
-        lines[0] = f"wrote {out}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
+        lines[0] = f"wrote {out}: {matrices}, all padded to rank {ranks[-1]}"
         allowed = server_rank(ranks[-1])
         lines.append(
             f"rank to allow in the server: --max-lora-rank {allowed}"
@@ -170,11 +172,11 @@ def _export(options: argparse.Namespace) -> str:
         )
     elif options.to == "gguf-lora":
         checks = export_gguf_lora(adapter, out, options.base)
-        lines[0] = f"wrote {out / ADAPTER_FILE}: {len(ranks)} matrices, all padded to rank {ranks[-1]}"
+        lines[0] = f"wrote {out / ADAPTER_FILE}: {matrices}, all padded to rank {ranks[-1]}"
         lines.append(f"serve it: llama-server -m BASE.gguf --lora {out / ADAPTER_FILE}")
     else:
         checks = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
-        lines[0] = f"wrote {out}: the base model with {len(ranks)} updated matrices"
+        lines[0] = f"wrote {out}: the base model with an update in {matrices}"
     said = [f"warning: {doubt}" for doubt in adapter.doubts] + ([] if smaller is None else [smaller.line()])
     return "\n".join([*lines, *said, *(f"checked: {check}" for check in checks)])
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flexlora_ds.command import exit_code_of
+from flexlora_ds.counted import counted
 from flexlora_ds.schedule import describe, due_steps
 from launch.command import NOT_BEGUN, known_failures
 from launch.data.batches import GlobalBatch
@@ -49,7 +50,7 @@ from launch.model.token_loss import head_of, token_loss
 from launch.options.command_line import answer
 from launch.options.debug import debug_wanted
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
-from launch.options.without_effect import without_effect
+from launch.options.without_effect import idle_line
 from launch.planning.dry_run import dry_run
 from launch.planning.memory_plan import memory_of
 from launch.planning.settle import settle
@@ -103,28 +104,26 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
     """Say what is about to happen, and what of it deserves a doubt."""
     options, method, data = run.options, run.method, run.data
     dropped = data.tokenised.dropped_line()
-    of_what = "all weights" if options.traits.trains_base else f"{len(method.matrices)} matrices"
+    of_what = (
+        "all weights" if options.traits.trains_base else counted(len(method.matrices), "matrix", "matrices")
+    )
     lines = [
         settled.line(),
         *([settled.match.line()] if settled.match else []),
         *settled.skeleton.remarks,
         f"{options.method}: {of_what}, {method.trainable_parameters:,} trainable parameters",
         *method.remarks,
-        f"{len(data.tokenised.train):,} records, {data.steps:,} steps of {options.batch_size}",
+        f"{counted(len(data.tokenised.train), 'record')}, {counted(data.steps, 'step')} of {options.batch_size}",
     ]
     if options.traits.changes_ranks:
         config = options.to_flexlora_config()
         lines.append(describe(data.steps, config, method.total_rank))
         if config.adjust_size and not due_steps(data.steps, config):
             run.log.warn("no rank change falls into this calendar; ranks stay as they are")
-        if config.new_direction == "gradient" and not config.adjust_size:
-            run.log.warn("new_direction gradient has no effect: adjust_size is 0")
     elif options.method == "adalora":
         lines.append(adalora_calendar(data.steps, options, len(method.matrices)))
-    if not options.traits.changes_ranks and "gradient" in (options.init, options.new_direction):
-        run.log.warn(f"gradient has no effect in init and new_direction: method is {options.method}")
-    if idle := without_effect(options):
-        lines.append(f"no effect with method {options.method}: {', '.join(idle)}")
+    if idle := idle_line(options):
+        lines.append(idle)
     for doubt in method.doubts:
         run.log.warn(doubt)
     for line in ([dropped] if dropped else []) + lines + start.messages:

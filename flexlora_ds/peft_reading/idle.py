@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexlora_ds.counted import counted
 from flexlora_ds.fields import nearest
 from flexlora_ds.patterns import full_matches
 from flexlora_ds.peft_reading.config import PLAIN_PATTERN, shown
@@ -38,7 +39,7 @@ class IdleKey:
             return (
                 f"{name} has no effect: {shown(self.hidden_by)} stands before it, and the first match counts"
             )
-        return f"{name} matches none of the {self.layers} adapted layers"
+        return f"{name} matches none of {counted(self.layers, 'adapted layer')}"
 
     def remedy(self) -> str:
         """What to do where it was meant."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from flexlora_ds.adapter_start import AdapterStart, adapter_fingerprint, read_adapter_start
 from flexlora_ds.base_model.fingerprint import base_fingerprint
+from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape
 from flexlora_ds.peft_reading.attach import adapter_folder
@@ -72,10 +73,10 @@ def line_of(start: AdapterStart, options: TrainOptions, matrices: Sequence[str])
     """What the run begins with."""
     ranks = sorted(start.ranks.values())
     others = len(matrices) - len(ranks)
-    anew = f"; {others} matrices that it lacks begin anew" if others else ""
-    return (
-        f"goes on from {options.init_adapter}: {len(ranks)} matrices of rank {ranks[0]} to {ranks[-1]}{anew}"
-    )
+    lacks = counted(others, "matrix", "matrices")
+    anew = f"; it lacks {lacks}, which begin{'s' if others == 1 else ''} anew" if others else ""
+    has = counted(len(ranks), "matrix", "matrices")
+    return f"goes on from {options.init_adapter}: {has} of rank {ranks[0]} to {ranks[-1]}{anew}"
 
 
 def doubts_of(start: AdapterStart, options: TrainOptions) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlora_ds.counted import counted
 from launch.data.batches import MicroBatch
 from launch.data.prepare import Data
 from launch.model.token_loss import head_of, token_loss
@@ -65,4 +66,6 @@ class FirstBatches:
         """What is to be said where the records fill fewer batches than asked for."""
         if self.count == self.asked:
             return []
-        return [f"the records fill {self.count} batches, fewer than init_batches {self.asked}"]
+        return [
+            f"the records fill {counted(self.count, 'batch', 'batches')}, fewer than init_batches {self.asked}"
+        ]

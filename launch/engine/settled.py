@@ -33,6 +33,8 @@ class Settled:
     adam: AdamSettings
     match: ParameterMatch | None = None
     """What `match_params` came to."""
+    doubts: tuple[str, ...] = ()
+    """Of the adapter that the run goes on from."""
 
     @property
     def stage(self) -> int:

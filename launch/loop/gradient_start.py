@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterable
 
+from flexlora_ds.counted import counted
 from flexlora_ds.gradient.start import start_from_gradient
 from launch.engine.first_batches import FirstBatches
 from launch.loop.session import Session
@@ -21,8 +22,6 @@ def begin_directions(run: Session) -> None:
     if not run.options.traits.changes_ranks or not config.begins_from_gradient(language_model=True):
         return
     if run.options.init_adapter:
-        if config.init == "gradient":  # asked for, and no default
-            run.log.progress.message("init gradient has no effect: P and Q are those of init_adapter")
         return
     batches = FirstBatches.of(run.options, run.data, run.process.device)
     started = time.perf_counter()
@@ -30,7 +29,8 @@ def begin_directions(run: Session) -> None:
         run.engine, config, lambda: batches.losses(run.engine.module, run.method.before_forward)
     )
     run.log.progress.message(
-        f"directions from the gradient of {batches.records:,} records: {len(found.sigma)} matrices, "
+        f"directions from the gradient of {counted(batches.records, 'record')}: "
+        f"{counted(len(found.sigma), 'matrix', 'matrices')}, "
         f"median σ₁ {_median_of_first(found.sigma.values()):.3g}, {time.perf_counter() - started:.1f} s"
     )
     for doubt in batches.shortage():
@@ -39,7 +39,8 @@ def begin_directions(run: Session) -> None:
     if found.gaussian:
         few = ", ".join(found.gaussian[:3]) + (", …" if len(found.gaussian) > 3 else "")
         run.log.warn(
-            f"no finite gradient but zero: {len(found.gaussian)} matrices keep Gaussian directions ({few})"
+            f"no finite gradient but zero: Gaussian directions stay in "
+            f"{counted(len(found.gaussian), 'matrix', 'matrices')} ({few})"
         )
 
 

@@ -178,6 +178,11 @@ class TrainOptions(FlexLoRAConfig):
         if not self.out:
             object.__setattr__(self, "out", f"runs/{Path(self.recipe).stem}")
 
+    def _check_together(self) -> None:
+        """Only what the method looks at: other options have no effect, and contradict nothing."""
+        if self.traits.changes_ranks:
+            super()._check_together()
+
     @property
     def prompt_date(self) -> str | None:
         """The date that the chat template is given; None where it asks for none, or the day is not settled yet."""
@@ -197,10 +202,9 @@ class TrainOptions(FlexLoRAConfig):
         return dataclasses.replace(self, **changes)
 
     def to_flexlora_config(self) -> FlexLoRAConfig:
-        """The part of the options that the library's method takes."""
-        return FlexLoRAConfig(
-            **{spec.name: getattr(self, spec.name) for spec in option_specs(FlexLoRAConfig)}
-        )
+        """The options of the library's method; the defaults stand for those that this run's method does not look at."""
+        names = [spec.name for spec in option_specs(FlexLoRAConfig) if self.traits.looks_at(spec.name)]
+        return FlexLoRAConfig(**{name: getattr(self, name) for name in names})
 
     def to_yaml(self) -> str:
         """All options under their headings; as a recipe the text repeats the run."""

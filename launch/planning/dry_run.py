@@ -12,6 +12,7 @@ from launch.data.template_date import resolve_template_date
 from launch.distributed.process import world_size_of_environment
 from launch.engine.adapter_start import identify_adapter
 from launch.options.train_options import TrainOptions
+from launch.options.without_effect import idle_line
 from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
 from launch.planning.parameters import trained_at_start
@@ -41,6 +42,8 @@ def dry_run(options: TrainOptions) -> None:
     begins = expect_start(settled.options, identity)
     dropped = data.dropped_line()
     matched = [settled.match.line()] if settled.match else []
+    idle = idle_line(settled.options)
+    doubts = [f"warning: {doubt}" for doubt in settled.doubts]
     page = DryRunPage(
         options=options,
         shapes=skeleton.shapes,
@@ -53,7 +56,15 @@ def dry_run(options: TrainOptions) -> None:
         memory_limit=plan.limit,
         example=_example(data, tokenizer),
         ranks=skeleton.ranks,
-        notes=[*([dropped] if dropped else []), settled.line(), *matched, *skeleton.remarks, *begins],
+        notes=[
+            *([dropped] if dropped else []),
+            settled.line(),
+            *matched,
+            *skeleton.remarks,
+            *([idle] if idle else []),
+            *doubts,
+            *begins,
+        ],
     )
     text = render_plan(page)
     if os.environ.get("RANK", "0") == "0":

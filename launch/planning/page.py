@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flexlora_ds.counted import counted
 from flexlora_ds.schedule import adjustment_size, describe, due_steps
 from launch.data.batch_layout import BatchLayout
 from launch.engine.methods.adalora_calendar import describe as adalora_calendar
@@ -79,13 +80,16 @@ def render_plan(plan: DryRunPage) -> str:
 def _run_lines(plan: DryRunPage) -> Iterator[str]:
     options, layout = plan.options, plan.layout
     yield f"{options.method} on {options.model} -> {options.out}"
-    yield f"{plan.records:,} records of {options.data}, prompt {options.prompt}, {plan.total_steps:,} steps"
+    yield (
+        f"{counted(plan.records, 'record')} of {options.data}, prompt {options.prompt}, "
+        f"{counted(plan.total_steps, 'step')}"
+    )
     yield (
         f"batch {layout.batch_size} = micro-batch {layout.micro_batch_size} × accumulation "
         f"{layout.accumulation_steps} × processes {layout.processes}"
     )
     yield (
-        f"lr {options.lr:g}, {options.lr_schedule} after {options.warmup_steps} steps of warm-up; "
+        f"lr {options.lr:g}, {options.lr_schedule} after {counted(options.warmup_steps, 'step')} of warm-up; "
         f"dtype {options.dtype}; {options.ds}"
     )
     yield from plan.notes
@@ -148,8 +152,8 @@ def _example_lines(example: Sequence[tuple[str, bool]]) -> Iterator[str]:
     if not example:
         yield "none given"
         return
-    in_loss = sum(counted for _, counted in example)
-    yield f"{len(example)} tokens, {in_loss} of them in the loss, marked {' '.join(LOSS_MARKS)}:"
+    marked = sum(in_loss for _, in_loss in example)
+    yield f"{len(example)} tokens, {marked} of them in the loss, marked {' '.join(LOSS_MARKS)}:"
     text = mark_loss(example)
     if len(text) > EXAMPLE_CHARACTERS:
         half = EXAMPLE_CHARACTERS // 2
@@ -162,9 +166,9 @@ def mark_loss(example: Sequence[tuple[str, bool]]) -> str:
     """The text of decoded tokens with marks around every stretch that is in the loss."""
     pieces: list[str] = []
     inside = False
-    for token, counted in example:
-        if counted != inside:
-            pieces.append(LOSS_MARKS[0] if counted else LOSS_MARKS[1])
-            inside = counted
+    for token, in_loss in example:
+        if in_loss != inside:
+            pieces.append(LOSS_MARKS[0] if in_loss else LOSS_MARKS[1])
+            inside = in_loss
         pieces.append(token)
     return "".join(pieces) + (LOSS_MARKS[1] if inside else "")

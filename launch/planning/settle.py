@@ -12,7 +12,7 @@ from flexlora_ds.partitions.unsupported import check_refusals
 from launch.data.prepare import resolve_prompt
 from launch.distributed.process import choose_accelerator
 from launch.engine.adam import adam_settings
-from launch.engine.adapter_start import read_start
+from launch.engine.adapter_start import doubts_of, read_start
 from launch.engine.deepspeed_check import require_accepted
 from launch.engine.ds_config import resolve_ds_config
 from launch.engine.ds_json import read_ds_json
@@ -89,7 +89,8 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         padding_free=computation.packed,
         memory_check=torch.cuda.is_available() if options.memory_check == "auto" else options.memory_check,
     )
-    return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam, match)
+    doubts = () if start is None else tuple(doubts_of(start, options))
+    return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam, match, doubts)
 
 
 def _kernels(options: TrainOptions, skeleton: Skeleton) -> Kernels:

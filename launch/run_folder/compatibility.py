@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexlora_ds.checkpoint.state import Checkpoint
+from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import RunError
-from flexlora_ds.fields import OnResume
+from flexlora_ds.fields import OnResume, option_specs
+from launch.options.method_traits import TRAITS
 from launch.options.train_options import SPECS, TrainOptions
 from launch.run_folder.json_files import to_json
 
+_METHODS_OWN = frozenset(spec.name for spec in option_specs(FlexLoRAConfig))
 _USE_ITS_VALUE = "use its value, or choose another out"
 _GIVE_ITS_DAY = "give the day it began as template_date, or choose another out"
 
@@ -72,6 +75,8 @@ class Identity:
         options = {spec.name: spec.default for spec in SPECS}  # an option younger than the checkpoint
         options.update(saved.get("options", {}))
         names = [name for name in self.options if to_json(self.options[name]) != to_json(options.get(name))]
+        traits = TRAITS[self.options["method"]]
+        names = [name for name in names if name not in _METHODS_OWN or traits.looks_at(name)]
         undated = "template_date" in names and options["template_date"] == "auto"
         if undated:  # older runs did not record the day; their examples tell whether it is another
             names.remove("template_date")

@@ -15,6 +15,7 @@ from data_prep.tasks import TASKS
 from eval.__main__ import main
 from eval.model.loading import resolve_prompt
 from eval.options import default_out
+from flexlora_ds.counted import counted
 from tests.helpers import eval_tiny
 
 _WITHOUT_DEEPSPEED = """
@@ -196,7 +197,10 @@ def test_an_item_longer_than_the_context_is_unanswered(
         figures = results(out)["tasks"]["boolq"]
         assert (figures["total"], figures["too_long"]) == (5, len(noted))
         assert figures["unanswered"] >= len(noted)
-        assert f"{len(noted)} items do not fit" in capsys.readouterr().err
+        assert (
+            f"{counted(len(noted), 'item')} longer than the model's context of {context} tokens"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize(

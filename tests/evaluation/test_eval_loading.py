@@ -53,7 +53,7 @@ def test_an_evaluation_warns_of_keys_without_effect(
     words = ["--model", f"{place}/model", "--adapter", f"{adapter}", "--data", f"{place}/data"]
     assert main([*words, "--out", f"{tmp_path}/out", "--tasks", "boolq", "--limit", "1"]) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: alpha")]
-    assert len(warned) == 1 and "'k_proj' matches none of the 4 adapted layers" in warned[0]
+    assert len(warned) == 1 and "'k_proj' matches none of 4 adapted layers" in warned[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.prompt import evaluation_prompt
@@ -78,6 +79,31 @@ def test_steps_batches_and_calendar(page: Page) -> None:
     epochs = page(max_steps=None, epochs=2, micro_batch_size=2)
     assert "8 steps" in epochs, "70 records in batches of 8; what does not fill one is left"
     assert "batch 8 = micro-batch 2 × accumulation 4 × processes 1" in epochs
+
+
+def test_what_has_no_effect_is_said_as_in_the_run(page: Page) -> None:
+    text = page(method="lora", importance="growth", eval_items=3)
+    assert re.search(
+        r"^  no effect: .*importance.* \(method lora\); eval_items \(eval_every 0\)$", text, re.M
+    )
+    assert "importance" not in page()
+
+
+def test_what_is_doubtful_of_an_adapter_is_said(
+    page: Page, place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that goes on from another base's name, and whose configuration scales a layer that it has not."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], alpha_pattern={"v_proj": 9})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(place.model), config)
+    model.peft_config["default"].base_model_name_or_path = "some/base"
+    model.save_pretrained(tmp_path / "adapter")
+    capfd.readouterr()
+    said = [
+        line.strip() for line in page(init_adapter=tmp_path / "adapter").splitlines() if "warning" in line
+    ]
+    assert len(said) == 2
+    assert said[0].startswith("warning: alpha_pattern 'v_proj' matches none of 2 adapted layers")
+    assert said[1].startswith("warning: init_adapter was trained on some/base")
 
 
 def test_no_changes_are_announced_where_there_are_none(page: Page) -> None:

@@ -28,7 +28,7 @@ from launch.options.train_options import (
     by_group,
     parse_options,
 )
-from launch.options.without_effect import without_effect
+from launch.options.without_effect import idle_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -348,16 +348,42 @@ def test_every_method_of_the_option_can_be_built() -> None:
 @pytest.mark.parametrize(
     ("words", "idle"),
     [
-        ("--method lora --rank 4 --lambda_lr 2 --adjust_size 3 --seed 1", ["adjust_size", "lambda_lr"]),
-        ("--method adalora --adjust_start 3 --adjust_size 3", ["adjust_size"]),
-        ("--method lora_ga --init_batches 3 --peft_config f.json", ["peft_config"]),
-        ("--method full --rank 4 --dropout 0 --weight_decay 1", ["rank", "dropout"]),
-        ("--method peft --peft_config f.json --target_modules q_proj --alpha 2", ["alpha"]),
-        ("--eval_items 3 --peft_config f.json --lambda_lr 2", ["peft_config", "eval_items"]),
-        ("--eval_items 3 --eval_every 2", []),
+        ("--method lora --rank 4 --adjust_size 3 --seed 1", "adjust_size (method lora)"),
+        ("--method lora --importance growth", "importance (method lora)"),
+        ("--method dora --min_rank 99 --max_rank 2", "min_rank, max_rank (method dora)"),
+        ("--method rslora --orth_weight 7 --init gradient", "orth_weight, init (method rslora)"),
+        ("--method adalora --adjust_start 3 --adjust_size 0", "adjust_size (method adalora)"),
+        ("--method lora_ga --init_batches 3 --peft_config f.json", "peft_config (method lora_ga)"),
+        ("--method full --rank 4 --dropout 0 --weight_decay 1", "rank, dropout (method full)"),
+        ("--method peft --peft_config f.json --target_modules q_proj --alpha 2", "alpha (method peft)"),
+        (
+            "--eval_items 3 --peft_config f.json --lambda_lr 2",
+            "peft_config (method flexlora); eval_items (eval_every 0)",
+        ),
+        ("--eval_items 3 --eval_every 2", None),
+        ("--adjust_size 0 --orth_weight 0 --direction prune --grace 2", "direction, grace (adjust_size 0)"),
+        ("--method lora --adjust_size 0 --schedule linear", "adjust_size, schedule (method lora)"),
+        ("--init gaussian --init_batches 2", "init_batches (init gaussian)"),
+        ("--init_adapter some/where --init gradient", "init (init_adapter)"),
+        (
+            "--match_params lora:8 --rank 4 --max_steps 5 --epochs 2",
+            "rank (match_params); epochs (max_steps)",
+        ),
     ],
 )
-def test_options_of_the_command_line_without_effect_are_known(words: str, idle: list[str]) -> None:
+def test_options_of_the_command_line_without_effect_are_known(words: str, idle: str | None) -> None:
     """And the shipped recipe's are not among them."""
     options = parse_options(["--model", "m", *words.split()])
-    assert sorted(without_effect(options)) == sorted(idle)
+    assert idle_line(options) == (idle and f"no effect: {idle}")
+
+
+@pytest.mark.parametrize("method", [name for name in get_args(Method) if name != "flexlora"])
+def test_what_a_method_does_not_look_at_contradicts_nothing(method: str) -> None:
+    """Each value is allowed by itself; together FlexLoRA refuses them."""
+    given = {"importance": "growth", "min_rank": 12, "max_rank": 3, "orth_weight": 3.0}
+    options = TrainOptions(model="m", method=method, **given)  # type: ignore[arg-type]
+    assert options.to_flexlora_config().min_rank == 1, "the defaults stand for them"
+    with pytest.raises(UserError, match="min_rank 12 is above rank 8"):
+        TrainOptions(model="m", **given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="importance grow is not allowed"):
+        TrainOptions(model="m", method=method, importance="grow")  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ IDLE: list[tuple[dict[str, Any], str]] = [
         {**LORA, "alpha_pattern": {"v_proj": 2, "0.self_attn.v_proj": 4}},
         r"'0.self_attn.v_proj' has no effect",
     ),
-    ({**LORA, "rank_pattern": {"k_proj": 4}}, "'k_proj' matches none of the 4 adapted layers"),
+    ({**LORA, "rank_pattern": {"k_proj": 4}}, "'k_proj' matches none of 4 adapted layers"),
     ({**LORA, "target_modules": ["q_proj", "v_porj"]}, r"target_modules 'v_porj' is no module .*'v_proj'\?"),
     ({**LORA, "exclude_modules": ["1.self_attn.q_prj"]}, "exclude_modules '1.self_attn.q_prj' is no module"),
     ({**LORA, "layers_to_transform": [0, 7]}, "layers_to_transform 7 is no layer that is adapted"),

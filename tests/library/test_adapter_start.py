@@ -101,7 +101,7 @@ def test_keys_without_effect_are_warned_of(tmp_path: Path) -> None:
     reference = trained_by_peft(tmp_path, alpha_pattern={"v_porj": 40})
     model = base()
     inject_adapters(model, CONFIG)
-    with pytest.warns(UserWarning, match="alpha_pattern 'v_porj' matches none of the 6 adapted layers"):
+    with pytest.warns(UserWarning, match="alpha_pattern 'v_porj' matches none of 6 adapted layers"):
         start = start_from_adapter(model, CONFIG, tmp_path)
     assert apart(logits(model), logits(reference)) < 1e-5
     assert [doubt for doubt in doubts_of(start, TrainOptions(model="m")) if "v_porj" in doubt]

@@ -265,12 +265,12 @@ def test_idle_keys_say_what_may_have_been_meant() -> None:
     config = {"peft_type": "LORA", "alpha_pattern": {"q_prjo": 2, ".*": 3, "v_proj": 4, "0.q_proj": 3}}
     said = [(key.fault(), key.remedy()) for key in idle_keys(config, names, "here")]
     assert said == [
-        ("alpha_pattern 'q_prjo' matches none of the 6 adapted layers", "did you mean 'q_proj'?"),
+        ("alpha_pattern 'q_prjo' matches none of 6 adapted layers", "did you mean 'q_proj'?"),
         (
             "alpha_pattern 'v_proj' has no effect: '.*' stands before it, and the first match counts",
             "write it first",
         ),
-        ("alpha_pattern '0.q_proj' matches none of the 6 adapted layers", "did you mean 'q_proj'?"),
+        ("alpha_pattern '0.q_proj' matches none of 6 adapted layers", "did you mean 'q_proj'?"),
     ]
     anywhere = {"peft_type": "OSF", "rank_pattern": {"layers.1": 2, "layers.7": 3}}
     assert [key.key for key in idle_keys(anywhere, names, "here")] == ["layers.7"]
@@ -286,7 +286,7 @@ def test_an_export_warns_of_keys_without_effect(
     assert main([*words, "--to", "peft"]) == 0
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert warned == [
-        "warning: alpha_pattern 'qproj' matches none of the 2 adapted layers "
+        "warning: alpha_pattern 'qproj' matches none of 2 adapted layers "
         f"({tmp_path}/adapter/adapter_config.json); PEFT ignores it too"
     ]
 

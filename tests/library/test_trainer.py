@@ -296,7 +296,7 @@ def test_a_run_whose_updates_were_all_skipped_leaves_no_adapter(tmp_path: Path) 
 
     config = configuration(init="gaussian")
     trainer = trainer_of(tiny.tiny_llama(), tmp_path, config, more={"compute_loss_func": broken}, max_steps=6)
-    with pytest.raises(RunError, match="none of 6 updates was applied"):
+    with pytest.raises(RunError, match=r"every update was skipped, so nothing was learnt \(6 steps\)"):
         trainer.train()
     assert not list(tmp_path.rglob("adapter_*"))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.trainer_utils import has_length
 
+from flexlora_ds.counted import counted
 from flexlora_ds.errors import RunError, UserError
 
 _NO_BATCH = "give more records, a smaller per_device_train_batch_size, or leave dataloader_drop_last out"
@@ -41,7 +42,7 @@ def require_applied(trainer: Any, engine: Any) -> None:
     steps = trainer.state.global_step
     if engine.skipped_steps >= steps:
         raise RunError(
-            f"none of {steps} updates was applied: no loss, or no gradient, was finite",
-            trainer.args.output_dir,
-            "lower learning_rate, train in bf16 or fp32, or look at the data; no adapter was written",
+            "every update was skipped, so nothing was learnt",
+            counted(steps, "step"),
+            "lower learning_rate, or train in bf16 or fp32; no adapter is written",
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape
 from launch.engine.first_batches import FirstBatches
@@ -86,7 +87,7 @@ class LoraGA(ChangedBase):
             warnings.filterwarnings("ignore", "Full backward hook is firing")
             preprocess_loraga(model, self.peft_config(), train_step)
         without = [n for n in self.matrices if not _share_gradient(model.get_submodule(n), scale)]
-        self.remarks.append(f"LoRA-GA from the gradient of {batches.records:,} records")
+        self.remarks.append(f"LoRA-GA from the gradient of {counted(batches.records, 'record')}")
         self.doubts += batches.shortage()
         if without:
             self.doubts.append(
