@@ -52,6 +52,7 @@ from launch.options.debug import debug_wanted
 from launch.options.train_options import DEFAULT_RECIPE, TrainOptions, parse_options
 from launch.options.without_effect import idle_line
 from launch.planning.dry_run import dry_run
+from launch.planning.match_params import match_over
 from launch.planning.memory_plan import memory_of
 from launch.planning.settle import settle
 from launch.planning.stage_choice import needless_stage_three
@@ -72,7 +73,10 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
     settled = settled.dated(on_rank_zero(process, lambda: resolve_template_date(options, tokenizer)))
     options, vocabulary = settled.options, settled.skeleton.vocabulary
     data = on_all_ranks(process, lambda: prepare_data(options, tokenizer, vocabulary))
-    on_all_ranks(process, lambda: require_calendar(options, steps_of(options, data)))
+    steps = steps_of(options, data)
+    on_all_ranks(process, lambda: require_calendar(options, steps))
+    if settled.match is not None:
+        settled = settled.with_match(match_over(settled.match, options, settled.skeleton.shapes, steps))
     test = on_all_ranks(process, lambda: prepare_test(options, tokenizer, vocabulary))
     with run_folder(options, process) as folder:
         identity = identify(options, data, process)

@@ -65,7 +65,7 @@ FLOORS = {
         ),
         ("config", "seeds", "files", "command"),
         ("fields", "patterns", "plain_text", "launcher"),
-        ("errors", "rounding", "progress_bar", "orientation"),
+        ("errors", "counted", "rounding", "progress_bar", "orientation"),
     ),
 }
 """From the top: a room imports from the floors below its own, and from itself."""

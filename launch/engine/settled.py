@@ -52,6 +52,10 @@ class Settled:
         day = f" of {self.options.prompt_date}" if self.options.prompt_date else ""
         return ", ".join([precision, attention, packed, batch, *others, f"prompt {self.options.prompt}{day}"])
 
+    def with_match(self, match: ParameterMatch | None) -> Settled:
+        """The same with what `match_params` comes to over the run's real length."""
+        return replace(self, match=match)
+
     def dated(self, day: str) -> Settled:
         """The same with the value of `template_date`, which the processes agree on."""
         return replace(

@@ -13,6 +13,7 @@ from launch.distributed.process import world_size_of_environment
 from launch.engine.adapter_start import identify_adapter
 from launch.options.train_options import TrainOptions
 from launch.options.without_effect import idle_line
+from launch.planning.match_params import match_over
 from launch.planning.memory_plan import memory_of
 from launch.planning.page import DryRunPage, render_plan
 from launch.planning.parameters import trained_at_start
@@ -41,7 +42,9 @@ def dry_run(options: TrainOptions) -> None:
     identity = Identity.of(settled.options, None, data.train.digest(), steps, adapter)
     begins = expect_start(settled.options, identity)
     dropped = data.dropped_line()
-    matched = [settled.match.line()] if settled.match else []
+    matched = []
+    if settled.match is not None:
+        matched = [match_over(settled.match, settled.options, skeleton.shapes, steps).line()]
     idle = idle_line(settled.options)
     doubts = [f"warning: {doubt}" for doubt in settled.doubts]
     page = DryRunPage(

@@ -16,6 +16,7 @@ from flexlora_ds.schedule import PAPER_STEPS, adjustment_size, due_steps
 from launch.engine.methods.adalora_calendar import budgets, initial_rank
 from launch.options.parameter_match import Asked, ParameterMatch, parse_match
 from launch.options.train_options import TrainOptions
+from launch.planning.parameter_span import Moved, Span, span_of_changes, span_of_masks
 from launch.planning.parameters import Shapes, parameters_of
 
 MOST = 65_536
@@ -51,7 +52,20 @@ def match_params(options: TrainOptions, shapes: Shapes) -> ParameterMatch | None
             "choose a count between them, or other target_modules",
         )
     rank = _nearest(wanted, limit, length)
-    return ParameterMatch(asked.text, wanted, rank, length.mean(rank), length.varies)
+    return _matched(asked.text, wanted, rank, length)
+
+
+def match_over(match: ParameterMatch, options: TrainOptions, shapes: Shapes, steps: int) -> ParameterMatch:
+    """What the rank comes to over a run of `steps` steps, once that is known, and whether another would be nearer."""
+    length = _Length(options.replace(max_steps=steps), shapes)
+    nearest = _nearest(match.wanted, _largest_rank(options.method, shapes), length)
+    nearer = nearest if length.mean(nearest) != length.mean(match.rank) else None
+    return replace(_matched(match.asked, match.wanted, match.rank, length), nearer=nearer)
+
+
+def _matched(asked: str, wanted: int, rank: int, length: _Length) -> ParameterMatch:
+    low, high = length.span(rank) or (None, None)
+    return ParameterMatch(asked, wanted, rank, length.mean(rank), length.varies, low, high)
 
 
 def _nearest(wanted: int, limit: int, length: _Length) -> int:
@@ -89,9 +103,12 @@ class _Length:
     def __init__(self, options: TrainOptions, shapes: Shapes) -> None:
         self._options, self._shapes = options, shapes
         self._count = parameters_of(options.method)
-        one_way = options.adjust_size > 0 and options.direction != "both"
-        self.varies = options.method == "adalora" or (options.traits.changes_ranks and one_way)
-        self._steps = _steps_of(options) if self.varies else 1
+        self._changing = options.traits.changes_ranks and options.adjust_size > 0
+        one_way = options.direction == "prune" or (
+            options.direction == "expand" and options.budget == "ranks"  # else there is nothing to spend
+        )
+        self.varies = options.method == "adalora" or (self._changing and one_way)
+        self._steps = _steps_of(options) if self.varies else options.max_steps
 
     def mean(self, rank: int) -> float:
         """Parameters at this rank."""
@@ -100,26 +117,60 @@ class _Length:
             return self._count.of_rank(self._shapes, rank)
         return of_one * self._mean_total(rank) / len(self._shapes)
 
+    def span(self, rank: int) -> Span | None:
+        """Between what the mean may lie; None where ranks stay, or the length is not known."""
+        if self._steps is None or not (self.varies or self._changing):
+            return None
+        costs = {n: int(self._count.of_rank({n: shape}, 1)) for n, shape in self._shapes.items()}
+        begin = self._begin(rank)
+        if self._options.method == "adalora":
+            masks = list(self._changes(rank, begin))
+            return span_of_masks(masks, self._steps, costs, initial_rank(rank))
+        config = _config_at(self._options.to_flexlora_config(), rank)
+        return span_of_changes(list(self._moved(config, begin)), self._steps, costs, self._shapes, config)
+
+    def _moved(self, config: FlexLoRAConfig, begin: int) -> Iterator[Moved]:
+        """What all changes together have moved at most."""
+        assert self._steps is not None
+        if config.direction != "both":
+            if not self.varies:
+                return
+            for step, total in self._changes(config.rank, begin):
+                yield Moved(step, max(0, begin - total), max(0, total - begin))
+            return
+        moved = 0
+        for step in due_steps(self._steps, config):
+            moved += min(len(self._shapes) // 2, adjustment_size(step, self._steps, config))
+            yield Moved(step, moved, moved)
+
+    def _begin(self, rank: int) -> int:
+        return (initial_rank(rank) if self._options.method == "adalora" else rank) * len(self._shapes)
+
     def _mean_total(self, rank: int) -> float:
         """Σ of the ranks of all matrices; a change after step t counts from t + 1 on."""
-        begin = (initial_rank(rank) if self._options.method == "adalora" else rank) * len(self._shapes)
+        assert self._steps is not None
+        begin = self._begin(rank)
         total, current, since = 0, begin, 0
         for step, following in self._changes(rank, begin):
             total, current, since = total + current * (step - since), following, step
         return (total + current * (self._steps - since)) / self._steps
 
     def _changes(self, rank: int, begin: int) -> Iterator[tuple[int, int]]:
+        assert self._steps is not None
         if self._options.method == "adalora":
             return budgets(self._steps, self._options, begin, rank * len(self._shapes))
-        return _totals(self._steps, self._options.to_flexlora_config(), self._shapes, rank, begin)
+        config = _config_at(self._options.to_flexlora_config(), rank)
+        return _totals(self._steps, config, self._shapes, begin)
 
 
-def _totals(
-    steps: int, config: FlexLoRAConfig, shapes: Shapes, rank: int, begin: int
-) -> Iterator[tuple[int, int]]:
-    """(step, Σ r after it) of FlexLoRA's changes in one direction, each as large as the calendar allows."""
+def _config_at(config: FlexLoRAConfig, rank: int) -> FlexLoRAConfig:
+    """At another rank, which its limits follow."""
     limit = None if config.max_rank is None else max(rank, config.max_rank)
-    config = replace(config, rank=rank, min_rank=min(rank, config.min_rank), max_rank=limit)
+    return replace(config, rank=rank, min_rank=min(rank, config.min_rank), max_rank=limit)
+
+
+def _totals(steps: int, config: FlexLoRAConfig, shapes: Shapes, begin: int) -> Iterator[tuple[int, int]]:
+    """(step, Σ r after it) of FlexLoRA's changes in one direction, each as large as the calendar allows."""
     least = config.min_rank * len(shapes)
     most = sum(config.rank_limit(*shape) for shape in shapes.values())
     current = begin
