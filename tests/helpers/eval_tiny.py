@@ -121,16 +121,16 @@ def make_model(kind: str = "llama", vocabulary: int = 420, context: int = 512, s
     return LlamaForCausalLM(LlamaConfig(**shape)).eval()
 
 
-def save_base_and_adapter(base: Path, adapter: Path) -> None:
-    """Write a model with its tokenizer, and a LoRA for it whose weights are not zero."""
+def save_base_and_adapter(base: Path, adapter: Path, **config: Any) -> None:
+    """Write a model with its tokenizer, and a LoRA for it whose weights are not zero; `config`: more of PEFT's."""
     from peft import LoraConfig, get_peft_model
 
     model = make_model(seed=4)
     model.save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(adapter)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **config)
+    get_peft_model(model, lora).save_pretrained(adapter)
 
 
 def teach(model: Any, tokenizer: Any, questions: list[Question], steps: int = 60) -> None:

@@ -12,6 +12,7 @@ from benchmarks.gpu.proofs.proof import Proof
 
 CHANGES = "tests/distributed/test_rank_changes.py::"
 DROPOUT = "tests/library/test_dropout_apply.py::"
+INTERPRETED = "tests/launch/test_interpreted_kernels.py::"
 GRADIENT = "tests/distributed/test_gradient_growth.py::"
 
 
@@ -22,7 +23,8 @@ def proofs() -> list[Proof]:
 
 def _kernels() -> Iterator[Proof]:
     name = "the compiled dropout's bits are the written mask's and a CPU's"
-    yield Proof(name, DROPOUT + "test_the_pass_in_c_drops_what_the_mask_drops", kernels.dropout_bits, "here")
+    test = INTERPRETED + "test_the_triton_kernel_drops_what_the_mask_drops"
+    yield Proof(name, test, kernels.dropout_bits, "here")
     name, test = "dropout inside a compiled graph drops what the written mask drops", DROPOUT
     test += "test_a_graph_drops_what_the_mask_drops"
     yield Proof(name, test, kernels.dropout_in_graphs, "here", seconds=10)
@@ -100,7 +102,7 @@ def _programs() -> Iterator[Proof]:
     test += "test_every_layer_runs_one_graph_that_no_rank_change_compiles_again"
     yield Proof(name, test, programs.compiled, "programs", seconds=40, tiny=False)
     name = "Liger's kernels compute what the base does"
-    test = "tests/distributed/test_gpu.py::test_ligers_kernels_compute_what_the_base_does"
+    test = INTERPRETED + "test_ligers_kernels_compute_what_the_base_does"
     yield Proof(name, test, programs.liger, "programs", seconds=6)
     name = "a resumed run is the run, bit for bit"
     test = "tests/distributed/test_resume.py::test_same_configuration_continues_bit_for_bit"
