@@ -49,23 +49,14 @@ def differing_bits() -> int:
 
 def liger_apart() -> dict[str, float]:
     """A Llama's loss and gradients with Liger's kernels and without: the loss, and the largest differences."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from launch.model.liger import apply_liger
+    from tests.helpers import tiny
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).train()
-    ids = torch.randint(0, 64, (2, 9))
+    model: Any = tiny.tiny_llama().train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(0, model.config.vocab_size, (2, 9))
     plain = _loss_and_gradients(model, ids)
     _complete_the_interpreter()
     apply_liger(model)
