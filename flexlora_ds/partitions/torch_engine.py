@@ -29,6 +29,8 @@ class TorchEngine:
         lr_scheduler: advanced once per applied update.
         accumulation_steps: backward passes of one update; gradients are their mean.
         max_grad_norm: gradients are clipped to this norm; None or 0 clips nothing.
+        scaler: for fp16 under autocast. An update that it skips counts as skipped, and no element grows older by it.
+            Its own state is the caller's to save.
     """
 
     def __init__(
@@ -39,13 +41,15 @@ class TorchEngine:
         lr_scheduler: LRScheduler | None = None,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.module = model if self.ddp is None else cast("nn.Module", self.ddp.module)
         self.optimizer = self.basic_optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.max_grad_norm = max_grad_norm
-        self.loss_scale: Callable[[], float] = lambda: 1.0
+        self.scaler = scaler
+        self.loss_scale: Callable[[], float] = scaler.get_scale if scaler is not None else lambda: 1.0
         """What a gradient scaler multiplies the loss by now."""
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.device: torch.device = optimizer.param_groups[0]["params"][0].device
@@ -78,7 +82,8 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradient, divided by the passes of an update."""
-        (loss / self._accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        share = loss / self._accumulation_steps
+        (share if self.scaler is None else self.scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """After a backward pass; the last of an update also applies it, unless a gradient is not finite."""
@@ -86,15 +91,25 @@ class TorchEngine:
         self.micro_steps += 1
         if not ends:
             return
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trained(), self.max_grad_norm or float("inf"))
         self.global_steps += 1
         if bool(torch.isfinite(norm)):
-            self.optimizer.step()
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
+            self._apply()
         else:
             self.skipped_steps += 1
+        if self.scaler is not None:
+            self.scaler.update()
         self.optimizer.zero_grad()
+
+    def _apply(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
 
     def _ends_update(self) -> bool:
         return (self.micro_steps + 1) % self._accumulation_steps == 0

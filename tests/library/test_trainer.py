@@ -246,6 +246,37 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_fp16_on_a_cpu_is_told_to_have_no_effect(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"^fp16 has no effect on a CPU: this run computes in fp32$"):
+        trainer = trainer_of(tiny.tiny_llama(), tmp_path, max_steps=6, fp16=True)
+    trainer.train()
+    plain = trainer_of(tiny.tiny_llama(), tmp_path / "plain", max_steps=6)
+    plain.train()
+    assert losses(trainer) == losses(plain)
+
+
+def test_an_update_that_accelerates_scaler_skips_counts_as_skipped(tmp_path: Path) -> None:
+    """As on a GPU with fp16; step 3, after which ranks are to change, has a gradient that is not finite."""
+    calls = []
+
+    def broken(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        calls.append(1)
+        loss = outputs.logits.float().pow(2).mean()
+        return loss * 1e38 * 1e38 if len(calls) == 3 else loss
+
+    config, more = configuration(init="gaussian"), {"compute_loss_func": broken}
+    trainer = trainer_of(tiny.tiny_llama(), tmp_path, config, more=more)
+    accelerator = trainer.accelerator
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**10), True
+    accelerator.state._mixed_precision = "fp16"
+    trainer.train()
+    engine = trainer.rank_life.engine
+    assert (engine.skipped_steps, engine.loss_scale()) == (1, 2.0**9)
+    assert [change["step"] for change in trainer.rank_life.changes] == [4, 5]
+    ages = {float(state["age"].max()) for state in engine.optimizer.state.values()}
+    assert max(ages) == trainer.lr_scheduler.last_epoch == STEPS - 1
+
+
 def few(count: int) -> list[dict[str, Any]]:
     return [{"ids": ids} for ids in tiny.records(count)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,20 @@ def refuse(trainer: Any) -> None:
             if block in settings:
                 raise UserError(f"the trainer brings its own {block}", f"{_DEEPSPEED}, key {block}", mend)
         check_refusals(settings, _DEEPSPEED)
+    _look_at_fp16(trainer)
+
+
+def _look_at_fp16(trainer: Any) -> None:
+    """On a device without fp16 DeepSpeed fails deep inside; accelerate computes in fp32 on a CPU, without a word."""
+    if not trainer.args.fp16:
+        return
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            raise UserError("DeepSpeed computes no fp16 on this device", "fp16", "leave it out, or use bf16")
+    elif trainer.args.device.type == "cpu":
+        warnings.warn("fp16 has no effect on a CPU: this run computes in fp32", stacklevel=4)
 
 
 def _faults(trainer: Any) -> Iterator[tuple[str, str, str]]:
