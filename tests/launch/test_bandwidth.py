@@ -130,6 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("place"))
 
 
+@pytest.mark.complaint("LLaMA-Factory 3499", "LLaMA-Factory 7584", "DeepSpeed 6507")
 def test_a_run_says_the_rate_and_warns_below_its_link(
     two_processes: Processes, place: Place, tmp_path: Path
 ) -> None:

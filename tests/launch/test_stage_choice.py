@@ -51,6 +51,7 @@ def base_bytes(place: Place) -> int:
     )
 
 
+@pytest.mark.complaint("LLaMA-Factory 3499", "LLaMA-Factory 7584", "DeepSpeed 6507")
 def test_it_says_what_moves_in_a_step_and_how_long_that_takes(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
