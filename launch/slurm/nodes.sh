@@ -52,8 +52,9 @@ preempted() {
 
 # The bound is for a run that never gets to its first step in the time that a job has: it would begin anew for ever.
 queue_again() {
-    if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-20})); then
-        echo "not queued again after $SLURM_RESTART_COUNT restarts (MAX_REQUEUES); submitted again, the run goes on" >&2
+    local restarts=${SLURM_RESTART_COUNT:-0}
+    if ((restarts >= ${MAX_REQUEUES:-20})); then
+        echo "not queued again after $restarts restarts (MAX_REQUEUES); submitted again, the run goes on" >&2
     elif ! scontrol requeue "$1"; then
         echo "not queued again, SLURM refuses; submitted again, the run goes on" >&2
     fi
