@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter.layer import AdaptedLinear, adapters
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, require_scale
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.exports.truncation import Size, decomposed, truncate
@@ -103,6 +103,7 @@ def start_from_adapter(
         UserError: more than plain LoRA, or one that does not fit the model. RunError: numbers that are not finite.
     """
     layers = adapters(model)
+    require_scale(layers, config)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     start = read_adapter_start(Path(folder), config, shapes, total_rank)
     for doubt in start.doubts:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, forward_context, require_scale
 from flexlora_ds.adapter.parameter_groups import lambda_factor
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.allocation import RankPlan
@@ -39,8 +39,8 @@ class RankController:
     before and just after each change that moves a direction.
 
     Raises:
-        UserError: no adapters in the model, a calendar that contradicts itself, or a DeepSpeed optimizer whose state
-            cannot be carried.
+        UserError: no adapters in the model, or those of another scale; a calendar that contradicts itself; or a
+            DeepSpeed optimizer whose state cannot be carried.
     """
 
     def __init__(
@@ -51,10 +51,13 @@ class RankController:
         self.total_steps = total_steps
         self.validate = validate
         self.layers: dict[str, AdaptedLinear] = adapters(engine.module)
+        require_scale(self.layers, config)
         context = forward_context(engine.module)
         self.interval = resolve_calendar(total_steps, config).interval
         forget_construction(engine)
         live_shards(engine)
+        # Also where an earlier controller of this model has left its own.
+        context.observer = context.renew = context.penalty = None
         if config.orth_form != "decoupled":
             context.penalty = PenaltyGradient(config.orth_form, self._penalty_coefficient)
         self.changes = 0

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flexlora_ds.adapter.heads import modules_named, trained_beside
-from flexlora_ds.adapter.layer import adapters, any_transposed
+from flexlora_ds.adapter.layer import adapters, any_transposed, require_scale
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import MASTER, live_shards
@@ -44,11 +44,13 @@ def save_adapter(
         λ of every matrix on process 0, empty on the others.
 
     Raises:
-        UserError: the engine's model has no adapters. RunError: one holds numbers that are not finite.
+        UserError: the engine's model has no adapters, or they were made with another scale.
+        RunError: one holds numbers that are not finite.
     """
     layers = adapters(engine.module)
     if not layers:
         raise UserError("the model has no adapters", "save_adapter", "call inject_adapters first")
+    require_scale(layers, config)
     writes = engine.global_rank == 0
     names = modules_named(engine.module, modules_to_save)
     heads = {

@@ -209,6 +209,18 @@ def gaussian(rows: int, columns: int, std: float, rng: torch.Generator) -> Tenso
     return torch.randn(rows, columns, generator=rng) * std
 
 
+def require_scale(layers: Mapping[str, AdaptedLinear], config: FlexLoRAConfig) -> None:
+    """Raise UserError where layers were made at another alpha / rank: saved by `config`, ΔW would be another."""
+    for name, layer in layers.items():
+        if layer.scaling != config.scaling:
+            raise UserError(
+                f"the adapters were made with alpha / rank {layer.scaling:g}, and this configuration has "
+                f"{config.scaling:g}",
+                name,
+                "give the alpha and rank that they were injected with",
+            )
+
+
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers by their names in the unwrapped model, in module order."""
     return {layer.name: layer for layer in _layers(model)}

@@ -126,7 +126,7 @@ class StoredModel:
     def read_as_it_is(self) -> Mapping[str, str] | None:
         """The model's name of each stored tensor that is not converted; None where the files do not say all of it."""
         plan = self._model._get_dtype_plan(self._dtype)
-        more_files = type(self.config).extra_files
+        more_files = getattr(type(self.config), "extra_files", ())  # Transformers 5.20 has none
         return None if self._twice or self._quantised or plan or more_files else self._renamed
 
     def _require_shapes(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_more_than_plain_lora_is_refused_by_name(tmp_path: Path, said: str) -> N
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     trained_by_peft(tmp_path / "peft")
     model = base()
-    inject_adapters(model, FlexLoRAConfig(target_modules=("q_proj", "v_proj")))
+    inject_adapters(model, replace(CONFIG, target_modules=("q_proj", "v_proj")))
     with pytest.raises(UserError, match=r"adapts model\.layers\.0\.mlp\.down_proj, .*name it in target_mod"):
         start_from_adapter(model, CONFIG, tmp_path / "peft")
     path = tmp_path / "peft" / "adapter_model.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -72,12 +73,13 @@ def test_unreachable_hub_says_how_to_get_a_gated_model(
 
 
 def test_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx2
     from huggingface_hub.errors import GatedRepoError
 
+    client = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+
     def refuse(*_: object, **__: object) -> None:
-        request = httpx2.Request("GET", "https://huggingface.co")
-        raise GatedRepoError("403 Client Error", response=httpx2.Response(403, request=request))
+        request = client.Request("GET", "https://huggingface.co")
+        raise GatedRepoError("403 Client Error", response=client.Response(403, request=request))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr("flexlora_ds.base_model.source._hub_reachable", lambda: True)

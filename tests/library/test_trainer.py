@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from flexlora_ds import FlexLoRAConfig, adapters
+from flexlora_ds import (
+    FlexLoRAConfig,
+    RankController,
+    TorchEngine,
+    adapters,
+    build_optimizer,
+    inject_adapters,
+    save_adapter,
+    start_from_adapter,
+)
+from flexlora_ds.checkpoint.state import set_ranks
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.integrations.transformers import FlexLoRAMixin, FlexLoRATrainer
 from flexlora_ds.integrations.transformers.folds import folds_of_rows
@@ -344,9 +354,107 @@ def test_adapters_that_are_there_are_taken_as_they_are(tmp_path: Path) -> None:
     assert trainer.modules_to_save == ()
 
 
+def test_a_second_trainer_goes_on_from_the_first_ones_adapter(tmp_path: Path) -> None:
+    """A penalty of the first is not left behind, and what is saved is what the model computes."""
+    from peft import PeftModel
+
+    model, plain = tiny.tiny_llama(), {"init": "gaussian", "dropout": 0.0}
+    trainer_of(
+        model, tmp_path / "a", configuration(orth_form="norm", orth_weight=3.0, **plain), max_steps=6
+    ).train()
+    twin = tiny.tiny_llama()
+    inject_adapters(twin, configuration(**plain))
+    set_ranks(twin, {name: layer.rank for name, layer in adapters(model).items()})
+    twin.load_state_dict(model.state_dict())
+    for each, out in ((model, "b"), (twin, "c")):
+        trainer_of(each, tmp_path / out, configuration(**plain)).train()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, twin.get_parameter(name)), name
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "b")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        assert (loaded.eval()(input_ids=ids).logits - model.eval()(input_ids=ids).logits).abs().max() < 1e-5
+
+
+def test_adapters_of_another_scale_are_refused_before_they_train_or_are_saved(tmp_path: Path) -> None:
+    """Their ΔW would be saved by the scale of a configuration that it was not computed with."""
+    made, other = configuration(), configuration(rank=6, alpha=32)
+    model: Any = tiny.adapted_llama(made)
+    said = r"the adapters were made with alpha / rank 4, and this configuration has 5.33333 \(model.layers.0"
+    with pytest.raises(UserError, match=said):
+        trainer_of(model, tmp_path, other)
+    engine = TorchEngine(model, build_optimizer(model, made, lr=1e-3))
+    with pytest.raises(UserError, match=said):
+        RankController(engine, other, 8)
+    with pytest.raises(UserError, match=said):
+        save_adapter(engine, tmp_path / "adapter", other, base_model="base")
+    save_adapter(engine, tmp_path / "adapter", made, base_model="base")
+    with pytest.raises(UserError, match=said):
+        start_from_adapter(model, other, tmp_path / "adapter")
+    same = configuration(rank=6, alpha=24, dropout=0.3)
+    trainer_of(model, tmp_path, same)
+    assert {layer.dropout for layer in adapters(model).values()} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("init", "late"),
+    [
+        ("gaussian", True),
+        ("gradient", False),
+        pytest.param("gaussian", False, marks=pytest.mark.full),
+        pytest.param("gradient", True, marks=pytest.mark.full),
+    ],
+)
+def test_a_smaller_batch_size_that_fits_begins_anew(tmp_path: Path, init: str, late: bool) -> None:
+    """What a trainer of that size does from the start, whatever was trained before memory ran out."""
+    calls = []
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        calls.append(len(labels))
+        if len(labels) > 2 and (not late or len(calls) > 7):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return outputs.logits.float().pow(2).mean()
+
+    config = configuration(init=init, init_batches=2, dropout=0.0, new_direction="gradient")
+    given = {"more": {"compute_loss_func": loss}, "train_sampling_strategy": "sequential"}
+    tried = trainer_of(tiny.tiny_llama(), tmp_path / "tried", config, auto_find_batch_size=True, **given)
+    tried.train()
+    assert calls.count(4) == (8 if late else 1) and tried._train_batch_size == 2
+    small = trainer_of(tiny.tiny_llama(), tmp_path / "small", config, per_device_train_batch_size=2, **given)
+    small.train()
+    assert losses(tried)[-STEPS:] == losses(small)
+    assert told(tried) == told(small) and len(told(small)) == 2
+    for name, p in tried.model.named_parameters():
+        assert torch.equal(p, small.model.get_parameter(name)), name
+
+
+def test_a_run_that_has_ended_is_not_trained_on(tmp_path: Path) -> None:
+    """A job that is started again; the Trainer itself would take a ninth step."""
+    whole = trainer_of(
+        tiny.tiny_llama(), tmp_path, save_strategy="steps", save_steps=4, lr_scheduler_type="constant"
+    )
+    whole.train()
+    again = trainer_of(tiny.tiny_llama(), tmp_path / "again", lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again.state.global_step == STEPS and told(again) == told(whole)
+    for name, p in again.model.named_parameters():
+        assert torch.equal(p, whole.model.get_parameter(name)), name
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {
+                "save_only_model": True,
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+            },
+            "(save_only_model); leave it out, or load_best_model_at_end",
+        ),
         ({"optim": "adafactor"}, "adafactor is not ours (optim)"),
         ({"torch_compile": True}, "compiled code holds the ranks fast (torch_compile)"),
         (

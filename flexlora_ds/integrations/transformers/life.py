@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from flexlora_ds.adapter.layer import forward_context
@@ -23,6 +25,16 @@ from flexlora_ds.rank_change import RankChange
 
 GetBatches = Callable[[Iterator[Any], int, Any], Any]
 """The Trainer's `get_batch_samples`."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a trainer began with, for another attempt at a smaller batch size."""
+
+    optimizer: Any
+    """The one that it was given, or None."""
+    values: Mapping[nn.Parameter, Tensor]
+    """Of all that is trained."""
 
 
 class RankLife:
@@ -45,6 +57,7 @@ class RankLife:
         self._ahead: deque[Any] = deque()
         self._looked = False
         self._micro_step = 0
+        self._beginning: Beginning | None = None
 
     def require_new(self) -> None:
         """Raise UserError where the trainer has trained already."""
@@ -56,6 +69,28 @@ class RankLife:
         if self.engine is None:
             raise UserError("nothing has been trained yet", "save_model", "call train first")
         return self.engine
+
+    def begin_attempt(self) -> None:
+        """Before the model is wrapped; after an attempt that ran out of memory everything is as it was before it."""
+        trainer = self.trainer
+        if not trainer.args.auto_find_batch_size:
+            return
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        if self._beginning is None:
+            self._beginning = Beginning(trainer.optimizer, {p: p.detach().clone() for p in trained})
+            return
+        for p, value in self._beginning.values.items():
+            p.data, p.grad = value.clone(), None
+        trainer.optimizer = self._beginning.optimizer
+        if trainer.optimizer is not None:
+            trainer.optimizer.state.clear()
+        self.changes, self._looked = [], False
+        self._ahead.clear()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the checkpoint is that of the last step: the Trainer would take another, to see that it is done."""
+        return self.resumed is not None and self.resumed.step >= self.trainer.state.max_steps
 
     def begin(self, total_steps: int) -> None:
         """Before the first step, once the Trainer has wrapped the model; collective."""

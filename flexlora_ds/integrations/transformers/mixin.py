@@ -91,6 +91,8 @@ class FlexLoRAMixin:
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """The next update's batches; a start from the gradient looks at the first of them beforehand."""
+        if self.rank_life.has_ended:
+            return [], None
         batches = self.rank_life.look_ahead(epoch_iterator, num_batches, device, super().get_batch_samples)  # type: ignore[misc]
         return super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]
 
@@ -147,7 +149,11 @@ class FlexLoRAMixin:
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        """Wrap the model without reading an optimizer state of the Trainer's or DeepSpeed's: there is none."""
+        """Wrap the model without reading an optimizer state of the Trainer's or DeepSpeed's: there is none.
+
+        With `auto_find_batch_size` this is done for each size that is tried, and each begins anew.
+        """
+        self.rank_life.begin_attempt()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
         if resume_from_checkpoint is not None:
             super()._load_scaler(resume_from_checkpoint)  # type: ignore[misc]

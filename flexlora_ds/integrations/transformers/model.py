@@ -9,7 +9,7 @@ from torch import nn
 
 from flexlora_ds.adapter.heads import all_usual_saved, modules_named, trained_beside, usual_heads
 from flexlora_ds.adapter.inject import inject_adapters, use_fp32_adapters
-from flexlora_ds.adapter.layer import adapters
+from flexlora_ds.adapter.layer import adapters, require_scale
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 
@@ -37,11 +37,16 @@ def adapt(
         masters_elsewhere: fp32 masters are kept beside the parameters (DeepSpeed).
 
     Raises:
-        UserError: as `inject_adapters`; or something is trained that would not be saved.
+        UserError: as `inject_adapters`; adapters that are there have another scale; or something is trained that would
+            not be saved.
     """
     wanted = usual_heads(model) if modules_to_save is None else tuple(modules_to_save)
-    if not adapters(model):
+    layers = adapters(model)
+    if not layers:
         inject_adapters(model, config, modules_to_save=wanted)
+    require_scale(layers, config)
+    for layer in layers.values():
+        layer.dropout = config.dropout
     if not masters_elsewhere:
         use_fp32_adapters(model)
     whole = modules_named(model, wanted)

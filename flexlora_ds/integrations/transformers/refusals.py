@@ -72,6 +72,12 @@ def _faults(trainer: Any) -> Iterator[tuple[str, str, str]]:
             "DataParallel",
             "start one process a GPU with torchrun",
         )
+    if args.save_only_model and args.load_best_model_at_end:
+        yield (
+            "the best checkpoint is found again by its training state, which save_only_model leaves out",
+            "save_only_model",
+            "leave it out, or load_best_model_at_end",
+        )
     if args.torch_compile:
         yield "compiled code holds the ranks fast", "torch_compile", "leave it out"
     if not _replaces_adamw(args.optim):
