@@ -32,7 +32,7 @@ run_and_requeue() {
         job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     fi
     # USR1 to this shell alone (`sbatch --signal=B:USR1@300`): on to the steps.
-    trap 'trap "" USR1; asked=yes; scancel --signal=USR1 "$job"' USR1
+    trap 'trap "" USR1; asked=yes; scancel --signal=USR1 "$job" || echo "the steps could not be signalled; the run goes on" >&2' USR1
     run_on_all_nodes "$@" &
     wait "$!" || code=$?
     if [[ $asked ]]; then  # the signal broke off the first wait

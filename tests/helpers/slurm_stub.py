@@ -38,6 +38,7 @@ exit $code
 
 SCANCEL = """#!/bin/bash
 echo "scancel $*" >> asked
+((UNREACHABLE)) && exit 1
 kill -s "${1#--signal=}" $(cat tasks)
 """
 
@@ -119,6 +120,7 @@ def submit(
     code: int = 0,
     preempted: str = "None",
     refused: bool = False,
+    unreachable: bool = False,
     **environment: str,
 ) -> Job:
     """Start a script's job in a new folder; the run ends after `seconds` by itself, with `code`."""
@@ -129,7 +131,7 @@ def submit(
     for name, text in {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}.items():
         _write_program(folder / "bin" / name, text)
     _write_program(folder / ".venv" / "bin" / "python", python)
-    answers = {"PREEMPTED": preempted, "REFUSED": "1" if refused else "0"}
+    answers = {"PREEMPTED": preempted, "REFUSED": f"{refused:d}", "UNREACHABLE": f"{unreachable:d}"}
     return Job(folder, script, *words, environment=answers | environment)
 
 

@@ -57,6 +57,14 @@ def test_usr1_to_the_batch_shell_stops_the_run_and_queues_it_again(tmp_path: Pat
     assert job.asked == REQUEUED
 
 
+def test_a_run_whose_steps_cannot_be_signalled_goes_on(tmp_path: Path) -> None:
+    """The signal's own job may be at its end, or SLURM's controller away; the run would die with the batch shell."""
+    job = submit(tmp_path, "train.sbatch", seconds=1, unreachable=True)
+    code, said = stopped_by_shell(job)
+    assert (code, said) == (0, "the steps could not be signalled; the run goes on\n")
+    assert job.asked == REQUEUED
+
+
 def test_a_job_of_an_array_is_named_by_its_place(tmp_path: Path) -> None:
     """The number of an array's last job is the array's own: it would stop and queue again all of them."""
     array = {"SLURM_ARRAY_JOB_ID": "31007", "SLURM_ARRAY_TASK_ID": "4"}
