@@ -28,7 +28,7 @@ class IdleKey:
     layers: int
     """How many there are to be matched."""
     hidden_by: str | None = None
-    """The key before it that takes a layer it matches: the first one counts."""
+    """The key before it that takes a layer it matches, and others beside it: the first one counts."""
     close: str | None = None
     """The last part of a layer's name that it may have meant."""
 
@@ -80,8 +80,11 @@ def _idle(
 ) -> list[IdleKey]:
     taken: dict[str, str] = {}
     found = []
-    for key, hits in zip(given, _hits(list(given), names, wrap, place), strict=True):
-        before = [taken[name] for name in hits if name in taken and given[taken[name]] != given[key]]
+    hits_of = dict(zip(given, _hits(list(given), names, wrap, place), strict=True))
+    for key, hits in hits_of.items():
+        others = [taken[name] for name in hits if name in taken and given[taken[name]] != given[key]]
+        # Behind keys that are all narrower it is what remains for, and here nothing does.
+        before = [other for other in others if not set(hits_of[other]) < set(hits)]
         free = [name for name in hits if name not in taken]
         taken |= dict.fromkeys(free, key)
         if not hits:

@@ -155,6 +155,7 @@ def test_names_that_mean_nothing_on_this_base_are_refused(
     [
         {**LORA, "rank_pattern": {"q_proj": 4}, "exclude_modules": ["v_proj"], "layers_to_transform": [1]},
         {**LORA, "target_modules": r".*\.[qv]_proj", "alpha_pattern": {r"layers\.0\..*": 4, ".*": 8}},
+        {**LORA, "alpha_pattern": {"0.self_attn.q_proj": 4, "1.self_attn.q_proj": 8, "q_proj": 2}},
         {"peft_type": "LORA", "modules_to_save": ["lm_head"]},
         {"peft_type": "OSF", "target_modules": ["q_proj"], "rank_pattern": {"layers.1": 2}},
     ],

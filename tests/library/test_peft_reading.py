@@ -236,7 +236,7 @@ PATTERNS: list[dict[str, int]] = [
 def test_keys_that_mean_no_layer_are_told_by_whoever_reads(
     bases: Callable[[str], Path], tmp_path: Path, option: str, patterns: dict[str, int]
 ) -> None:
-    """All that PEFT warns of, and a key behind another that takes all its layers: without it nothing changes."""
+    """All that PEFT warns of, and a key behind others that take all its layers: without it nothing changes."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **{option: patterns})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -272,6 +272,11 @@ def test_idle_keys_say_what_may_have_been_meant() -> None:
         ),
         ("alpha_pattern '0.q_proj' matches none of 6 adapted layers", "did you mean 'q_proj'?"),
     ]
+    remains = {"0.self_attn.q_proj": 2, "1.self_attn.q_proj": 3, "2.self_attn.q_proj": 4, "q_proj": 5}
+    assert not idle_keys({"peft_type": "LORA", "rank_pattern": remains}, names, "here")
+    across = {"0.*": 2, "1.*": 3, "2.*": 4, "q_proj": 5}
+    hidden = [(k.key, k.hidden_by) for k in idle_keys({"alpha_pattern": across}, names, "here")]
+    assert hidden == [("q_proj", "0.*")]
     anywhere = {"peft_type": "OSF", "rank_pattern": {"layers.1": 2, "layers.7": 3}}
     assert [key.key for key in idle_keys(anywhere, names, "here")] == ["layers.7"]
     assert not idle_keys({"peft_type": "ADALORA", "rank_pattern": {"a.lora_E": [True]}}, names, "here")
