@@ -212,7 +212,7 @@ def gaussian(rows: int, columns: int, std: float, rng: torch.Generator) -> Tenso
 def require_scale(layers: Mapping[str, AdaptedLinear], config: FlexLoRAConfig) -> None:
     """Raise UserError where layers were made at another alpha / rank: saved by `config`, ΔW would be another."""
     for name, layer in layers.items():
-        if layer.scaling != config.scaling:
+        if not math.isclose(layer.scaling, config.scaling):  # 0.3 / 3 is not 0.1 / 1
             raise UserError(
                 f"the adapters were made with alpha / rank {layer.scaling:g}, and this configuration has "
                 f"{config.scaling:g}",

@@ -393,6 +393,9 @@ def test_adapters_of_another_scale_are_refused_before_they_train_or_are_saved(tm
         start_from_adapter(model, other, tmp_path / "adapter")
     same = configuration(rank=6, alpha=24, dropout=0.3)
     trainer_of(model, tmp_path, same)
+    trainer_of(
+        tiny.adapted_llama(configuration(rank=3, alpha=0.3)), tmp_path, configuration(rank=1, alpha=0.1)
+    )
     assert {layer.dropout for layer in adapters(model).values()} == {0.3}
 
 
