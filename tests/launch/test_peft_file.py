@@ -112,9 +112,13 @@ def test_values_that_peft_finds_out_about_late_are_one_line_too(
 
 def test_a_module_to_save_that_is_none_is_refused(base: Path, tmp_path: Path) -> None:
     """PEFT would train without it, and say in the adapter that it was there."""
-    given = {"peft_type": "LORA", "modules_to_save": ["lm_head", "lmhead"]}
-    with pytest.raises(UserError, match=r"modules_to_save 'lmhead' is no module of the base \(.*\.json\)"):
-        count_parameters(options(tmp_path, given, model=str(base)))
+    for given, said in (
+        (["lm_head", "lmhead"], "'lmhead' is no module of the base"),
+        ("lm_head", "'lm_head' is no list"),
+    ):
+        content = {"peft_type": "LORA", "modules_to_save": given}
+        with pytest.raises(UserError, match=rf"modules_to_save {said} \(.*\.json\)"):
+            count_parameters(options(tmp_path, content, model=str(base)))
 
 
 LORA = {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}

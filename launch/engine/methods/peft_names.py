@@ -17,12 +17,15 @@ _LISTS = ("target_modules", "exclude_modules")
 
 
 def require_modules(model: nn.Module, config: Any, place: str) -> None:
-    """Raise UserError for a module to save that the base has not.
+    """Raise UserError for a module to save that the base has not, or a text, of which PEFT would take each letter.
 
-    PEFT passes over it, and writes its name into the adapter all the same.
+    PEFT passes over such a module, and writes its name into the adapter all the same.
     """
     names = [name for name, _ in model.named_modules()]
-    for wanted in getattr(config, "modules_to_save", None) or ():
+    given = getattr(config, "modules_to_save", None) or ()
+    if isinstance(given, str):
+        raise UserError(f"modules_to_save {shown(given)} is no list", place, "put it in brackets")
+    for wanted in given:
         if not any(name.endswith(wanted) for name in names):
             raise UserError(
                 f"modules_to_save {shown(wanted)} is no module of the base", place, "correct the file"
