@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,12 +70,12 @@ def texts_of(entry: Entry) -> list[str]:
 
 
 def strings_in(value: Any) -> list[str]:
-    """Every text that a record of the file has where records have texts."""
+    """Every text that a record of the file has where records have texts; a blank one may be left out."""
     turns = value.get("messages") or value.get("conversations") or []
     said = [value.get(key) for key in ("instruction", "input", "output", "system")]
     said += [turn.get("content", turn.get("value")) for turn in turns]
     said += [text for pair in value.get("history") or () for text in pair]
-    return [text for text in said if isinstance(text, str)]
+    return [text for text in said if isinstance(text, str) and text.strip()]
 
 
 def read(path: Path) -> list[Entry]:
@@ -120,9 +121,9 @@ def test_damaged_files(
     path.write_bytes(gzip.compress(data) if packed and not late else data)
     entries = read(path)
     if entries and not (packed and late):
-        plain = data.decode("utf-8-sig")
-        lines = [line for line in plain.splitlines() if line.strip()]
-        whole = json.loads(plain) if plain.lstrip().startswith("[") else list(map(json.loads, lines))
+        plain = data.decode("utf-8-sig").strip()  # of any white space, where JSON itself knows four kinds
+        lines = [line for line in io.StringIO(plain, newline=None) if line.strip()]
+        whole = json.loads(plain) if plain.startswith("[") else list(map(json.loads, lines))
         for entry, value in zip(entries, whole, strict=True):
             assert all(text in "\n".join(texts_of(entry)) for text in strings_in(value))
 

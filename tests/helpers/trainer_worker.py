@@ -108,14 +108,19 @@ def make_trainer(case: dict[str, Any], data: LaunchData, world: int) -> Any:
     """A trainer over the records in `launch`'s order, with its learning rate and steps."""
     from transformers import AutoModelForCausalLM
 
+    from flexlora_ds import inject_adapters, start_from_adapter
     from flexlora_ds.integrations.transformers import FlexLoRAMixin, FlexLoRATrainer
 
     arguments = training_arguments(data.options, case, world)
     model = AutoModelForCausalLM.from_pretrained(str(data.options.model), dtype=torch.float32)
+    config = data.options.to_flexlora_config()
+    if "init_adapter" in case:
+        inject_adapters(model, config)
+        start_from_adapter(model, config, case["init_adapter"])
     common = {
         "train_dataset": data.rows,
         "data_collator": Padding(data.padding_id),
-        "flexlora": data.options.to_flexlora_config(),
+        "flexlora": config,
     }
     if "scores" in case:
         scores = iter(case["scores"])
