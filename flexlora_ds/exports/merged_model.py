@@ -22,6 +22,7 @@ from flexlora_ds.exports.probe import probe_logits
 from flexlora_ds.exports.shard_merge import ShardedBase
 from flexlora_ds.exports.streamed_model import streamed_model
 from flexlora_ds.files.folders import replacing_folder, require_new
+from flexlora_ds.partitions.host_memory import returning_large_blocks
 from flexlora_ds.peft_format import LoraAdapter, require_finite_adapter
 
 
@@ -44,7 +45,8 @@ def export_merged(
     require_finite_adapter(adapter, str(out))
     name = base or adapter.base_model
     dtype = dtype or native_dtype(name, adapter.revision)
-    with replacing_folder(out) as fresh:
+    # What is freed goes back: else the heap's holes, of a size that varies, come on top of a model's layers.
+    with returning_large_blocks(), replacing_folder(out) as fresh:
         sharded = ShardedBase.of(name, adapter, dtype)
         load_tokenizer(name, adapter.revision).save_pretrained(fresh)
         if sharded is not None:
