@@ -35,7 +35,7 @@ demo-smollm2: $(COMPILED) $(SMOLLM2)  ## the same path with SmolLM2-135M; ARGS="
 test: $(COMPILED)  ## the checks, one case per mechanism; ARGS=tests/launch for one room (7-9 min)
 	$(PYTEST) $(ARGS)
 
-test-full: $(COMPILED) $(COMPANIONS)  ## the long version of the checks, the optional libraries installed (28 min)
+test-full: $(COMPILED) $(COMPANIONS)  ## the long version of the checks, the optional libraries installed (more than half an hour)
 	FLEXLORA_FULL=1 $(PYTEST) -rs $(ARGS)
 
 golden: $(COMPILED)  ## renew the kept losses (tests/golden) and say which changed; only for a change that is meant (1 min)
