@@ -15,18 +15,18 @@ from flexlora_ds.adapter.parameter_groups import lambda_factor
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.allocation import RankPlan
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.decision import Decision, by_price, by_score
 from flexlora_ds.directions import TensorEdit, matrix_edits
 from flexlora_ds.gradient.growth import StepSketch
 from flexlora_ds.gradient.sketch import Growth
 from flexlora_ds.importance import spectrum_error
-from flexlora_ds.market import Prices, gain_of, rises_of, with_common_noise
-from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
-from flexlora_ds.rank_change import RankChange, newborn_of
-from flexlora_ds.rank_warnings import Limits, PruneWatch, warnings_of
+from flexlora_ds.rank_changes.decision import Decision, by_price, by_score
+from flexlora_ds.rank_changes.market import Prices, gain_of, rises_of, with_common_noise
+from flexlora_ds.rank_changes.orthogonalise import orthogonalise
+from flexlora_ds.rank_changes.rank_warnings import Limits, PruneWatch, warnings_of
+from flexlora_ds.rank_changes.record import RankChange, newborn_of
+from flexlora_ds.rank_changes.spectra import Grams, MatrixView, read_grams, read_matrices
 from flexlora_ds.schedule import adjustment_size, resolve_calendar
-from flexlora_ds.spectra import Grams, MatrixView, read_grams, read_matrices
 
 Validate = Callable[[], float]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed import comm
 
-from flexlora_ds.rank_change import Market, RankChange
+from flexlora_ds.rank_changes.record import Market, RankChange
 from launch.data.batches import GlobalBatch
 from launch.engine.methods.protocol import Method
 from launch.progress import Progress

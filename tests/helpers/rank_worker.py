@@ -11,9 +11,9 @@ import torch
 from benchmarks.traffic import Traffic
 from flexlora_ds import FlexLoRAConfig, RankController, adapters
 from flexlora_ds.importance import score_matrices
-from flexlora_ds.orthogonalise import orthogonalise
 from flexlora_ds.partitions import MASTER, live_shards, resize
-from flexlora_ds.spectra import read_lambdas
+from flexlora_ds.rank_changes.orthogonalise import orthogonalise
+from flexlora_ds.rank_changes.spectra import read_lambdas
 from flexlora_ds.worth import by_birth, rises_without, together
 from tests.helpers import tiny
 

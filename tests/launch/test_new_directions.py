@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexlora_ds.rank_change import newborn_of
+from flexlora_ds.rank_changes.record import newborn_of
 from flexlora_ds.worth import by_birth, together
 from launch.loop import worth
 from launch.loop.worth import MOST_GROUPS, grouped

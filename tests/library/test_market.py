@@ -12,7 +12,14 @@ from torch import Tensor
 from flexlora_ds import FlexLoRAConfig
 from flexlora_ds.gradient.growth import folds_by_place
 from flexlora_ds.gradient.sketch import Growth, growth_of
-from flexlora_ds.market import Prices, gain_of, market_of, plan_trades, rises_of, with_common_noise
+from flexlora_ds.rank_changes.market import (
+    Prices,
+    gain_of,
+    market_of,
+    plan_trades,
+    rises_of,
+    with_common_noise,
+)
 
 PAIR = torch.ones(1, 1)
 NAMES = ("a", "b", "c", "d")

@@ -21,7 +21,7 @@ from flexlora_ds.integrations.transformers.engine import count_update, engine_of
 from flexlora_ds.integrations.transformers.first_batches import start_on, take
 from flexlora_ds.integrations.transformers.folds import folds_of_rows
 from flexlora_ds.integrations.transformers.untrained import require_steps
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_changes.record import RankChange
 
 GetBatches = Callable[[Iterator[Any], int, Any], Any]
 """The Trainer's `get_batch_samples`."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.orthogonality import violation
 from flexlora_ds.partitions import MASTER, live_shards, loss_scale
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_changes.record import RankChange
 from launch.engine.adam import AdamSettings
 from launch.engine.methods.adalora_averages import average_after_step
 from launch.engine.methods.adalora_calendar import calendar_of, initial_rank

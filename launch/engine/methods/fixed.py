@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexlora_ds.partitions import forget_construction
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_changes.record import RankChange
 from launch.data.batches import MicroBatch
 from launch.engine.adam import AdamSettings
 from launch.options.train_options import TrainOptions

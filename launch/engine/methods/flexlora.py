@@ -14,7 +14,7 @@ from flexlora_ds.adapter.layer import forward_context
 from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.controller import RankController
 from flexlora_ds.gradient.growth import FOLDS
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_changes.record import RankChange
 from flexlora_ds.saving import save_adapter
 from launch.data.batches import MicroBatch
 from launch.engine.adam import AdamSettings

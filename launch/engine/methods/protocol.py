@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexlora_ds.adapter_start import AdapterStart
 from flexlora_ds.controller import RankController
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_changes.record import RankChange
 from launch.data.batches import MicroBatch
 from launch.engine.adam import AdamSettings
 from launch.engine.first_batches import FirstBatches

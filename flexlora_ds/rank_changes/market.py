@@ -18,7 +18,7 @@ from torch import Tensor
 from flexlora_ds.allocation import RankPlan, affordable
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.gradient.sketch import Growth
-from flexlora_ds.rank_change import Market
+from flexlora_ds.rank_changes.record import Market
 
 STANDARD_ERRORS = 8.0
 """Half the width of the intervals.

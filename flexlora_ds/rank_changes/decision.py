@@ -10,9 +10,9 @@ from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.directions import smallest_directions
 from flexlora_ds.gradient.sketch import Growth
 from flexlora_ds.importance import not_expandable, score_matrices
-from flexlora_ds.market import Prices, market_of, plan_trades
-from flexlora_ds.rank_change import Market
-from flexlora_ds.spectra import MatrixView
+from flexlora_ds.rank_changes.market import Prices, market_of, plan_trades
+from flexlora_ds.rank_changes.record import Market
+from flexlora_ds.rank_changes.spectra import MatrixView
 
 Matrices = Mapping[str, MatrixView]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flexlora_ds.adapter.layer import AdaptedLinear
 from flexlora_ds.orthogonality import decoupled_step, gram
 from flexlora_ds.partitions import BUCKET_ELEMENTS, MASTER, Shards
-from flexlora_ds.spectra import Grams, Master, grams_of, read_masters
+from flexlora_ds.rank_changes.spectra import Grams, Master, grams_of, read_masters
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.rank_change import RankChange
+from flexlora_ds.rank_changes.record import RankChange
 
 COLLAPSED_SHARE = 0.9
 """This share of matrices at rank 1 is a collapse (never the case by intent below `direction: prune`)."""
