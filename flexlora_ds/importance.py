@@ -198,7 +198,7 @@ METRICS: dict[str, Metric] = {
     "random": Metric(lambda matrix: random.Random(matrix.draw).random(), least_directions=0),
     "reversed": Metric(lambda matrix: 1.0 - spectral_entropy(matrix.spectrum), least_directions=2),
 }
-"""Every metric by its name in `config.importance`; `growth` is none of a spectrum (`flexlora_ds.rank_changes.market`)."""
+"""Every metric by its name in `config.importance`; `growth` is none of a spectrum (`rank_changes.market`)."""
 
 
 def _entropy_terms(spectrum: Tensor) -> Tensor:
