@@ -49,6 +49,10 @@ _SHARED = ("prompt_encoder", "vblora_vector_bank", ".tinylora_v.", ".unilora_the
 """Parts of names that PEFT itself does not miss: tensors that it stores elsewhere, or not at all."""
 
 
+_PLACED = ("prompt_embeddings",)
+"""What PEFT puts into its place by itself, and then counts as unexpected: the tokens of a prompt or a prefix."""
+
+
 def attach_adapter(model: Any, adapter: str) -> Any:
     """The model with a PEFT adapter, unmerged.
 
@@ -98,7 +102,7 @@ def _load(model: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Any, lis
     except FAULTS as error:
         raise _mismatch(model, folder, config, error) from error
     missing = [key for key in result.missing_keys if not any(part in key for part in _SHARED)]
-    return adapted, missing, list(result.unexpected_keys)
+    return adapted, missing, [key for key in result.unexpected_keys if key not in _PLACED]
 
 
 def _restore_size(adapted: Any) -> None:
