@@ -41,7 +41,7 @@ def read_entries(text: str, origin: str) -> list[Entry]:
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a version of YAML of thousands of digits
         raise UserError(_fault(error, origin)) from error
     except RecursionError:
         raise UserError("the recipe is nested too deeply", origin, "write 'key: value' lines") from None
@@ -76,7 +76,7 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _fault(error: yaml.YAMLError, origin: str) -> str:
+def _fault(error: yaml.YAMLError | ValueError, origin: str) -> str:
     mark = getattr(error, "problem_mark", None)
     line = f", line {mark.line + 1}" if mark else ""
     problem = getattr(error, "problem", None) or "it cannot be parsed"

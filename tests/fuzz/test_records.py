@@ -74,7 +74,7 @@ def strings_in(value: Any) -> list[str]:
     turns = value.get("messages") or value.get("conversations") or []
     said = [value.get(key) for key in ("instruction", "input", "output", "system")]
     said += [turn.get("content", turn.get("value")) for turn in turns]
-    said += [text for pair in value.get("history") or () for text in pair]
+    said += [text for pair in value.get("history") or () for text in pair or ()]
     return [text for text in said if isinstance(text, str) and text.strip()]
 
 

@@ -187,6 +187,7 @@ def test_bad_command_lines_are_named_with_what_to_do(argv: list[str], parts: lis
         ("model: m\nrank: -1\n", ["rank -1", "line 2"]),
         ("model: m\nrank: 8\nrank: 9\n", ["rank stands twice", "line 3"]),
         ("model: m\nrank: [8\n", ["not valid YAML", "line"]),
+        ("%YAML " + "9" * 5_000 + "\n---\nrank: 8\n", ["not valid YAML"]),
         ("- model\n", ["key: value"]),
         ("1: model\n", ["key: value"]),
         ("recipe: other.yaml\nmodel: m\n", ["unknown key 'recipe'"]),
