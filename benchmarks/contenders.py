@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.peers import AdaLoRA, FrozenBase, PlainSVD
 from benchmarks.shapes import SHAPES, copy_sharing_weights
 from flexlora_ds.base_model.precision import TORCH_DTYPES
-from flexlora_ds.partitions.fused_checks import fuse_gradient_checks
+from flexlora_ds.partitions.fewer_launches import spare_launches
 from launch.data.batch_layout import batch_layout
 from launch.data.batches import MicroBatch, collate, pack
 from launch.data.examples import Example
@@ -116,7 +116,7 @@ class Contender:
         optimizer = self.method.optimizer(model, adam_settings(source, options))
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if not kind.stock:
-            fuse_gradient_checks(self.engine)
+            spare_launches(self.engine)
         self.method.attach(self.engine, STEPS, None)
         self.head = Head() if kind.full_logits else head_of(self.engine.module)
 

@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from flexlora_ds.partitions.fewer_launches import spare_launches, spares_launches
 from flexlora_ds.partitions.rebuild_wrapper import constructing_in_place
 from flexlora_ds.partitions.reshape import reset_gradient_accumulator
 from flexlora_ds.partitions.transfer import Edit
@@ -19,6 +20,7 @@ def rebuild_wrapper(
 ) -> None:
     """Take the wrapper down, give the parameters of `edits` data of their new shapes, and construct it again."""
     wrapper, basic = engine.optimizer, engine.basic_optimizer
+    spared = spares_launches(wrapper)
     offload = _take_down(wrapper, stage)
     for p, edit in edits.items():
         reset_gradient_accumulator(p)
@@ -39,6 +41,8 @@ def rebuild_wrapper(
     assert engine.optimizer is wrapper, "DeepSpeed built another wrapper object"
     if stage > 0 and engine._support_torch_style_backward:
         wrapper.register_grad_acc_post_hook(engine._backward_post_hook)
+    if spared:
+        spare_launches(engine)
 
 
 def _low_precision(groups: list[list[nn.Parameter]]) -> torch.dtype:

@@ -11,7 +11,7 @@ from flexlora_ds.base_model.loading import load_causal_lm
 from flexlora_ds.base_model.own_dropout import turn_off_dropout
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.state import set_ranks
-from flexlora_ds.partitions.fused_checks import fuse_gradient_checks
+from flexlora_ds.partitions.fewer_launches import spare_launches
 from launch.distributed.process import Process
 from launch.engine.deepspeed_check import late_refusals
 from launch.engine.ds_json import DsJson
@@ -70,7 +70,7 @@ def build_engine(
     if beginning.adapter is not None:
         # Process 0's P, λ and Q, to all.
         beginning.adapter.write(engine)
-    fuse_gradient_checks(engine)
+    spare_launches(engine)
     _try_packing(engine, settled, process)
     # PEFT's own dropout; FlexLoRA's masks have named seeds.
     torch.manual_seed((options.seed * 1009 + process.rank) % 2**64)

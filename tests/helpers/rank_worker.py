@@ -12,6 +12,7 @@ from benchmarks.traffic import Traffic
 from flexlora_ds import FlexLoRAConfig, RankController, adapters
 from flexlora_ds.importance import score_matrices
 from flexlora_ds.partitions import MASTER, live_shards, resize
+from flexlora_ds.partitions.fewer_launches import spare_launches
 from flexlora_ds.rank_changes.orthogonalise import orthogonalise
 from flexlora_ds.rank_changes.spectra import read_lambdas
 from flexlora_ds.worth import by_birth, rises_without, together
@@ -36,6 +37,8 @@ def setup(case: dict[str, Any], config: FlexLoRAConfig) -> tuple[Any, RankContro
     ds = tiny.ds_config(case["stage"], dtype, world, case.get("gas", 1), **case.get("zero", {}))
     make = tiny.make_torch_engine if case["stage"] == TORCH else tiny.make_engine
     engine = make(model, config, ds, total=200)
+    if case.get("spare"):
+        spare_launches(engine)
     return engine, RankController(engine, config, case.get("total", TOTAL))
 
 
