@@ -1,9 +1,9 @@
 """ZeRO-1 and 2: gradients go into a bucket, and from it into this process's partition, many in one copy.
 
-DeepSpeed 0.19.8 copies every gradient by itself, in a hook written in Python, into the bucket that is reduced next, and
-once more into its partition (stage_1_and_2.py `reduce_independent_p_g_buckets_and_remove_grads`,
-`copy_grads_in_partition`). With the 480 small tensors of an 8B model's adapters a GPU waits for the host there. Here the
-hook only notes the gradient. Buckets, their order, reductions and all values are DeepSpeed's own.
+DeepSpeed 0.19.8 copies every gradient by itself, in a hook written in Python, into the bucket that is reduced next,
+and once more into its partition (stage_1_and_2.py `reduce_independent_p_g_buckets_and_remove_grads`,
+`copy_grads_in_partition`). With the 480 small tensors of an 8B model's adapters a GPU waits for the host there. Here
+the hook only notes the gradient. Buckets, their order, reductions and all values are DeepSpeed's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def copy_gradients_together(engine: Any) -> None:
-    """Let ZeRO-1 and 2 copy gradients by the bucket; other stages, and gradients that go to the host, stay as they are."""
+    """Let ZeRO-1 and 2 copy gradients by the bucket; other stages, and gradients on the host, stay as they are."""
     wrapper = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer) and _is_plain(wrapper):
         together = _Together(wrapper)
@@ -109,7 +109,7 @@ def _move(gradients: list[Tensor], buffer: Tensor, offset: int) -> None:
     if not gradients:
         return
     sizes = [gradient.numel() for gradient in gradients]
-    parts = buffer.view(-1).narrow(0, offset, sum(sizes)).split(sizes)
+    parts = torch.split(buffer.view(-1).narrow(0, offset, sum(sizes)), sizes)
     places = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
     torch._foreach_copy_(places, gradients)
     for gradient, place in zip(gradients, places, strict=True):

@@ -37,6 +37,20 @@ def relative(losses: list[float], others: list[float]) -> float:
     return max(found) if all(value == value for value in found) else float("inf")
 
 
+def together(conditions: Conditions, teams: Teams) -> Verdict:
+    """Losses, ranks and masters of runs that copy gradients together, beside DeepSpeed's own, in several buckets."""
+    found = {}
+    for overlapped in (False, True):
+        zero = {"reduce_bucket_size": 300, "overlap_comm": overlapped}
+        case = {"stage": 2, "dtype": "bf16", "steps": 20, "zero": zero}
+        (theirs,) = teams["changes"].run(worker.trajectory, case)
+        (ours,) = teams["changes"].run(worker.trajectory, case | {"spare": True})
+        assert theirs["ranks"], "ranks change on the way"
+        found["overlapped" if overlapped else "one stream"] = ours == theirs
+    parted = [name for name, same in found.items() if not same]
+    return not parted, f"20 steps, a change, stage 2: {'bit-equal' if not parted else f'not {parted}'}"
+
+
 def empty_plan(stage: int, conditions: Conditions, teams: Teams) -> Verdict:
     """20 losses after a rebuild that changes nothing; controls that lose something must show."""
     controls = ["without moments", "without age", "without masters"]

@@ -53,6 +53,9 @@ def _changes() -> Iterator[Proof]:
             test = CHANGES + "test_ranks_and_losses_are_those_of_plain_torch"
             prove = partial(engines.against_plain_torch, stage, dtype)
             yield Proof(name, test, prove, tiny=stage != 0 and (stage, dtype) != (3, "bf16"))
+    name = "gradients copied together train as those copied one by one"
+    test = "tests/distributed/test_gradient_buckets.py::test_losses_ranks_and_masters_are_deepspeeds"
+    yield Proof(name, test, engines.together)
     for stage in engines.STAGES:
         name, test = f"stage {stage}: an empty plan changes no bit", "test_an_empty_plan_changes_nothing"
         yield Proof(name, CHANGES + test, partial(engines.empty_plan, stage), seconds=3, tiny=stage == 2)
