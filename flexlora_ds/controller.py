@@ -22,7 +22,7 @@ from flexlora_ds.importance import spectrum_error
 from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
 from flexlora_ds.rank_changes.decision import Decision, by_price, by_score
 from flexlora_ds.rank_changes.market import Prices, gain_of, rises_of, with_common_noise
-from flexlora_ds.rank_changes.orthogonalise import orthogonalise
+from flexlora_ds.rank_changes.orthogonalise import Orthogonaliser
 from flexlora_ds.rank_changes.rank_warnings import Limits, PruneWatch, warnings_of
 from flexlora_ds.rank_changes.record import RankChange, newborn_of
 from flexlora_ds.rank_changes.spectra import Grams, MatrixView, read_grams, read_matrices
@@ -60,6 +60,7 @@ class RankController:
         context.observer = context.renew = context.penalty = None
         if config.orth_form != "decoupled":
             context.penalty = PenaltyGradient(config.orth_form, self._penalty_coefficient)
+        self._orthogonaliser = Orthogonaliser(engine, self.layers)
         self.changes = 0
         self.watch = PruneWatch()
         self.births: dict[str, list[tuple[int, int]]] = {n: [(0, 0)] * r for n, r in self.ranks.items()}
@@ -123,8 +124,7 @@ class RankController:
         grams = None
         if self.config.orth_form == "decoupled" and self.config.orth_strength > 0:
             eta = self.config.orth_strength * self._lr_factor()
-            shards, changing = live_shards(self.engine), self._pending > 0
-            grams = orthogonalise(shards, self.layers, eta, with_grams=changing)
+            grams = self._orthogonaliser.step(eta, with_grams=self._pending > 0)
         if not self._pending:
             return None
         size, self._pending = self._pending, 0
@@ -240,6 +240,7 @@ class RankController:
             births[name] = [births[name][i] for i in keep] + [(step, self.changes + 1)] * added
             pair = (born[name].left, born[name].right) if name in born else None
             edits.update(matrix_edits(self.layers[name], keep, added, self.config, step, pair))
+        self._orthogonaliser.forget()
         resize(self.engine, edits)
         self.births = births
         return ages

@@ -7,9 +7,9 @@ package knows how ZeRO lays memory out.
 """
 
 from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
-from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups
+from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups, whereabouts
 from flexlora_ds.partitions.rebuild import forget_construction, resize
-from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards
+from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards, copy_all
 from flexlora_ds.partitions.torch_engine import TorchEngine
 from flexlora_ds.partitions.transfer import Edit
 from flexlora_ds.partitions.trial import try_backward
@@ -21,6 +21,7 @@ __all__ = [
     "GradientProbe",
     "Shards",
     "TorchEngine",
+    "copy_all",
     "forget_construction",
     "live_shards",
     "loss_scale",
@@ -28,4 +29,5 @@ __all__ = [
     "skip_non_finite",
     "trainable_groups",
     "try_backward",
+    "whereabouts",
 ]

@@ -33,6 +33,10 @@ def fused_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """DeepSpeed's norm of the norms of all gradients, which is that of the gradients, accumulated in fp64 as theirs."""
 
     def norm(gradients: Sequence[Tensor], params: Sequence[nn.Parameter], norm_type: float = 2) -> Tensor:
+        flat = getattr(gradients, "flat_partition", None)
+        if norm_type == 2 and flat is not None:
+            norm = torch.linalg.vector_norm(flat, 2, dtype=torch.float64)
+            return original([norm.reshape(1)], params, norm_type)
         held = [g.data for g in gradients if g.numel() and not getattr(g, "_zero_padding", False)]
         if norm_type != 2 or not held:
             return original(gradients, params, norm_type)
@@ -44,7 +48,10 @@ def fused_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def overflow_of(groups: Iterable[Sequence[Tensor | None] | None]) -> Tensor:
     """Whether an element of any gradient is not finite, [1], left on the device."""
-    held = [g for group in groups for g in group or () if g is not None and g.numel()]
+    held: list[Tensor] = []
+    for group in groups:
+        flat = getattr(group, "flat_partition", None)  # padding is zero, which is finite
+        held += [flat] if flat is not None else [g for g in group or () if g is not None and g.numel()]
     if not held:
         return torch.zeros(1, dtype=torch.bool, device=get_accelerator().current_device_name())
     norms = torch._foreach_norm(held, float("inf"))

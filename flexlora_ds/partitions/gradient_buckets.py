@@ -1,9 +1,14 @@
-"""ZeRO-1 and 2: gradients go into a bucket, and from it into this process's partition, many in one copy.
+"""ZeRO-1 and 2: what DeepSpeed does with each gradient and each parameter by itself, done with many at once.
 
 DeepSpeed 0.19.8 copies every gradient by itself, in a hook written in Python, into the bucket that is reduced next,
-and once more into its partition (stage_1_and_2.py `reduce_independent_p_g_buckets_and_remove_grads`,
-`copy_grads_in_partition`). With the 480 small tensors of an 8B model's adapters a GPU waits for the host there. Here
-the hook only notes the gradient. Buckets, their order, reductions and all values are DeepSpeed's own.
+once more into memory of its partition, and joins those copies before the update (stage_1_and_2.py
+`reduce_independent_p_g_buckets_and_remove_grads`, `copy_grads_in_partition`, `get_flat_partition`). After the update
+it makes every parameter a view of the flat group anew, which it is already (`_update_model_bit16_weights`). With the
+480 small tensors of an 8B model's adapters a GPU waits for the host there.
+
+Here the hook only notes the gradient. A bucket is filled by one copy, and a second one moves what this process owns
+to its place in the partition, where the update reads it (`GradPartitionBufferGroup`, DeepSpeed's own form of that).
+Buckets, their order, reductions and all values are DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
 
@@ -20,41 +26,47 @@ def copy_gradients_together(engine: Any) -> None:
     """Let ZeRO-1 and 2 copy gradients by the bucket; other stages, and gradients on the host, stay as they are."""
     wrapper = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer) and _is_plain(wrapper):
-        together = _Together(wrapper)
-        wrapper.reduce_independent_p_g_buckets_and_remove_grads = together.note
-        wrapper.reduce_ipg_grads = together.reduce
-        wrapper.copy_grads_in_partition = together.keep
+        buckets, partitions = _Buckets(wrapper), _Partitions(wrapper)
+        wrapper.reduce_independent_p_g_buckets_and_remove_grads = buckets.note
+        wrapper.reduce_ipg_grads = lambda comm_dtype=None: _reduce(buckets, partitions, comm_dtype)
+        wrapper.copy_grads_in_partition = partitions.keep
+        wrapper.get_all_grad_tensors = partitions.take
+        wrapper.get_flat_partition = partitions.averaged
+        wrapper._update_model_bit16_weights = _Views(wrapper).renew
 
 
 def _is_plain(wrapper: DeepSpeedZeroOptimizer) -> bool:
     """Whether gradients take the way that is shortened here: a contiguous bucket of the parameters' own dtype."""
     special = wrapper.cpu_offload or wrapper.zenflow or wrapper.use_grad_accum_attribute
-    groups = range(len(wrapper.bit16_groups))
-    compact = any(wrapper._use_compact_grad_partition_buffer(group) for group in groups)
-    return bool(wrapper.contiguous_gradients) and not special and not compact
+    one_dtype = wrapper.gradient_accumulation_dtype == wrapper.dtype
+    muon = any(getattr(p, "use_muon", False) for group in wrapper.bit16_groups for p in group)
+    return bool(wrapper.contiguous_gradients) and one_dtype and not special and not muon
 
 
-class _Together:
-    """Stands in for three methods of one wrapper; holds gradients from their hook to their bucket's reduction.
+def _reduce(buckets: _Buckets, partitions: _Partitions, comm_dtype: torch.dtype | None) -> None:
+    """Reduce the buckets, or one of them, and take what this process owns out of them."""
+    wrapper = buckets.wrapper
+    buckets.fill([*wrapper.ipg_buckets] if comm_dtype is None else [comm_dtype])
+    partitions.prepare()
+    type(wrapper).reduce_ipg_grads(wrapper, comm_dtype=comm_dtype)
+    partitions.collect()
 
-    A bucket's elements are the most that it holds beyond DeepSpeed's own buffers.
-    """
+
+class _Buckets:
+    """Holds gradients from their hook until their bucket is reduced, a bucket's elements at most."""
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
-        self.theirs = type(wrapper)
         self.noted: dict[torch.dtype, list[Tensor]] = {}
         """By the dtype of communication: the last gradients of the bucket, not yet in its buffer."""
         self.streams: set[Any] = set()
         """Where the noted gradients were computed."""
-        self.kept: list[tuple[Any, int | None]] = []
-        """(parameter of this process's partition, its group): reduced, still in the bucket's buffer."""
 
     def note(self, param: Any, group: int) -> None:
         """In the gradient's hook: it is the bucket's next, and a full bucket is reduced before."""
         wrapper, size = self.wrapper, param.numel()
         if not 0 < size <= wrapper.reduce_bucket_size or not getattr(param, "ds_grad_is_ready", True):
-            self.theirs.reduce_independent_p_g_buckets_and_remove_grads(wrapper, param, group)
+            type(wrapper).reduce_independent_p_g_buckets_and_remove_grads(wrapper, param, group)
             return
         dtype = wrapper.get_param_comm_dtype(param)
         bucket = wrapper.ipg_buckets[dtype]
@@ -71,55 +83,148 @@ class _Together:
         bucket.grads.append(gradient)
         bucket.params.append((group, param.param_idx_in_group, number))
 
-    def reduce(self, comm_dtype: torch.dtype | None = None) -> None:
-        """Reduce the buckets, or one of them, and take what this process owns out of them."""
-        wrapper = self.wrapper
-        for dtype in list(wrapper.ipg_buckets) if comm_dtype is None else [comm_dtype]:
-            self._fill(wrapper.ipg_buckets[dtype], self.noted.pop(dtype, []))
-        self.theirs.reduce_ipg_grads(wrapper, comm_dtype=comm_dtype)
-        kept, self.kept = self.kept, []
-        if not kept:
+    def fill(self, dtypes: list[torch.dtype]) -> None:
+        """Copy what was noted into the buckets' buffers; each gradient is its part of one from then on."""
+        streams, self.streams = self.streams, set()
+        for dtype in dtypes:
+            gradients, bucket = self.noted.pop(dtype, []), self.wrapper.ipg_buckets[dtype]
+            if not gradients:
+                continue
+            if streams:
+                _wait_for(streams, gradients)
+                bucket.copy_streams.add(get_accelerator().current_stream())
+            sizes = [gradient.numel() for gradient in gradients]
+            room = bucket.buffer[bucket.index].narrow(0, bucket.elements - sum(sizes), sum(sizes))
+            places = [
+                part.view(gradient.shape)
+                for part, gradient in zip(torch.split(room, sizes), gradients, strict=True)
+            ]
+            torch._foreach_copy_(places, gradients)
+            for gradient, place in zip(gradients, places, strict=True):
+                gradient.data = place
+
+
+class _Partitions:
+    """This process's reduced gradients: one flat tensor for each parameter group, in the order of its partition."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
+        self.layouts = [_Layout(wrapper, group) for group in range(len(wrapper.bit16_groups))]
+        self.flat: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        """Of the backward pass that runs: the group's partition, and its parts."""
+        self.kept: list[tuple[Any, int]] = []
+        """(parameter of this process's partition, its group): reduced, still in the bucket's buffer."""
+
+    def prepare(self) -> None:
+        """Make the partitions before a reduction, on the stream for which the reduction waits."""
+        if self.flat:
             return
-        accelerator = get_accelerator()
-        stream = wrapper.reduction_stream if wrapper.overlap_comm else accelerator.current_stream()
-        with accelerator.stream(stream):
-            # The first makes the partition's buffer where there is none.
-            self.theirs.copy_grads_in_partition(wrapper, *kept[0])
-            gradients = [wrapper.get_gradient_for_reduction(param) for param, _ in kept[1:]]
-            _move(gradients, wrapper.grads_in_partition, wrapper.grads_in_partition_offset)
-            wrapper.grads_in_partition_offset += sum(g.numel() for g in gradients)
+        device = get_accelerator().current_device_name()
+        for group, layout in enumerate(self.layouts):
+            flat = torch.zeros(layout.elements, dtype=self.wrapper.dtype, device=device)
+            self.flat[group] = flat, torch.split(flat, layout.sizes)
 
     def keep(self, param: Any, group: int | None = None) -> None:
         """A reduced gradient of this process's partition: it leaves the bucket with the others."""
-        self.kept.append((param, group))
+        self.kept.append((param, self.wrapper._get_param_group_idx(param) if group is None else group))
 
-    def _fill(self, bucket: Any, gradients: list[Tensor]) -> None:
-        if not gradients:
+    def collect(self) -> None:
+        """Move what was kept out of the bucket, whose buffer is needed for the next."""
+        kept, self.kept = self.kept, []
+        if not kept:
             return
-        streams, self.streams = self.streams, set()
-        if len(streams) > 1 or (streams and get_accelerator().current_stream() not in streams):
-            _wait_for(streams, gradients)
-        if gradients[0].is_cuda and self.wrapper.overlap_comm:
-            bucket.copy_streams.add(get_accelerator().current_stream())
-        _move(gradients, bucket.buffer[bucket.index], bucket.elements - sum(g.numel() for g in gradients))
+        wrapper, places, values = self.wrapper, [], []
+        for param, group in kept:
+            index, start = self.layouts[group].places[wrapper.get_param_id(param)]
+            place, gradient = self.flat[group][1][index], wrapper.get_gradient_for_reduction(param).view(-1)
+            places.append(place)
+            values.append(
+                gradient if place.numel() == gradient.numel() else gradient.narrow(0, start, place.numel())
+            )
+        accelerator = get_accelerator()
+        stream = wrapper.reduction_stream if wrapper.overlap_comm else accelerator.current_stream()
+        with accelerator.stream(stream):
+            torch._foreach_copy_(places, values)
+
+    def take(self, params: list[Any], dtype: torch.dtype) -> list[Tensor]:
+        """What DeepSpeed adds up over micro-batches: the group's partition, in place of a gradient per parameter."""
+        self.prepare()
+        group = next(i for i, held in enumerate(self.wrapper.params_in_partition) if held is params)
+        flat, _ = self.flat.pop(group)
+        assert flat.dtype == dtype
+        return [flat]
+
+    def averaged(self, *args: Any, param_group_idx: int, **others: Any) -> GradPartitionBufferGroup:
+        """What the norm, the verdict and the update read."""
+        (flat,) = self.wrapper.all_grad_tensors[param_group_idx]
+        return _Averaged(flat, self.layouts[param_group_idx])
 
 
-def _move(gradients: list[Tensor], buffer: Tensor, offset: int) -> None:
-    """Copy gradients into a flat buffer from `offset` on, one behind the other, and let each be its part of it."""
-    if not gradients:
-        return
-    sizes = [gradient.numel() for gradient in gradients]
-    parts = torch.split(buffer.view(-1).narrow(0, offset, sum(sizes)), sizes)
-    places = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
-    torch._foreach_copy_(places, gradients)
-    for gradient, place in zip(gradients, places, strict=True):
-        gradient.data = place
+class _Layout:
+    """The parts of a group's partition: parameters, and padding between and behind them."""
+
+    def __init__(self, wrapper: Any, group: int) -> None:
+        parts = wrapper._build_compact_grad_partition_buffer(group)
+        self.elements = parts.flat_partition.numel()
+        self.sizes = [part.numel() for part in parts]
+        self.padding = [i for i, part in enumerate(parts) if getattr(part, "_zero_padding", False)]
+        rank = comm.get_rank(group=wrapper.real_dp_process_group[group])
+        holding = iter(i for i in range(len(parts)) if i not in set(self.padding))
+        self.places: dict[int, tuple[int, int]] = {}
+        """By the parameter's number: its part, and the first of its elements there."""
+        for param in wrapper.params_in_partition[group]:
+            number = wrapper.get_param_id(param)
+            start = int(wrapper.grad_start_offset[group][rank][number])
+            if param.numel() > start:
+                self.places[number] = next(holding), start
+
+
+class _Averaged(GradPartitionBufferGroup):  # type: ignore[misc]  # DeepSpeed has no types
+    """DeepSpeed's form of a partition's gradients, made without a loop over them."""
+
+    def __init__(self, flat: Tensor, layout: _Layout) -> None:
+        list.__init__(self)
+        self.flat_partition, self._layout = flat, layout
+        self._split()
+
+    def move_flat_partition(self, device: Any, non_blocking: bool = False) -> None:
+        """To another device and back (`engine.offload_states`)."""
+        self.flat_partition.data = self.flat_partition.data.to(device, non_blocking=non_blocking)
+        self._split()
+
+    def _split(self) -> None:
+        self[:] = torch.split(self.flat_partition, self._layout.sizes)
+        for index in self._layout.padding:
+            self[index]._zero_padding = True
+
+
+class _Views:
+    """Parameters are views of their group's flat tensor, which the update changes in place."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
+        self.known: dict[int, tuple[int, ...]] = {}
+
+    def renew(self, group: int) -> None:
+        """Make the views anew, where one of them lies elsewhere than it did after the last time."""
+        if self.known.get(group) == self._pointers(group):
+            return
+        type(self.wrapper)._update_model_bit16_weights(self.wrapper, group)
+        self.known[group] = self._pointers(group)
+
+    def _pointers(self, group: int) -> tuple[int, ...]:
+        wrapper = self.wrapper
+        return (
+            wrapper.bit16_groups_flat[group].data_ptr(),
+            *(p.data_ptr() for p in wrapper.bit16_groups[group]),
+        )
 
 
 def _wait_for(streams: set[Any], gradients: list[Tensor]) -> None:
     """Let the current stream go on after others, and keep their memory until it has read the gradients."""
     here = get_accelerator().current_stream()
-    for stream in streams - {here}:
+    elsewhere = [stream for stream in streams if stream != here]
+    for stream in elsewhere:
         here.wait_stream(stream)
-    for gradient in gradients:
+    for gradient in gradients if elsewhere else []:
         gradient.record_stream(here)

@@ -62,6 +62,18 @@ def live_shards(engine: Any) -> Shards:
     return shards_of_wrapper(engine.optimizer, stage)
 
 
+def whereabouts(engine: Any) -> tuple[Any, ...]:
+    """Where masters and parameters lie. As long as it is the same, a master of an earlier `live_shards` is the master.
+
+    That holds for whoever keeps such a master: nothing else can come to lie in its place.
+    """
+    parameters = (getattr(p, "ds_tensor", p) for group in trainable_groups(engine) for p in group)
+    return (
+        *(master.data_ptr() for master in flat_masters(engine)),
+        *((p.data_ptr(), p.shape) for p in parameters),
+    )
+
+
 def _replicated(engine: Any) -> Shards:
     """Every process holds everything: torch alone, DistributedDataParallel, stage 0."""
     plain = engine.optimizer is engine.basic_optimizer

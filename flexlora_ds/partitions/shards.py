@@ -8,7 +8,7 @@ stage the processes hold a parameter in the order of their ranks, so that a whol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,10 +142,16 @@ class Shards:
     @torch.no_grad()
     def write_all(self, key: str, wholes: Mapping[nn.Parameter, Tensor]) -> None:
         """`write` of many, which a GPU copies in a few kernels."""
-        if not wholes:
-            return
         copies = [copy for p, whole in wholes.items() for copy in self._copies(p, key, whole)]
-        torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
+        copy_all([to for to, _ in copies], [values for _, values in copies])
+
+    def in_place(self, p: nn.Parameter) -> Tensor | None:
+        """The master itself in its parameter's shape, where this process has all of it on the engine's device."""
+        alone = self.replicated or self.world_size == 1
+        if not alone or p in self.low_precision:
+            return None
+        master = self.local(p, MASTER)
+        return master.view(self.shapes[p]) if master.device == self.device else None
 
     def _copies(self, p: nn.Parameter, key: str, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What is written where, for one whole tensor."""
@@ -159,6 +165,17 @@ class Shards:
             if p.numel() != whole.numel():
                 return
         yield p.data, whole.view(p.shape)
+
+
+def copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """`to[i].copy_(values[i])` for all i, in a few kernels on a GPU, where only equal dtypes go together."""
+    by_dtype: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for place, value in zip(to, values, strict=True):
+        places, sources = by_dtype.setdefault((place.dtype, value.dtype), ([], []))
+        places.append(place)
+        sources.append(value)
+    for places, sources in by_dtype.values():
+        torch._foreach_copy_(places, sources)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

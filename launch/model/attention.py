@@ -17,7 +17,13 @@ from flexlora_ds.command import one_line
 from flexlora_ds.config import Auto
 from flexlora_ds.errors import UserError
 from launch.model.liger import LLAMA_LIKE
-from launch.model.packed_attention import Varlen, register_packed_sdpa, register_packed_varlen, working_varlen
+from launch.model.packed_attention import (
+    Varlen,
+    flash_varlen,
+    register_packed_sdpa,
+    register_packed_varlen,
+    working_varlen,
+)
 from launch.model.skeleton import Skeleton
 from launch.options.train_options import Attention
 
@@ -126,7 +132,7 @@ def torch_varlen(dtype: str) -> Varlen | None:
         from torch.nn.attention.varlen import varlen_attn
 
         kind = torch.bfloat16 if dtype == "bf16" else torch.float16
-        varlen = working_varlen(varlen_attn, _device(), kind)
+        varlen = working_varlen((flash_varlen, varlen_attn), _device(), kind)
         reason = "its results are not those of sdpa"
     except Exception as error:  # whatever it is: there are other kernels
         varlen, reason = None, f"{type(error).__name__}: {one_line(str(error), LONGEST_TEXT) or 'no text'}"

@@ -81,12 +81,13 @@ def test_every_state_of_every_survivor_is_carried_exactly(processes: Processes, 
             assert worst == {"survivors": 0.0, "newborn state": 0.0, "lr": 0.0, "counters": 0.0}
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_decoupled_step_is_exact_on_the_masters(two_processes: Processes, stage: int) -> None:
-    """One by one as on a CPU, and matrices of one shape together as on a GPU."""
-    for stacked in (False, True):
-        case = {"stage": stage, "dtype": "bf16", "stacked": stacked}
-        for worst in two_processes.run(worker.regularised, case):
+@pytest.mark.parametrize("stage", [*range(4), worker.TORCH])
+def test_the_decoupled_step_is_exact_on_the_masters(processes: Processes, stage: int | str) -> None:
+    """One by one as on a CPU, and matrices of one shape together as on a GPU; also where their places are known."""
+    for stacked, kept in ((False, False), (True, False), (False, True), (True, True)):
+        dtype = "fp32" if stage == worker.TORCH else "bf16"
+        case = {"stage": stage, "dtype": dtype, "stacked": stacked, "kept": kept}
+        for worst in processes.run(worker.regularised, case):
             assert worst.pop("moved") < 100
             assert worst.pop("parameters") == 0
             assert all(error < 1e-6 for error in worst.values()), worst

@@ -27,6 +27,7 @@ from launch.model.packed_attention import (
     PACKED_SDPA,
     PACKED_VARLEN,
     Varlen,
+    flash_varlen,
     packed_sdpa,
     packed_varlen,
     register_packed_sdpa,
@@ -206,18 +207,18 @@ CPU_BF16 = (DEVICE, torch.bfloat16)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_of_varlen_is_found_by_trying(form: str) -> None:
     function, repeat = FORMS[form]
-    varlen = working_varlen(function, *CPU_BF16)
+    varlen = working_varlen([function], *CPU_BF16)
     assert varlen is not None and varlen._repeat == repeat
 
 
 def test_a_varlen_that_computes_something_else_or_fails_is_not_taken() -> None:
-    assert working_varlen(wrong_varlen, *CPU_BF16) is None
+    assert working_varlen([wrong_varlen], *CPU_BF16) is None
 
     def missing(*_: Any, **__: Any) -> torch.Tensor:
         raise NotImplementedError("no kernel for this card")
 
     with pytest.raises(NotImplementedError, match="no kernel for this card"):
-        working_varlen(missing, *CPU_BF16)
+        working_varlen([missing], *CPU_BF16)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -365,3 +366,22 @@ def test_torchs_own_varlen_attention_works_here() -> None:
     pytest.importorskip("torch.nn.attention.varlen")
     assert torch_varlen("bf16") is not None and torch_varlen("fp16") is not None
     assert implementation_of("varlen", dtype="bf16", packed=True) == PACKED_VARLEN
+
+
+def test_torchs_kernel_has_gradients_and_shapes_without_its_operator_in_python() -> None:
+    """On the meta device: torch's attention of shared heads, called as `flash_varlen` calls it, has a backward pass."""
+    options: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    query, key, value = (torch.empty(20, heads, 64, **options) for heads in (4, 2, 2))
+    ends = torch.empty(3, dtype=torch.int32, device="meta")
+    output = flash_varlen(query, key, value, ends, ends, 10, 10, scale=0.1, window_size=(-1, 0))
+    assert output.shape == query.shape
+    gradients = torch.autograd.grad(output, [query, key, value], torch.empty_like(output))
+    assert [g.shape for g in gradients] == [query.shape, key.shape, value.shape]
+
+
+def test_the_next_function_is_tried_where_one_is_missing_or_wrong() -> None:
+    def missing(*_: Any, **__: Any) -> torch.Tensor:
+        raise NotImplementedError("no kernel for this card")
+
+    varlen = working_varlen([missing, wrong_varlen, plain_varlen], *CPU_BF16)
+    assert varlen is not None and varlen._function is plain_varlen
