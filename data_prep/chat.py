@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
-from data_prep.chat_template import ChatTemplate
+from data_prep.chat_template import ChatTemplate, require_asked
 from data_prep.messages import ChatRecord, Message, is_answer
 from data_prep.records import Entry, Record
 from flexlora_ds.errors import UserError
@@ -90,8 +90,8 @@ def chat_pieces(template: ChatTemplate, messages: Sequence[Message]) -> list[Pie
     White space after an answer's end mark belongs to the next piece.
 
     Raises:
-        UserError: the template refuses these messages, leaves out or changes what one says, or writes an answer
-            differently once more follows: then its tokens cannot be identified.
+        UserError: the template refuses these messages, leaves out or changes what one says, writes a question behind
+            its answer, or an answer differently once more follows: then its tokens cannot be identified.
     """
     last = max(index for index, turn in enumerate(messages) if is_answer(turn))
     messages = messages[: last + 1]
@@ -101,6 +101,7 @@ def chat_pieces(template: ChatTemplate, messages: Sequence[Message]) -> list[Pie
     for index, turn in enumerate(messages):
         if is_answer(turn):
             start, content_end, end = _place_of_answer(template, messages, index, whole)
+            require_asked(whole[:start], messages[:index])
         elif turn.get("weight") == 0 and turn["content"].strip():
             start, content_end = _place_of(template, messages, index, whole)
             end = content_end

@@ -165,18 +165,43 @@ def _as(form: str, content: str) -> Any:
     return content if form == _TEXT else [{"type": "text", "text": content}]
 
 
+def require_asked(text: str, messages: Sequence[Message]) -> None:
+    """See that what precedes an answer holds all messages before it.
+
+    Raises:
+        UserError: the template writes one of them behind the answer.
+    """
+    missing = _first_missing(text, messages)
+    if missing is not None:
+        raise UserError(
+            f"the tokenizer's chat template writes message {missing + 1} ({messages[missing]['role']}) "
+            "behind an answer to it",
+            mend="use another template",
+        )
+
+
 def _require_contents(text: str, messages: Sequence[Message]) -> None:
-    """Every message is in the text, white space at its ends aside, in its order; the system's may be anywhere."""
+    missing = _first_missing(text, messages)
+    if missing is not None:
+        raise UserError(
+            f"the tokenizer's chat template changes what message {missing + 1} ({messages[missing]['role']}) says",
+            mend="leave out of it what the template removes or rewrites, or use another template",
+        )
+
+
+def _first_missing(text: str, messages: Sequence[Message]) -> int | None:
+    """The first message that is not in the text, white space at its ends aside, in its order.
+
+    The system's may be anywhere.
+    """
     at = 0
     for index, turn in enumerate(messages):
         content = turn["content"].strip()
         found = text.find(content, 0 if turn["role"] == "system" else at)
         if found < 0:
-            raise UserError(
-                f"the tokenizer's chat template changes what message {index + 1} ({turn['role']}) says",
-                mend="leave out of it what the template removes or rewrites, or use another template",
-            )
+            return index
         at = at if turn["role"] == "system" else found + len(content)
+    return None
 
 
 def _lost(index: int, role: str) -> UserError:

@@ -193,6 +193,12 @@ def test_scoring_reads_the_very_tokens_that_training_learns(template: str, eos: 
         (THINKING, TWO, "tokens of message 2 cannot be identified", "weight 0 on the answers before"),
         (CHANNELS, TWO, "tokens of message 2 cannot be identified", "weight 0 on the answers before"),
         ("{{ messages[0]['content'] }}", ONE, r"leaves out what message 2 \(assistant\)", "another template"),
+        (
+            "{% for m in messages %}{% if loop.index0 % 2 %}{{ m['content'] }}{% endif %}{% endfor %}{{ messages }}",
+            ONE,
+            r"writes message 1 \(user\) behind an answer",
+            "another template",
+        ),
         ("{{ 1 / 0 }}", ONE, "refuses it: division by zero", "another template"),
         ("{% for m in messages %}{{ m.no.such }}{% endfor %}", ONE, "refuses it", "another template"),
     ],
