@@ -51,7 +51,8 @@ COMPILED_KINDS = (
 )
 ONLY_SHORT = ("PEFT AdaLoRA", "FlexLoRA padded", AS_IT_COMES)
 UNPROFILED = ("FlexLoRA rank changes", "FlexLoRA padded", "PEFT AdaLoRA", "FlexLoRA compiled, rank changes")
-CHANGE_EVERY = 20
+CHANGE_EVERY = 8
+"""Steps: one of the timed ones ends in a rank change, where ranks change."""
 WARM_UP, BLOCK, ROUNDS = 3, 3, 4
 SETTINGS = ((32, "short"), (32, "long"), (8, "short"), (8, "long"))
 LOADS = {"short": 16, "long": 42}
