@@ -55,7 +55,7 @@ def build_engine(
         model.enable_input_require_grads()
     trained = method.adapt(model, beginning)
     if settled.computation.compiled == "blocks":
-        compile_blocks(trained)
+        compile_blocks(trained, or_plain="compile" not in settled.given)
     if ranks is not None:
         set_ranks(trained, ranks)
     trained.train()

@@ -64,6 +64,7 @@ def resolve_attention(
     machine: Machine,
     works: Callable[[], bool],
     supported: Collection[str] = ("eager", "sdpa", "flash_attention_2"),
+    varlen_first: bool = False,
 ) -> Attention:
     """The kernels by our names; `auto` takes flash where it is installed, then varlen where it `works`, sdpa, eager.
 
@@ -72,6 +73,7 @@ def resolve_attention(
         place: where `asked` was given, for messages.
         works: whether varlen computes what sdpa does here; called only where it might be taken.
         supported: what the model's class has, under transformers' names.
+        varlen_first: take varlen before flash: compiled layers take packed examples under varlen alone.
 
     Raises:
         UserError: the model has not what was asked for, or flash or varlen cannot run here.
@@ -96,11 +98,14 @@ def resolve_attention(
         if ATTENTION_NAMES[asked] not in supported:
             raise UserError(f"this model has no attention {asked}", place, "choose auto or eager")
         return asked
-    if can_flash and ATTENTION_NAMES["flash"] in supported:
+    has_flash = can_flash and ATTENTION_NAMES["flash"] in supported
+    if has_flash and not varlen_first:
         return "flash"
     if ATTENTION_NAMES["sdpa"] not in supported:
-        return "eager"
-    return "varlen" if packed is not False and can_varlen and works() else "sdpa"
+        return "flash" if has_flash else "eager"
+    if packed is not False and can_varlen and works():
+        return "varlen"
+    return "flash" if has_flash else "sdpa"
 
 
 def resolve_packed(asked: bool | Auto, *, model_type: str, attention: Attention, gpu: bool) -> bool:

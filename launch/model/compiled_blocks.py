@@ -14,6 +14,7 @@ Evaluation, generation, autocast, and packed batches whose attention goes throug
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, Handed
+from flexlora_ds.command import one_line
 from flexlora_ds.dropout.apply import columns_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.rounding import round_up
@@ -39,17 +41,23 @@ _GRAPHS = 64
 _OfMatrix: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+def compile_blocks(
+    model: nn.Module, backend: str | Callable[..., Any] = "inductor", *, or_plain: bool = False
+) -> int:
     """Compile every decoder layer of an adapted model in place; returns how many there are.
 
     After `inject_adapters`, before `deepspeed.initialize`, at ZeRO-0, 1 or 2: ZeRO-3 gathers weights in hooks inside a
     layer. The first training step compiles.
 
+    Args:
+        or_plain: where the first layer cannot be compiled, warn and take all layers as they are.
+
     Raises:
         UserError: the model has no decoder layers, or one of them holds a linear layer that is not torch's own.
     """
     layers = decoder_layers(model)
-    shared = _Shared(torch.compile(_body, fullgraph=True, dynamic=True, backend=backend))
+    compiled = torch.compile(_body, fullgraph=True, dynamic=True, backend=backend)
+    shared = _Shared(compiled, or_plain=or_plain)
     for layer in layers:
         layer.forward = CompiledBlock(layer, shared)
     return len(layers)
@@ -83,9 +91,21 @@ class CompiledBlock:
 
     def __call__(self, hidden_states: Tensor, **others: Any) -> Any:
         layer: Any = self.layer
-        inputs = self._inputs(hidden_states, others)
+        inputs = None if self.shared.plain else self._inputs(hidden_states, others)
         if inputs is None:
             return type(layer).forward(layer, hidden_states, **others)
+        try:
+            output = self._computed(layer, hidden_states, inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if not self.shared.may_give_up():
+                raise
+            self.context.handed = None
+            self.shared.give_up(error)
+            return type(layer).forward(layer, hidden_states, **others)
+        self.shared.compiles = True
+        return output
+
+    def _computed(self, layer: Any, hidden_states: Tensor, inputs: dict[str, Any]) -> Any:
         if not hidden_states.requires_grad:  # the first layer, which is to run the code of the others
             hidden_states = hidden_states.detach().requires_grad_()
         if getattr(layer, "gradient_checkpointing", False) and _checkpoints_itself(type(layer)):
@@ -159,7 +179,26 @@ class _Shared:
     """What the layers of a model share."""
 
     compiled: Callable[..., Any]
+    or_plain: bool = False
     inside: bool | None = None
+    compiles: bool = False
+    """Whether a layer has been compiled."""
+    plain: bool = False
+    """Whether none can be, and all are taken as they are."""
+
+    def may_give_up(self) -> bool:
+        """Whether a failure is that of the first layer, and nobody has asked for compiled ones."""
+        return self.or_plain and not self.compiles
+
+    def give_up(self, error: Exception) -> None:
+        """Take all layers as they are."""
+        self.plain = True
+        cause = getattr(error, "inner_exception", error)
+        reason = one_line(str(cause), 200) or type(cause).__name__
+        warnings.warn(
+            f"decoder layers are not compiled, which is slower: {reason}; `compile: false` is silent",
+            stacklevel=2,
+        )
 
     def lie_inside(self, matrices: list[AdaptedLinear]) -> bool:
         """Whether parameters lie in a buffer of many, as ZeRO keeps them; decided at the first call."""

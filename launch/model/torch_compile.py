@@ -18,21 +18,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexlora_ds.base_model.precision import Dtype
+from flexlora_ds.config import Auto
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import show
 from launch.model.liger import foreign_base
 from launch.options.method_traits import TRAITS
-from launch.options.train_options import Attention, Compile, Method
+from launch.options.train_options import Attention, Compile, Kernels, Method
 
 
-def resolve_compile(asked: bool | Compile) -> Compile | None:
-    """`true` means pieces, `false` nothing."""
-    if asked is True:
-        return "pieces"
-    return asked or None
+def resolve_compile(asked: bool | Compile | Auto, *, blocks: bool) -> Compile | None:
+    """`true` means pieces, `false` nothing, `auto` blocks where that is `wants_blocks` and nothing is in the way."""
+    if asked == "auto":
+        return "blocks" if blocks else None
+    return "pieces" if asked is True else asked or None
 
 
-def require_compiler(asked: bool | Compile, *, method: Method, config: Any, place: str) -> None:
+def wants_blocks(
+    asked: bool | Compile | Auto,
+    *,
+    method: Method,
+    config: Any,
+    stage: int,
+    dtype: Dtype,
+    kernels: Kernels | Auto,
+    gpu: bool,
+) -> bool:
+    """Whether `auto` is to compile whole layers: without it the host is slower than a GPU (docs/gpu.md).
+
+    Args:
+        config: transformers' configuration of the model.
+        kernels: as asked for; Liger's would be in the way.
+    """
+    possible = gpu and dtype == "bf16" and stage != 3 and kernels != "liger"
+    known = TRAITS[method].changes_ranks and foreign_base(config) is None
+    return asked == "auto" and possible and known and shutil.which(_compiler()) is not None
+
+
+def require_compiler(asked: bool | Compile | Auto, *, method: Method, config: Any, place: str) -> None:
     """See that what `compile` needs is there, before a model is loaded.
 
     Args:
@@ -42,7 +65,7 @@ def require_compiler(asked: bool | Compile, *, method: Method, config: Any, plac
     Raises:
         UserError: no C++ compiler, a model whose pieces are not known, or whole layers for LoRA.
     """
-    if not asked:
+    if not asked or asked == "auto":
         return
     wanted = f"compile {show(asked)}"
     if asked == "blocks" and not TRAITS[method].changes_ranks:
@@ -50,16 +73,19 @@ def require_compiler(asked: bool | Compile, *, method: Method, config: Any, plac
     foreign = foreign_base(config)
     if foreign:
         raise UserError(f"{wanted} {foreign}", place, "leave it false")
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if shutil.which(_compiler()) is None:
         raise UserError(
-            f"{wanted} needs a C++ compiler, and there is no {compiler}",
+            f"{wanted} needs a C++ compiler, and there is no {_compiler()}",
             place,
             "install one, name yours in the variable CXX, or leave it false",
         )
 
 
-def require_stage(asked: bool | Compile, *, stage: int, place: str) -> None:
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def require_stage(asked: bool | Compile | Auto, *, stage: int, place: str) -> None:
     """See that nothing gathers weights inside what is compiled.
 
     Raises:

@@ -124,7 +124,7 @@ class TrainOptions(FlexLoRAConfig):
     dtype: Annotated[Dtype | Auto, SPEED, MAY_CHANGE] = "auto"
     """Precision of weights and activations (masters are fp32); auto is bf16 on a GPU (an old one: fp16), else fp32."""
     attention: Annotated[Attention | Auto, SPEED, MAY_CHANGE] = "auto"
-    """Attention kernels; auto is flash where it runs, else varlen (torch's own) where it does, else sdpa."""
+    """Attention kernels; auto: flash where it runs, else varlen (torch's own), else sdpa; varlen first with blocks."""
     gradient_checkpointing: Annotated[bool | Auto, SPEED, MAY_CHANGE] = "auto"
     """Whether activations are recomputed in the backward pass; auto does so where memory needs it."""
     padding_free: Annotated[bool | Auto, SPEED, MAY_CHANGE] = "auto"
@@ -133,8 +133,9 @@ class TrainOptions(FlexLoRAConfig):
     """Whether batches are made of records of like length: less padding, but other records share a batch."""
     kernels: Annotated[Kernels | Auto, SPEED, MAY_CHANGE] = "auto"
     """The base's norm, rotary embedding and SwiGLU: Liger's fused kernels or none; auto is liger where it runs."""
-    compile: Annotated[bool | Compile, SPEED, MAY_CHANGE] = False
-    """What torch compiles: pieces (norm and SwiGLU; true means these) or blocks (whole layers, not at ZeRO-3)."""
+    compile: Annotated[bool | Compile | Auto, SPEED, MAY_CHANGE] = "auto"
+    """What torch compiles: blocks (whole layers, not at ZeRO-3), pieces (norm and SwiGLU; true means these) or nothing;
+    auto is blocks for FlexLoRA in bf16 on a GPU, where they can be."""
 
     memory_check: Annotated[bool | Auto, SPEED, MAY_CHANGE] = "auto"
     """Whether the largest micro-batch is tried before the first step, so that no later one runs out; auto: on a GPU."""

@@ -74,6 +74,8 @@ class MemorySetting:
     """Tokens whose logits exist at once; None if all do."""
     fused_kernels: bool = False
     """Liger's norm and SwiGLU, which keep less."""
+    compiled_layers: bool = False
+    """Whole layers compiled, which keep least."""
     bucket: int | None = None
     """Elements of the buffer in which ZeRO reduces gradients; None: hidden size squared."""
 
@@ -175,7 +177,9 @@ def estimate_memory(
     )
 
 
-def layer_bytes_per_token(shape: ModelShape, dtype: str, *, fused_kernels: bool = False) -> int:
+def layer_bytes_per_token(
+    shape: ModelShape, dtype: str, *, fused_kernels: bool = False, compiled: bool = False
+) -> int:
     """Bytes that one decoder layer with a frozen base and adapters keeps for the backward pass, for a token.
 
     Counted for Llama as transformers runs it. A frozen layer keeps nothing, an adapted one its input.
@@ -187,9 +191,13 @@ def layer_bytes_per_token(shape: ModelShape, dtype: str, *, fused_kernels: bool 
     | the rotated keys; the values | 2 keys |
     | gate; up; the activation; their product | 4 intermediate |
 
-    Liger's norms keep the stream in the model's dtype, and its SwiGLU computes the activation again.
+    Liger's norms keep the stream in the model's dtype, and its SwiGLU computes the activation again. A layer compiled
+    whole also computes their product again, and what one norm gives (3.26 MB a token of the 8B shape: docs/gpu.md).
     """
     width = BYTES[dtype]
+    if compiled:
+        elements = 5 * shape.hidden_size + 2 * shape.kv_size + 2 * shape.intermediate_size
+        return elements * width
     stream = 2 * shape.hidden_size * (width if fused_kernels else BYTES["fp32"])
     mlp = (3 if fused_kernels else 4) * shape.intermediate_size
     return stream + (4 * shape.hidden_size + 2 * shape.kv_size + mlp) * width
@@ -198,7 +206,9 @@ def layer_bytes_per_token(shape: ModelShape, dtype: str, *, fused_kernels: bool 
 def _activations(shape: ModelShape, setting: MemorySetting, tokens: int, dropped_inputs: int) -> float:
     """With checkpointing the layers' inputs, and one layer at a time, after the logits are gone."""
     width = BYTES[setting.dtype]
-    of_layer = layer_bytes_per_token(shape, setting.dtype, fused_kernels=setting.fused_kernels)
+    of_layer = layer_bytes_per_token(
+        shape, setting.dtype, fused_kernels=setting.fused_kernels, compiled=setting.compiled_layers
+    )
     layers = tokens * (shape.layers * of_layer + dropped_inputs * (width + MASK))
     if setting.gradient_checkpointing:
         one = layers / max(1, shape.layers)

@@ -8,7 +8,7 @@ import torch
 
 from flexlora_ds.adapter.inject import check_rank
 from flexlora_ds.base_model.precision import Dtype, resolve_dtype
-from flexlora_ds.partitions.unsupported import check_refusals
+from flexlora_ds.partitions.unsupported import check_refusals, lookup
 from launch.data.prepare import resolve_prompt
 from launch.distributed.process import choose_accelerator
 from launch.engine.adam import adam_settings
@@ -24,8 +24,14 @@ from launch.model.attention import Machine, require_separable, resolve_attention
 from launch.model.computation import Computation
 from launch.model.liger import liger_installed, resolve_kernels
 from launch.model.skeleton import Skeleton, read_skeleton
-from launch.model.torch_compile import require_compiler, require_stage, resolve_compile
-from launch.options.train_options import Kernels, TrainOptions
+from launch.model.torch_compile import (
+    blocks_obstacle,
+    require_compiler,
+    require_stage,
+    resolve_compile,
+    wants_blocks,
+)
+from launch.options.train_options import TrainOptions
 from launch.planning.match_params import match_params
 from launch.planning.memory_plan import MemoryPlan, resolve_checkpointing
 from launch.trackers.known import require_installed
@@ -35,6 +41,7 @@ LEFT_TO_US = (
     "attention",
     "padding_free",
     "kernels",
+    "compile",
     "gradient_checkpointing",
     "micro_batch_size",
 )
@@ -68,11 +75,21 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         skeleton = replace(skeleton, ranks=dict(start.ranks))
     if options.method == "peft":
         skeleton = replace(skeleton, file_parameters=count_parameters(options))
-    kernels = _kernels(options, skeleton)
-    plan = MemoryPlan(options, dtype, world_size, source.settings, skeleton, False, kernels)
+    stage = int(lookup(source.settings, "zero_optimization.stage") or 0)
+    computation = _computation(options, dtype, skeleton, stage=stage)
+    plan = MemoryPlan(
+        options,
+        dtype,
+        world_size,
+        source.settings,
+        skeleton,
+        False,
+        computation.kernels,
+        computation.compiled,
+    )
     checkpointing = resolve_checkpointing(plan)
     layout = replace(plan, gradient_checkpointing=checkpointing).layout()
-    computation = _computation(options, dtype, skeleton, kernels, checkpointing)
+    computation = replace(computation, gradient_checkpointing=checkpointing)
     repeatable = options.replace(dtype=dtype, gradient_checkpointing=checkpointing)
     ds_config = resolve_ds_config(
         source, repeatable, layout, dtype, hidden_size=getattr(skeleton.text_config, "hidden_size", None)
@@ -86,6 +103,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     used = repeatable.replace(
         micro_batch_size=layout.micro_batch_size,
         kernels=computation.kernels,
+        compile=computation.compiled or False,
         padding_free=computation.packed,
         memory_check=torch.cuda.is_available() if options.memory_check == "auto" else options.memory_check,
     )
@@ -93,22 +111,19 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam, match, doubts)
 
 
-def _kernels(options: TrainOptions, skeleton: Skeleton) -> Kernels:
-    return resolve_kernels(
-        options.kernels,
-        compiled=options.compile,
-        config=skeleton.config,
-        gpu=torch.cuda.is_available(),
-        installed=liger_installed(),
-        place=options.place("kernels"),
-    )
-
-
-def _computation(
-    options: TrainOptions, dtype: Dtype, skeleton: Skeleton, kernels: Kernels, checkpointing: bool
-) -> Computation:
+def _computation(options: TrainOptions, dtype: Dtype, skeleton: Skeleton, *, stage: int) -> Computation:
+    """How the base computes where activations are kept."""
     config, machine = skeleton.config, Machine.here()
     require_compiler(options.compile, method=options.method, config=config, place=options.place("compile"))
+    blocks = wants_blocks(
+        options.compile,
+        method=options.method,
+        config=config,
+        stage=stage,
+        dtype=dtype,
+        kernels=options.kernels,
+        gpu=machine.gpu,
+    )
     attention = resolve_attention(
         options.attention,
         dtype=dtype,
@@ -117,10 +132,21 @@ def _computation(
         machine=machine,
         supported=skeleton.attention,
         works=lambda: torch_varlen(dtype) is not None,
+        varlen_first=blocks,
     )
     packed = resolve_packed(
         options.padding_free, model_type=config.model_type, attention=attention, gpu=machine.gpu
     )
     if packed:
         require_separable(skeleton, options.place("padding_free"))
-    return Computation(dtype, attention, packed, kernels, resolve_compile(options.compile), checkpointing)
+    blocks = blocks and blocks_obstacle(attention, packed=packed) is None
+    compiled = resolve_compile(options.compile, blocks=blocks)
+    kernels = resolve_kernels(
+        options.kernels,
+        compiled=compiled or False if options.compile == "auto" else options.compile,
+        config=config,
+        gpu=machine.gpu,
+        installed=liger_installed(),
+        place=options.place("kernels"),
+    )
+    return Computation(dtype, attention, packed, kernels, compiled, gradient_checkpointing=False)

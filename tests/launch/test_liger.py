@@ -8,7 +8,7 @@ import pytest
 
 from flexlora_ds.errors import UserError
 from launch.model.liger import resolve_kernels
-from launch.model.torch_compile import require_compiler, require_stage, resolve_compile
+from launch.model.torch_compile import require_compiler, require_stage, resolve_compile, wants_blocks
 
 
 def config(kind: str = "llama", **options: Any) -> Any:
@@ -67,13 +67,49 @@ def test_whole_layers_are_not_compiled_where_zero_3_gathers_inside_them() -> Non
         require_stage("blocks", stage=3, place="key compile")
 
 
-def test_true_means_pieces() -> None:
-    assert [resolve_compile(asked) for asked in (True, "pieces", "blocks", False)] == [
-        "pieces",
-        "pieces",
-        "blocks",
-        None,
-    ]
+def test_true_means_pieces_and_auto_blocks_where_they_can_be() -> None:
+    found = {
+        asked: resolve_compile(asked, blocks=False) for asked in (True, "pieces", "blocks", False, "auto")
+    }
+    assert found == {True: "pieces", "pieces": "pieces", "blocks": "blocks", False: None, "auto": None}
+    assert resolve_compile("auto", blocks=True) == "blocks"
+
+
+WANTED: dict[str, Any] = {
+    "method": "flexlora",
+    "stage": 2,
+    "dtype": "bf16",
+    "kernels": "auto",
+    "gpu": True,
+}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"method": "lora"},
+        {"method": "adalora"},
+        {"stage": 3},
+        {"dtype": "fp32"},
+        {"dtype": "fp16"},
+        {"kernels": "liger"},
+        {"gpu": False},
+        {"config": "gemma"},
+        {"CXX": "no-such-compiler"},
+    ],
+)
+def test_auto_compiles_nothing_where_something_is_in_the_way(
+    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", other.pop("CXX", "sh"))
+    model = config(other.pop("config", "llama"))
+    assert not wants_blocks("auto", config=model, **{**WANTED, **other})
+
+
+def test_auto_compiles_whole_layers_where_nothing_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "sh")
+    assert all(wants_blocks("auto", config=config(), **{**WANTED, "stage": stage}) for stage in (0, 1, 2))
+    assert not any(wants_blocks(asked, config=config(), **WANTED) for asked in (True, "pieces", "blocks"))
 
 
 def test_compile_needs_a_compiler_and_a_model_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,6 +344,29 @@ def test_auto_takes_the_first_attention_that_works(
 
 
 @pytest.mark.parametrize(
+    ("varlen", "packed", "works", "chosen"),
+    [
+        (True, "auto", True, "varlen"),
+        (True, "auto", False, "flash"),
+        (False, "auto", True, "flash"),
+        (True, False, True, "flash"),
+    ],
+)
+def test_compiled_layers_get_varlen_before_flash(varlen: bool, packed: Any, works: bool, chosen: str) -> None:
+    machine = Machine(gpu=True, capability=(8, 0), flash=True, varlen=varlen)
+    found = resolve_attention(
+        "auto",
+        dtype="bf16",
+        packed=packed,
+        place="key attention",
+        machine=machine,
+        works=lambda: works,
+        varlen_first=True,
+    )
+    assert found == chosen
+
+
+@pytest.mark.parametrize(
     ("attention", "machine", "works"),
     [("flash", H100, True), ("varlen", H100, False), ("varlen", Machine(gpu=False, varlen=True), True)],
 )

@@ -1,0 +1,71 @@
+"""Compiled layers that nobody asked for never end a run: where the first cannot be compiled, all run as they are."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from flexlora_ds import FlexLoRAConfig
+from launch.model.compiled_blocks import compile_blocks
+from tests.helpers import tiny
+
+ROWS = torch.arange(24).view(2, 12)
+
+
+def without_compiler(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("Python.h: no such file\nand more lines")
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    config = FlexLoRAConfig(rank=2, dropout=0.0, target_modules="all-linear")
+    made: Any = tiny.adapted_llama(config, "fp32", layers=3).train()
+    made.set_attn_implementation("sdpa")
+    return made
+
+
+def trained(model: Any) -> tuple[float, list[torch.Tensor]]:
+    loss = model(input_ids=ROWS, labels=ROWS).loss
+    loss.backward()
+    return float(loss.detach()), [p.grad for p in model.parameters() if p.requires_grad]
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are_after_one_warning() -> None:
+    loss, gradients = trained(model())
+    compiled = model()
+    assert compile_blocks(compiled, without_compiler, or_plain=True) == 3
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found, others = trained(compiled)
+        compiled.zero_grad()
+        trained(compiled)
+    texts = [str(w.message) for w in said if "not compiled" in str(w.message)]
+    assert len(texts) == 1 and "Python.h" in texts[0] and "\n" not in texts[0], texts
+    assert found == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_layers_that_were_asked_for_are_compiled_or_refused() -> None:
+    compiled = model()
+    compile_blocks(compiled, without_compiler)
+    with pytest.raises(RuntimeError, match=r"Python\.h"):
+        trained(compiled)
+
+
+def test_a_failure_after_the_first_layer_is_a_failure() -> None:
+    compiled = model()
+    calls: list[int] = []
+
+    def breaks_at_the_second_graph(graph: Any, inputs: Any) -> Any:
+        calls.append(1)
+        return without_compiler(graph, inputs) if len(calls) > 1 else graph.forward
+
+    compile_blocks(compiled, breaks_at_the_second_graph, or_plain=True)
+    trained(compiled)
+    padded = torch.ones_like(ROWS)
+    padded[1, 6:] = 0
+    with pytest.raises(RuntimeError, match=r"Python\.h"):
+        compiled(input_ids=ROWS, attention_mask=padded)
