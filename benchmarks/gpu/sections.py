@@ -20,12 +20,12 @@ class Entry:
 
 SECTIONS = {
     "facts": Entry("facts:run", 25),
-    "proofs": Entry("proofs:run", 120),
-    "step": Entry("step:run", 160),
-    "compiled": Entry("step:run_compiled", 120),
-    "change": Entry("change:run", 80),
-    "plan": Entry("plan:run", 35),
-    "eval": Entry("evaluation:run", 70),
+    "proofs": Entry("proofs:run", 190),
+    "step": Entry("step:run", 100),
+    "compiled": Entry("step:run_compiled", 170),
+    "change": Entry("change:run", 75),
+    "plan": Entry("plan:run", 30),
+    "eval": Entry("evaluation:run", 55),
     "study": Entry("study:run", 140, needs_model=True),
 }
 WITHOUT_MODEL = 5
