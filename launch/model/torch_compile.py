@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.config import Auto
@@ -25,6 +26,9 @@ from flexlora_ds.fields import show
 from launch.model.liger import foreign_base
 from launch.options.method_traits import TRAITS
 from launch.options.train_options import Attention, Compile, Kernels, Method
+
+_PROVEN = "2.11"
+"""The oldest torch whose compiled layers were proven on a GPU."""
 
 
 def resolve_compile(asked: bool | Compile | Auto, *, blocks: bool) -> Compile | None:
@@ -51,6 +55,7 @@ def wants_blocks(
         kernels: as asked for; Liger's would be in the way.
     """
     possible = gpu and dtype == "bf16" and stage != 3 and kernels != "liger"
+    possible &= TorchVersion(torch.__version__) >= TorchVersion(_PROVEN)
     known = TRAITS[method].changes_ranks and foreign_base(config) is None
     return asked == "auto" and possible and known and shutil.which(_compiler()) is not None
 

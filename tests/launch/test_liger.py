@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from flexlora_ds.errors import UserError
 from launch.model.liger import resolve_kernels
@@ -96,14 +97,17 @@ WANTED: dict[str, Any] = {
         {"gpu": False},
         {"config": "gemma"},
         {"CXX": "no-such-compiler"},
+        {"torch": "2.10.1+cu126"},
     ],
 )
 def test_auto_compiles_nothing_where_something_is_in_the_way(
     other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", other.pop("CXX", "sh"))
-    model = config(other.pop("config", "llama"))
-    assert not wants_blocks("auto", config=model, **{**WANTED, **other})
+    monkeypatch.setenv("CXX", other.get("CXX", "sh"))
+    monkeypatch.setattr(torch, "__version__", other.get("torch", "2.11.0+cu130"))
+    model = config(other.get("config", "llama"))
+    changed = {key: value for key, value in other.items() if key in WANTED}
+    assert not wants_blocks("auto", config=model, **{**WANTED, **changed})
 
 
 def test_auto_compiles_whole_layers_where_nothing_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
