@@ -9,6 +9,8 @@ for a constant: a matrix of rank 1 is handed over with a second direction of zer
 nor its gradients.
 
 Evaluation, generation, autocast, and packed batches whose attention goes through them one by one take a layer as it is.
+So do batches whose gradients are looked at. Their layers are computed twice: kept as they are they would take more
+memory than compiled ones, for which a run's micro-batch is chosen.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, Handed
 from flexlora_ds.command import one_line
@@ -93,7 +96,7 @@ class CompiledBlock:
         layer: Any = self.layer
         inputs = None if self.shared.plain else self._inputs(hidden_states, others)
         if inputs is None:
-            return type(layer).forward(layer, hidden_states, **others)
+            return self._as_it_is(layer, hidden_states, others)
         try:
             output = self._computed(layer, hidden_states, inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -104,6 +107,13 @@ class CompiledBlock:
             return type(layer).forward(layer, hidden_states, **others)
         self.shared.compiles = True
         return output
+
+    def _as_it_is(self, layer: Any, hidden_states: Tensor, others: dict[str, Any]) -> Any:
+        forward = partial(type(layer).forward, layer, **others)
+        observed = self.context.observer is not None and layer.training and torch.is_grad_enabled()
+        if not observed or getattr(layer, "gradient_checkpointing", False):
+            return forward(hidden_states)
+        return checkpoint(forward, hidden_states, use_reentrant=False)
 
     def _computed(self, layer: Any, hidden_states: Tensor, inputs: dict[str, Any]) -> Any:
         if not hidden_states.requires_grad:  # the first layer, which is to run the code of the others
