@@ -22,6 +22,11 @@ class Computation:
     compiled: Compile | None
     gradient_checkpointing: bool
 
+    @property
+    def compiled_layers(self) -> bool:
+        """Whether whole layers are compiled, and take this run's micro-batches."""
+        return self.compiled == "blocks" and blocks_obstacle(self.attention, packed=self.packed) is None
+
     def words(self, given: Collection[str]) -> list[str]:
         """Every choice in words; those whose option is among `given` are marked."""
         named = {

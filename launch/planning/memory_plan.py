@@ -13,7 +13,7 @@ from launch.data.batch_layout import BatchLayout, batch_layout
 from launch.engine.settled import Settled
 from launch.model.head_loss import chunk_rows, computes_losses
 from launch.model.skeleton import Skeleton
-from launch.options.train_options import Compile, Kernels, TrainOptions
+from launch.options.train_options import Kernels, TrainOptions
 from launch.planning.memory_estimate import MemoryEstimate, MemorySetting, ModelShape, estimate_memory
 from launch.planning.parameters import trained_at_start
 
@@ -33,7 +33,7 @@ class MemoryPlan:
     skeleton: Skeleton
     gradient_checkpointing: bool
     kernels: Kernels = "none"
-    compiled: Compile | None = None
+    compiled_layers: bool = False
 
     def at(self, micro_batch: int) -> MemoryEstimate:
         """Bytes of one process at a micro-batch of the longest records."""
@@ -45,7 +45,7 @@ class MemoryPlan:
             gradient_checkpointing=self.gradient_checkpointing,
             loss_chunk=self._loss_chunk(),
             fused_kernels=self.kernels == "liger",
-            compiled_layers=self.compiled == "blocks",
+            compiled_layers=self.compiled_layers,
             optimizer_states=5 if options.importance == "sensitivity" else 3,
         )
         copies = (
@@ -92,7 +92,7 @@ def memory_of(settled: Settled) -> MemoryPlan:
         settled.skeleton,
         computation.gradient_checkpointing,
         computation.kernels,
-        computation.compiled,
+        computation.compiled_layers,
     )
 
 

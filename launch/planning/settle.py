@@ -85,7 +85,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         skeleton,
         False,
         computation.kernels,
-        computation.compiled,
+        computation.compiled_layers,
     )
     checkpointing = resolve_checkpointing(plan)
     layout = replace(plan, gradient_checkpointing=checkpointing).layout()
@@ -132,14 +132,15 @@ def _computation(options: TrainOptions, dtype: Dtype, skeleton: Skeleton, *, sta
         machine=machine,
         supported=skeleton.attention,
         works=lambda: torch_varlen(dtype) is not None,
-        varlen_first=blocks,
+        varlen_first=blocks or options.compile == "blocks",
     )
     packed = resolve_packed(
         options.padding_free, model_type=config.model_type, attention=attention, gpu=machine.gpu
     )
     if packed:
         require_separable(skeleton, options.place("padding_free"))
-    blocks = blocks and blocks_obstacle(attention, packed=packed) is None
+    # flash-attn counts padding in the middle of a layer; nobody has seen that compiled on a GPU.
+    blocks = blocks and attention != "flash" and blocks_obstacle(attention, packed=packed) is None
     compiled = resolve_compile(options.compile, blocks=blocks)
     kernels = resolve_kernels(
         options.kernels,

@@ -12,9 +12,11 @@ import torch
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.files import reading
 from launch.engine.settled import Settled
+from launch.model.attention import Machine
 from launch.model.computation import Computation
 from launch.options.train_options import TrainOptions, parse_options
 from launch.planning import settle as settling
+from launch.planning.memory_plan import memory_of
 from launch.planning.settle import LEFT_TO_US, settle
 from tests.helpers import training
 from tests.helpers.processes import ROOT
@@ -78,6 +80,56 @@ def test_compiled_layers_that_are_not_applied_are_named(place: Place) -> None:
     on_a_gpu = Computation("bf16", "varlen", True, "none", "blocks", False)
     assert not any("NOT APPLIED" in words for words in on_a_gpu.words(()))
     assert any("not flash" in words for words in replace(on_a_gpu, attention="flash").words(()))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new GPU with flash-attn, Liger, torch's variable-length attention and a compiler."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    properties = type("Properties", (), {"total_memory": 2**40})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    machine = Machine(gpu=True, capability=(9, 0), flash=True, varlen=True)
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda: machine))
+    monkeypatch.setattr(settling, "torch_varlen", lambda dtype: object())
+    monkeypatch.setattr(settling, "liger_installed", lambda: True)
+    monkeypatch.setenv("CXX", "sh")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("varlen", True, "none", "blocks")),
+        ({"compile": "blocks"}, ("varlen", True, "none", "blocks")),
+        ({"compile": False}, ("flash", True, "liger", None)),
+        ({"compile": "pieces"}, ("flash", True, "none", "pieces")),
+        ({"kernels": "liger"}, ("flash", True, "liger", None)),
+        ({"attention": "flash"}, ("flash", True, "liger", None)),
+        ({"padding_free": False}, ("flash", False, "liger", None)),
+        ({"padding_free": False, "attention": "sdpa"}, ("sdpa", False, "none", "blocks")),
+        ({"ds": "ds_configs/zero3.json"}, ("flash", True, "liger", None)),
+        ({"method": "lora"}, ("flash", True, "liger", None)),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_layers_are_compiled_where_that_was_proven(
+    place: Place, options: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    found = settled(place, **options)
+    computation = found.computation
+    made = (computation.attention, computation.packed, computation.kernels, computation.compiled)
+    assert made == expected
+    assert found.repeatable.compile == options.get("compile", "auto")
+    assert memory_of(found).compiled_layers is (computation.compiled == "blocks")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_compiled_layers_that_are_not_applied_are_planned_as_they_are(place: Place) -> None:
+    """They take more memory than compiled ones."""
+    others = {"attention": "sdpa", "padding_free": True, "kernels": "none"}
+    asked, plain = (memory_of(settled(place, compile=c, **others)) for c in ("blocks", False))
+    assert asked.at(8).total == plain.at(8).total > memory_of(settled(place)).at(8).total
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, "bf16"), (False, "fp16")])
