@@ -53,14 +53,14 @@ def compile_blocks(
     layer. The first training step compiles.
 
     Args:
-        or_plain: where the first layer cannot be compiled, warn and take all layers as they are.
+        or_plain: try the first layer by itself, and where it cannot be compiled, warn and take all layers as they are.
 
     Raises:
         UserError: the model has no decoder layers, or one of them holds a linear layer that is not torch's own.
     """
     layers = decoder_layers(model)
     compiled = torch.compile(_body, fullgraph=True, dynamic=True, backend=backend)
-    shared = _Shared(compiled, or_plain=or_plain)
+    shared = _Shared(compiled, untried=or_plain)
     for layer in layers:
         layer.forward = CompiledBlock(layer, shared)
     return len(layers)
@@ -97,16 +97,28 @@ class CompiledBlock:
         inputs = None if self.shared.plain else self._inputs(hidden_states, others)
         if inputs is None:
             return self._as_it_is(layer, hidden_states, others)
+        if self.shared.untried and not self._runs(layer, hidden_states, inputs):
+            return self._as_it_is(layer, hidden_states, others)
+        return self._computed(layer, hidden_states, inputs)
+
+    def _runs(self, layer: Any, hidden_states: Tensor, inputs: dict[str, Any]) -> bool:
+        """Whether this layer is compiled and runs, forward and backward; if not, all are taken as they are from now on.
+
+        What becomes of a backward pass that cannot be compiled is said in it alone, when it is too late to do without.
+        """
+        entering = hidden_states.detach().requires_grad_()
         try:
-            output = self._computed(layer, hidden_states, inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if not self.shared.may_give_up():
-                raise
+            output = self._computed(layer, entering, inputs)
+            output = output if isinstance(output, Tensor) else output[0]
+            torch.autograd.grad(output, entering, torch.zeros_like(output))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler, and the kernels that it made, fail in many ways
             self.context.handed = None
             self.shared.give_up(error)
-            return type(layer).forward(layer, hidden_states, **others)
-        self.shared.compiles = True
-        return output
+            return False
+        self.shared.untried = False
+        return True
 
     def _as_it_is(self, layer: Any, hidden_states: Tensor, others: dict[str, Any]) -> Any:
         forward = partial(type(layer).forward, layer, **others)
@@ -189,20 +201,15 @@ class _Shared:
     """What the layers of a model share."""
 
     compiled: Callable[..., Any]
-    or_plain: bool = False
+    untried: bool = False
+    """Whether a layer is to be tried first, because nobody has asked for compiled ones."""
     inside: bool | None = None
-    compiles: bool = False
-    """Whether a layer has been compiled."""
     plain: bool = False
-    """Whether none can be, and all are taken as they are."""
-
-    def may_give_up(self) -> bool:
-        """Whether a failure is that of the first layer, and nobody has asked for compiled ones."""
-        return self.or_plain and not self.compiles
+    """Whether none can be compiled, and all are taken as they are."""
 
     def give_up(self, error: Exception) -> None:
         """Take all layers as they are."""
-        self.plain = True
+        self.plain, self.untried = True, False
         cause = getattr(error, "inner_exception", error)
         reason = one_line(str(cause), 200) or type(cause).__name__
         warnings.warn(

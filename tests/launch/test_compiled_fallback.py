@@ -19,6 +19,32 @@ def without_compiler(graph: Any, inputs: Any) -> Any:
     raise RuntimeError("Python.h: no such file\nand more lines")
 
 
+def without_backward_pass(graph: Any, inputs: Any) -> Any:
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=as_it_is, bw_compiler=without_compiler)(graph, inputs)
+
+
+def without_kernels(graph: Any, inputs: Any) -> Any:
+    from torch._dynamo.backends.common import aot_autograd
+
+    def kernels(arguments: list[Any]) -> Any:
+        return without_compiler(graph, arguments)
+
+    def compiles(traced: Any, examples: Any) -> Any:
+        return make_boxed_func(lambda *arguments: kernels([*arguments]))
+
+    from functorch.compile import make_boxed_func
+
+    return aot_autograd(fw_compiler=compiles, bw_compiler=as_it_is)(graph, inputs)
+
+
+def as_it_is(graph: Any, inputs: Any) -> Any:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(graph.forward)
+
+
 def model() -> Any:
     torch.manual_seed(0)
     config = FlexLoRAConfig(rank=2, dropout=0.0, target_modules="all-linear")
@@ -33,10 +59,12 @@ def trained(model: Any) -> tuple[float, list[torch.Tensor]]:
     return float(loss.detach()), [p.grad for p in model.parameters() if p.requires_grad]
 
 
-def test_layers_that_cannot_be_compiled_run_as_they_are_after_one_warning() -> None:
+@pytest.mark.parametrize("backend", [without_compiler, without_backward_pass, without_kernels])
+def test_layers_that_cannot_be_compiled_run_as_they_are_after_one_warning(backend: Any) -> None:
+    torch._dynamo.reset()
     loss, gradients = trained(model())
     compiled = model()
-    assert compile_blocks(compiled, without_compiler, or_plain=True) == 3
+    assert compile_blocks(compiled, backend, or_plain=True) == 3
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found, others = trained(compiled)
