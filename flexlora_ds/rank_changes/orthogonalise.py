@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Orthogonaliser:
         """`orthogonalise` with strength `eta`."""
         where = whereabouts(self._engine)
         if self._shards is None or where != self._where:
-            self._where, self._shards = where, live_shards(self._engine)
+            self._where, self._shards = where, _of_masters(live_shards(self._engine))
             self._held = _held(self._shards, self._layers, stacked=self._stacked)
         if self._held is None:
             return orthogonalise(
@@ -55,6 +55,11 @@ class Orthogonaliser:
                 grams = (gram(matrix, tall=held.tall).double() for matrix in changed)
                 found |= dict(zip(held.parameters, grams, strict=True))
         return grams_of(self._layers, found) if with_grams else None
+
+
+def _of_masters(shards: Shards) -> Shards:
+    """Without the optimizer's states: who loads others in their place is to free these."""
+    return replace(shards, flat_tensors=[{MASTER: flat[MASTER]} for flat in shards.flat_tensors])
 
 
 @dataclass(frozen=True)
