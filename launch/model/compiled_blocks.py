@@ -56,14 +56,21 @@ def compile_blocks(
         or_plain: try the first layer by itself, and where it cannot be compiled, warn and take all layers as they are.
 
     Raises:
-        UserError: the model has no decoder layers, or one of them holds a linear layer that is not torch's own.
+        UserError: the model has no decoder layers, or one of them holds a linear layer that is not torch's own;
+            with `or_plain` a warning, and none is compiled.
     """
-    layers = decoder_layers(model)
     compiled = torch.compile(_body, fullgraph=True, dynamic=True, backend=backend)
     shared = _Shared(compiled, untried=or_plain)
-    for layer in layers:
-        layer.forward = CompiledBlock(layer, shared)
-    return len(layers)
+    try:
+        blocks = {layer: CompiledBlock(layer, shared) for layer in decoder_layers(model)}
+    except UserError as error:
+        if not or_plain:
+            raise
+        shared.give_up(error)
+        return 0
+    for layer, block in blocks.items():
+        layer.forward = block
+    return len(blocks)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flexlora_ds import FlexLoRAConfig
+from flexlora_ds.errors import UserError
 from launch.model.compiled_blocks import compile_blocks
 from tests.helpers import tiny
 
@@ -74,6 +75,20 @@ def test_layers_that_cannot_be_compiled_run_as_they_are_after_one_warning(backen
     assert len(texts) == 1 and "Python.h" in texts[0] and "\n" not in texts[0], texts
     assert found == loss
     assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_layers_of_which_one_is_not_torchs_own_run_as_they_are_unless_compiled_ones_were_asked_for() -> None:
+    class Other(torch.nn.Linear):
+        """As a quantised base has them."""
+
+    other = model()
+    matrix = other.model.layers[1].mlp.up_proj
+    matrix.base, matrix.weight, matrix.bias = Other(32, 64), None, None
+    with pytest.warns(UserWarning, match="not compiled, which is slower: compile blocks cannot look into"):
+        assert compile_blocks(other, or_plain=True) == 0
+    assert not any("forward" in vars(layer) for layer in other.model.layers)
+    with pytest.raises(UserError, match="cannot look into"):
+        compile_blocks(other)
 
 
 def test_layers_that_were_asked_for_are_compiled_or_refused() -> None:
