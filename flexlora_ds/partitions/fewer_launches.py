@@ -14,7 +14,8 @@ def spare_launches(engine: Any) -> None:
     """Let a DeepSpeed engine's wrapper look at gradients together, and copy them together (ZeRO-1 and 2).
 
     On a GPU each operation on each of an adapter's hundreds of small tensors costs the host more than the device.
-    Losses and states stay as they are, bit for bit; a gradient norm may differ in its last digit.
+    Losses and states stay as they are, bit for bit; a gradient norm may differ in its last digit. Call it between two
+    updates: gradients that are half summed up have another form.
     """
     fuse_gradient_checks(engine)
     copy_gradients_together(engine)

@@ -18,6 +18,11 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO-2, bf16, two micro-batches": {"stage": 2, "dtype": "bf16", "gas": 2},
     "ZeRO-2, small buckets": {"stage": 2, "zero": SMALL},
     "ZeRO-2, small buckets, overlapped": {"stage": 2, "zero": SMALL | {"overlap_comm": True}},
+    "ZeRO-2, buckets below every matrix, round robin": {
+        "stage": 2,
+        "gas": 2,
+        "zero": {"reduce_bucket_size": 20, "round_robin_gradients": True},
+    },
     "ZeRO-2, not contiguous": {"stage": 2, "zero": {"contiguous_gradients": False}},
     "ZeRO-2, every process has all gradients": {"stage": 2, "zero": {"reduce_scatter": False}},
     "ZeRO-1": {"stage": 1},
