@@ -6,6 +6,7 @@ from typing import Any
 
 from flexlora_ds.partitions.fused_checks import fuse_gradient_checks
 from flexlora_ds.partitions.gradient_buckets import copy_gradients_together
+from flexlora_ds.partitions.parameter_views import keep_parameter_views
 
 _MARK = "_flexlora_spares_launches"
 
@@ -19,6 +20,7 @@ def spare_launches(engine: Any) -> None:
     """
     fuse_gradient_checks(engine)
     copy_gradients_together(engine)
+    keep_parameter_views(engine)
     setattr(engine.optimizer, _MARK, True)
 
 

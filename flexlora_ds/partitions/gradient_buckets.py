@@ -1,10 +1,9 @@
-"""ZeRO-1 and 2: what DeepSpeed does with each gradient and each parameter by itself, done with many at once.
+"""ZeRO-1 and 2: gradients copied by the bucket, and from it straight to their place in this process's partition.
 
 DeepSpeed 0.19.8 copies every gradient by itself, in a hook written in Python, into the bucket that is reduced next,
 once more into memory of its partition, and joins those copies before the update (stage_1_and_2.py
-`reduce_independent_p_g_buckets_and_remove_grads`, `copy_grads_in_partition`, `get_flat_partition`). After the update
-it makes every parameter a view of the flat group anew, which it is already (`_update_model_bit16_weights`). With the
-480 small tensors of an 8B model's adapters a GPU waits for the host there.
+`reduce_independent_p_g_buckets_and_remove_grads`, `copy_grads_in_partition`, `get_flat_partition`). With the 480 small
+tensors of an 8B model's adapters a GPU waits for the host there.
 
 Here the hook only notes the gradient. A bucket is filled by one copy, and a second one moves what this process owns
 to its place in the partition, where the update reads it (`GradPartitionBufferGroup`, DeepSpeed's own form of that).
@@ -32,7 +31,6 @@ def copy_gradients_together(engine: Any) -> None:
         wrapper.copy_grads_in_partition = partitions.keep
         wrapper.get_all_grad_tensors = partitions.take
         wrapper.get_flat_partition = partitions.averaged
-        wrapper._update_model_bit16_weights = _Views(wrapper).renew
 
 
 def _is_plain(wrapper: DeepSpeedZeroOptimizer) -> bool:
@@ -196,28 +194,6 @@ class _Averaged(GradPartitionBufferGroup):  # type: ignore[misc]  # DeepSpeed ha
         self[:] = torch.split(self.flat_partition, self._layout.sizes)
         for index in self._layout.padding:
             self[index]._zero_padding = True
-
-
-class _Views:
-    """Parameters are views of their group's flat tensor, which the update changes in place."""
-
-    def __init__(self, wrapper: Any) -> None:
-        self.wrapper = wrapper
-        self.known: dict[int, tuple[int, ...]] = {}
-
-    def renew(self, group: int) -> None:
-        """Make the views anew, where one of them lies elsewhere than it did after the last time."""
-        if self.known.get(group) == self._pointers(group):
-            return
-        type(self.wrapper)._update_model_bit16_weights(self.wrapper, group)
-        self.known[group] = self._pointers(group)
-
-    def _pointers(self, group: int) -> tuple[int, ...]:
-        wrapper = self.wrapper
-        return (
-            wrapper.bit16_groups_flat[group].data_ptr(),
-            *(p.data_ptr() for p in wrapper.bit16_groups[group]),
-        )
 
 
 def _wait_for(streams: set[Any], gradients: list[Tensor]) -> None:
