@@ -7,6 +7,7 @@ main thread loads, compiles or tokenises for an hour, and falls silent with its 
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -68,14 +69,25 @@ class Heartbeat:
         """Whether the store has not answered for so long."""
         return self._clock - self._answered > seconds
 
+    def is_refused(self) -> bool:
+        """Whether the rendezvous' host answers, now, that nothing listens there: then its process has ended."""
+        if self._store is not None:
+            return False
+        try:
+            socket.create_connection(_rendezvous(), timeout=self.interval).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # out of reach, which says nothing of the process
+            return False
+        return False
+
     def tell(self, finding: str, within: float) -> None:
         """Tell the others what was found out, if that is possible within so many seconds."""
         self._to_say = finding
         self._said.wait(within)
 
     def _connect(self) -> Store:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=_CONNECT, wait_for_workers=False)
+        store = TCPStore(*_rendezvous(), is_master=False, timeout=_CONNECT, wait_for_workers=False)
         return PrefixStore(self._run, store)
 
     def _beat(self) -> None:
@@ -102,3 +114,7 @@ class Heartbeat:
         self._answered = now
         # Who found it out itself has its own way to leave.
         self.finding = "" if finding == self._to_say else finding
+
+
+def _rendezvous() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

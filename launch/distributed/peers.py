@@ -68,7 +68,10 @@ class Peers:
             if time.monotonic() - self._missed_since > _LEAVING_SECONDS:
                 return self._line(ended, died=True)
         silent = self._silent()
-        return self._line(silent, died=self._limit < self._timeout) if silent else None
+        if not silent:
+            return None
+        # A run of short patience may get here before the connection that broke with it has been heard of.
+        return self._line(silent, died=self._limit < self._timeout or self._heartbeat.is_refused())
 
     def tell(self, line: str) -> None:
         """Have it said on every host that can be reached, and give the others time to leave first.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -74,3 +76,33 @@ def test_a_process_that_was_frozen_itself_takes_nobody_for_gone(
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now + 3_600)
     first.look()
     assert not first.is_cut_off(10) and first.silent(10) == []
+
+
+def test_a_rendezvous_that_has_ended_refuses_and_one_that_hangs_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    heartbeat = Heartbeat(1, [0, 1], "run")
+    assert not heartbeat.is_refused()
+    heartbeat._store = None  # as after a sign that could not be given
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # its host accepts for it
+        monkeypatch.setenv("MASTER_PORT", str(frozen.getsockname()[1]))
+        assert not heartbeat.is_refused()
+    assert heartbeat.is_refused()
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), OSError(errno.EHOSTUNREACH, "No route to host")])
+def test_a_host_out_of_reach_refuses_nothing(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    heartbeat = Heartbeat(1, [0, 1], "run")
+    heartbeat._store = None
+
+    def fail(*where: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", fail)
+    assert not heartbeat.is_refused()
