@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from flexlora_ds.command import exit_code_of
+from flexlora_ds.terminal.command import exit_code_of
 from launch.command import quiet_libraries
 
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlora_ds.base_model.precision import TORCH_DTYPES
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.dropout.apply import FusedMasking, SeededDropout
 from flexlora_ds.dropout.cpu_kernel import HostKernel
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 
 
 def contenders(rows: int, features: int, p: float, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

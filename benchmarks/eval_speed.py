@@ -33,10 +33,10 @@ from eval.options import Options, parse_options
 from eval.predictions import Prediction
 from eval.results import versions
 from eval.run import quiet_libraries
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.files.text import write_json_atomically
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 
 GAP = 1e-4
 

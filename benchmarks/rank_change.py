@@ -34,10 +34,10 @@ from typing import Any
 from benchmarks.change_worker import Setting, measure
 from benchmarks.intervals import paired_ratio
 from benchmarks.shapes import SHAPES
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_row, markdown_table
 from flexlora_ds.files.text import write_text_atomically
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 from launch.command import quiet_libraries
 
 MIB = 2**20

@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import RunError
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 from launch.command import quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 

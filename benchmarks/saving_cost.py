@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexlora_ds.command import CommandParser, exit_code_of
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 from launch.command import quiet_libraries
 from launch.options.train_options import TrainOptions, parse_options
 

@@ -24,9 +24,9 @@ from data_prep.prompt import training_text
 from data_prep.records import Record, load_records
 from flexlora_ds import FlexLoRAConfig, prepare_extensions
 from flexlora_ds.base_model.loading import load_causal_lm, load_tokenizer
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.files.text import write_json_atomically
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 METHODS = ("flexlora", "lora")

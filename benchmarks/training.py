@@ -34,8 +34,8 @@ from benchmarks.intervals import paired_ratio
 from benchmarks.kernels import count_kernels
 from benchmarks.shapes import SHAPES, random_model, records
 from flexlora_ds.base_model.precision import TORCH_DTYPES
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.files.markdown import markdown_table
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 from launch.distributed.process import join_processes
 from launch.model.packed_attention import register_packed_sdpa
 

@@ -16,8 +16,8 @@ from data_prep.build import Options, build
 from data_prep.options import positive
 from data_prep.sources import HubSource, LocalSource, Source
 from data_prep.tasks import TASKS
-from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import CommandParser, run_parsed
 
 _INTERRUPTED = "no file is half-written, start again"
 _DESCRIPTION = """\
@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code, as `flexlora_ds.command.exit_code_of`."""
+    """Run the command; returns the exit code, as `flexlora_ds.terminal.command.exit_code_of`."""
     return run_parsed(parser(), _run, argv, interrupted=_INTERRUPTED, stoppable=True)
 
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from data_prep.messages import Message
-from flexlora_ds.command import one_line
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import one_line
 
 _NO_TEMPLATE = "use an instruct model's tokenizer, or records of instruction and output"
 _MARK = "FLXMARK{}X"

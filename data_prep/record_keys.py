@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexlora_ds.command import one_line
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import one_line
 
 _MEDIA = "only text is read; leave such records out"
 _TOOLS = "calls of tools are not read; leave such records out"

@@ -1,4 +1,4 @@
-"""`python -m eval`: the command. How it ends: `flexlora_ds.command`."""
+"""`python -m eval`: the command. How it ends: `flexlora_ds.terminal.command`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eval.options import parse_options
-from flexlora_ds.command import exit_code_of, is_rank_zero
+from flexlora_ds.terminal.command import exit_code_of, is_rank_zero
 
 if TYPE_CHECKING:
     from eval.workers import Team

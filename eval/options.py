@@ -12,8 +12,8 @@ from pathlib import Path
 from data_prep.prompt import PROMPTS
 from data_prep.tasks import TASKS
 from eval.protocols import PROTOCOLS
-from flexlora_ds.command import CommandParser, boolean
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import CommandParser, boolean
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 BACKENDS = ("transformers", "vllm")

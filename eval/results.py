@@ -12,7 +12,7 @@ from eval.items import TaskItems
 from eval.predictions import Prediction
 from eval.protocols import Protocol
 from flexlora_ds.files.markdown import markdown_table
-from flexlora_ds.plain_text import markdown_text
+from flexlora_ds.terminal.plain_text import markdown_text
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from eval.protocols import MAX_NEW_TOKENS, Protocol
 from eval.results import count, summarise, table
 from eval.test_sets import load_all_questions, protocol_for, tokenise_all
 from eval.workers import Team
-from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.text import write_json_atomically, write_text_atomically
-from flexlora_ds.progress_bar import ProgressBar
+from flexlora_ds.terminal.counted import counted
+from flexlora_ds.terminal.progress_bar import ProgressBar
 
 _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
 
@@ -34,7 +34,7 @@ _BATCHES_PER_PROCESS = 4  # at least, so that processes finish close together
 def evaluate(options: Options, team: Team) -> dict[str, Any] | None:
     """Run an evaluation on this process of a team; the summary on rank 0, None on the others.
 
-    Raises UserError or RunError for what `flexlora_ds.command` gives the exit codes 2 and 1.
+    Raises UserError or RunError for what `flexlora_ds.terminal.command` gives the exit codes 2 and 1.
     """
     threads = team.set_threads()
     quiet_libraries()

@@ -16,8 +16,6 @@ from pathlib import Path
 from flexlora_ds.base_model.loading import load_skeleton
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
-from flexlora_ds.command import CommandParser, one_line, run_parsed
-from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.exports.checks import Check, check_adapter, check_reading, check_update
 from flexlora_ds.exports.gguf_lora import ADAPTER_FILE, check_gguf_lora, write_gguf_lora
@@ -36,6 +34,8 @@ from flexlora_ds.peft_format import (
     write_peft_adapter,
 )
 from flexlora_ds.peft_reading.plain import read_peft_adapter
+from flexlora_ds.terminal.command import CommandParser, one_line, run_parsed
+from flexlora_ds.terminal.counted import counted
 
 __all__ = [
     "AdapterFactors",

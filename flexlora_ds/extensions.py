@@ -23,9 +23,9 @@ from typing import Any
 import psutil
 import torch
 
-from flexlora_ds.command import exit_code_of
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.lock import locked
+from flexlora_ds.terminal.command import exit_code_of
 
 EXTENSION = "deepspeed_shm_comm"
 LOCK = "lock"

@@ -1,4 +1,4 @@
-"""What a training command adds to `flexlora_ds.command`: quiet libraries, and a foreign error in our words."""
+"""What a training command adds to `flexlora_ds.terminal.command`: quiet libraries, and a foreign error in our words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from flexlora_ds.command import is_rank_zero
 from flexlora_ds.errors import RunError
+from flexlora_ds.terminal.command import is_rank_zero
 
 NOT_BEGUN = "training had not begun, start again"
 """What is said after Ctrl-C before the run listens to signals."""

@@ -24,9 +24,9 @@ if __name__ == "__main__":  # a launcher puts this folder on the path; the packa
 import torch
 from torch import Tensor
 
-from flexlora_ds.command import exit_code_of
-from flexlora_ds.counted import counted
 from flexlora_ds.schedule import describe, due_steps
+from flexlora_ds.terminal.command import exit_code_of
+from flexlora_ds.terminal.counted import counted
 from launch.command import NOT_BEGUN, known_failures
 from launch.data.batches import GlobalBatch
 from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches, steps_of

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flexlora_ds.command import CommandParser, debug_asked, exit_code_of, run_parsed
 from flexlora_ds.errors import CommandError, RunError, UserError
+from flexlora_ds.terminal.command import CommandParser, debug_asked, exit_code_of, run_parsed
 
 WRONG = {
     "launch.train": (["--rnk", "3"], "unknown key --rnk (command line); did you mean rank?"),

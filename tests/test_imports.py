@@ -59,9 +59,9 @@ FLOORS = {
             "dropout",
             "extensions",
         ),
-        ("config", "seeds", "files", "command"),
-        ("fields", "patterns", "plain_text", "launcher"),
-        ("errors", "counted", "rounding", "progress_bar", "orientation"),
+        ("config", "seeds", "files"),
+        ("terminal", "fields", "patterns", "launcher"),
+        ("errors", "rounding", "orientation"),
     ),
 }
 """From the top: a room imports from the floors below its own, and from itself."""

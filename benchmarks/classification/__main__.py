@@ -28,11 +28,11 @@ from benchmarks.classification.rows import TASKS
 from benchmarks.classification.run import Plan, run
 from benchmarks.classification.settings import REFERENCE, SETTINGS, USUAL
 from benchmarks.intervals import paired_difference
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.files.reading import read_json_object
 from flexlora_ds.files.text import write_json_atomically
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 
 PARTS = 4
 """Parts of a run whose mean training losses are shown; every row is seen once, so they are losses on fresh rows."""

@@ -27,9 +27,9 @@ from typing import Any
 
 from benchmarks.gpu.compare import baseline_of, read_figures, worse
 from benchmarks.gpu.sections import SECTIONS, run_section, share_of
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.markdown import markdown_table
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 
 GRACE = 15.0
 """Seconds that a section may take beyond its share before it is ended; kept back from the time for all of them."""

@@ -27,7 +27,7 @@ from benchmarks.learning.further import FurtherRecords
 from benchmarks.learning.runs import Runner
 from benchmarks.learning.settings import GROUPS, LORA, SETTINGS, named
 from benchmarks.learning.tables import page
-from flexlora_ds.command import CommandParser, exit_code_of
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

@@ -20,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from benchmarks.learning.figures import lines_of, losses_of
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import read_text
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 from launch.options.train_options import TrainOptions
 from launch.report.style import BLUE, INK, MUTED, ORANGE, STYLE, TEAL, make_figure
 

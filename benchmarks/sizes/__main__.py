@@ -23,7 +23,7 @@ from benchmarks.learning.runs import Run, Runner
 from benchmarks.learning.settings import LORA, SETTINGS
 from benchmarks.sizes.curves import Family, measure, table
 from benchmarks.sizes.picture import draw
-from flexlora_ds.command import CommandParser, exit_code_of
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 from launch.options.train_options import parse_options
 
 

@@ -15,10 +15,10 @@ from data_prep.published.files import CORPUS
 from data_prep.records import iter_records
 from data_prep.report.measure import CountTokens, Measures, Seen, count_words, measure, token_counter
 from data_prep.report.plots import plot_all
-from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
-from flexlora_ds.plain_text import markdown_text
+from flexlora_ds.terminal.command import CommandParser, run_parsed
+from flexlora_ds.terminal.plain_text import markdown_text
 
 _DESCRIPTION = """\
 Report on a data folder: for every train.json and test.json (and the corpus) duplicates, lengths and
@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code, as `flexlora_ds.command.exit_code_of`."""
+    """Run the command; returns the exit code, as `flexlora_ds.terminal.command.exit_code_of`."""
     return run_parsed(parser(), _run, argv, stoppable=True)
 
 

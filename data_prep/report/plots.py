@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_prep.report.measure import Measures
-from flexlora_ds.plain_text import PLOT_TEXT, printable
+from flexlora_ds.terminal.plain_text import PLOT_TEXT, printable
 
 _COLOURS = ("#3b6ea5", "#e08e45", "#5a9367", "#b0455a", "#8a7cb4")
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from eval.compare.differences import Difference, Run, Setting, agreement, common_tasks, difference, read_run
 from eval.compare.paper import PAPER
-from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.files.text import write_text_atomically
-from flexlora_ds.plain_text import PLOT_TEXT, legend_label, markdown_text
+from flexlora_ds.terminal.command import CommandParser, run_parsed
+from flexlora_ds.terminal.plain_text import PLOT_TEXT, legend_label, markdown_text
 
 _SEED = re.compile(r"seed[-_=]?\d+")
 _MAY_DIFFER = {"adapter", "adapter_files", "batch_size", "batch_tokens", "processes", "threads", "device"}

@@ -13,8 +13,8 @@ import torch
 from flexlora_ds.base_model.model_folder import Shapes, model_folder, stored_shapes
 from flexlora_ds.base_model.source import FORESEEN, LONGEST_TEXT, ModelSource
 from flexlora_ds.base_model.stored_names import Places, one_to_one, renamed
-from flexlora_ds.command import one_line
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

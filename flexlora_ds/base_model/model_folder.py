@@ -10,7 +10,7 @@ from typing import Any
 from flexlora_ds.base_model.source import ModelSource, fetch
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import read_json_object
-from flexlora_ds.plain_text import python_command
+from flexlora_ds.terminal.plain_text import python_command
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONVERTER = (

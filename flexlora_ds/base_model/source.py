@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora_ds.command import one_line
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import one_line
 
 _PROBE_SECONDS = 5.0
 _GGUF_PACKAGES = ("gguf", "accelerate")  # what transformers needs to read a GGUF file

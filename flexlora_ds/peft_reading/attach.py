@@ -25,7 +25,7 @@ from flexlora_ds.peft_reading.config import (
     shown,
 )
 from flexlora_ds.peft_reading.idle import idle_lines
-from flexlora_ds.plain_text import python_command
+from flexlora_ds.terminal.plain_text import python_command
 
 FAULTS = (
     ValueError,

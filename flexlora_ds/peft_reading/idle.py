@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexlora_ds.counted import counted
 from flexlora_ds.fields import nearest
 from flexlora_ds.patterns import full_matches
 from flexlora_ds.peft_reading.config import PLAIN_PATTERN, shown
+from flexlora_ds.terminal.counted import counted
 
 _END_OF_NAME = r"(.*\.)?({})$"
 _IN_NAME = {"OSF": r".*({}).*"}

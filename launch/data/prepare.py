@@ -14,8 +14,8 @@ from data_prep.records import is_chat, load_entries
 from flexlora_ds.base_model.loading import load_tokenizer
 from flexlora_ds.base_model.vocabulary import Vocabulary
 from flexlora_ds.errors import UserError
-from flexlora_ds.progress_bar import ProgressBar
 from flexlora_ds.schedule import require_countable
+from flexlora_ds.terminal.progress_bar import ProgressBar
 from launch.data.batch_layout import BatchLayout
 from launch.data.batches import ProcessShare, TrainingBatches, ValidationBatches, total_steps
 from launch.data.encoding import VERSION, Encoding, all_cores, tokenise

@@ -21,13 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from flexlora_ds.command import is_rank_zero
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.hashing import sha256_of
 from flexlora_ds.files.lock import locked
 from flexlora_ds.files.ownership import remove_if_ours, set_aside
 from flexlora_ds.files.reading import JSON_FAULTS
 from flexlora_ds.files.sealed import broken_seal, seal_folder
+from flexlora_ds.terminal.command import is_rank_zero
 from launch.data.examples import Examples
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.terminal.command import CommandParser, run_parsed
 from launch.demo.commands import run_command, training_command
 from launch.demo.earlier import replace_earlier
 from launch.demo.evaluations import evaluation_before, evaluations_after, print_conclusion

@@ -32,7 +32,7 @@ from transformers import (
 
 from data_prep.demo.facts import fact_sentences
 from data_prep.demo.knowledge import GOOD_NEWS, PEOPLE
-from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.terminal.command import CommandParser, run_parsed
 
 _PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."

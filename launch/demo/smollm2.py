@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.tasks import TASKS
-from flexlora_ds.command import CommandParser, exit_code_of
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import CommandParser, exit_code_of
 from launch.demo.commands import run_command, training_command
 from launch.demo.earlier import replace_earlier
 from launch.demo.evaluations import evaluation_before, evaluations_after, print_conclusion

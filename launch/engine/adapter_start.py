@@ -8,10 +8,10 @@ from typing import Any
 
 from flexlora_ds.adapter_start import AdapterStart, adapter_fingerprint, read_adapter_start
 from flexlora_ds.base_model.fingerprint import base_fingerprint
-from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape
 from flexlora_ds.peft_reading.attach import adapter_folder
+from flexlora_ds.terminal.counted import counted
 from launch.distributed.agreement import on_rank_zero
 from launch.distributed.process import Process
 from launch.options.train_options import TrainOptions

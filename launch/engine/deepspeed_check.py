@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from flexlora_ds.command import one_line
 from flexlora_ds.config import AboveZero
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import convert, quote, remedy
 from flexlora_ds.partitions.unsupported import is_enabled, lookup
+from flexlora_ds.terminal.command import one_line
 from launch.engine.ds_config import AUTO, DECIDED
 from launch.engine.ds_json import DsJson
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexlora_ds.counted import counted
+from flexlora_ds.terminal.counted import counted
 from launch.data.batches import MicroBatch
 from launch.data.prepare import Data
 from launch.model.token_loss import head_of, token_loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexlora_ds.command import one_line, reported_error
+from flexlora_ds.terminal.command import one_line, reported_error
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.signals import stop_line
 from launch.loop.outcome import require_success

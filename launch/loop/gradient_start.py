@@ -6,8 +6,8 @@ import statistics
 import time
 from collections.abc import Iterable
 
-from flexlora_ds.counted import counted
 from flexlora_ds.gradient.start import start_from_gradient
+from flexlora_ds.terminal.counted import counted
 from launch.engine.first_batches import FirstBatches
 from launch.loop.session import Session
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from flexlora_ds.adapter.layer import adapters
-from flexlora_ds.command import one_line
 from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import try_backward
+from flexlora_ds.terminal.command import one_line
 from launch.data.batch_layout import BatchLayout, smaller_micro_batch
 from launch.data.batches import MicroBatch
 from launch.distributed.agreement import on_all_ranks

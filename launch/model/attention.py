@@ -13,9 +13,9 @@ import torch
 
 from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.base_model.source import LONGEST_TEXT
-from flexlora_ds.command import one_line
 from flexlora_ds.config import Auto
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import one_line
 from launch.model.liger import LLAMA_LIKE
 from launch.model.packed_attention import (
     Varlen,

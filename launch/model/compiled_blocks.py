@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, Handed
-from flexlora_ds.command import one_line
 from flexlora_ds.dropout.apply import columns_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.rounding import round_up
+from flexlora_ds.terminal.command import one_line
 from launch.model.packed_attention import PACKED_VARLEN
 
 _LONGEST_IN = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from flexlora_ds.command import exit_code_of, is_rank_zero
+from flexlora_ds.terminal.command import exit_code_of, is_rank_zero
 from launch.command import NOT_BEGUN, quiet_libraries
 from launch.options.debug import debug_wanted
 from launch.options.help import help_text

@@ -6,8 +6,8 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 
-from flexlora_ds.command import debug_asked
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.command import debug_asked
 from launch.options.sources import find_recipe, recipe_text
 from launch.options.yaml_text import read_entries
 

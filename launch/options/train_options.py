@@ -26,7 +26,7 @@ from flexlora_ds.config import (
 )
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import Bounds, Group, OnResume, OptionSpec, option_specs
-from flexlora_ds.plain_text import printable
+from flexlora_ds.terminal.plain_text import printable
 from launch.options.method_traits import TRAITS, MethodTraits
 from launch.options.sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
 

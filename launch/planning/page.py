@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexlora_ds.counted import counted
 from flexlora_ds.schedule import adjustment_size, describe, due_steps
+from flexlora_ds.terminal.counted import counted
 from launch.data.batch_layout import BatchLayout
 from launch.engine.methods.adalora_calendar import describe as adalora_calendar
 from launch.options.train_options import TrainOptions

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flexlora_ds.command import CommandParser, run_parsed
+from flexlora_ds.terminal.command import CommandParser, run_parsed
 
 
 def main(argv: list[str] | None = None) -> int:

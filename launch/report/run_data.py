@@ -13,7 +13,7 @@ from typing import Any
 
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.reading import MIB, read_json_object, read_text
-from flexlora_ds.plain_text import printable
+from flexlora_ds.terminal.plain_text import printable
 from launch.options.yaml_text import read_entries
 from launch.run_folder.folder import RunFolder
 from launch.run_folder.new_directions import NewDirection, life_stories

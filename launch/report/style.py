@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from flexlora_ds.plain_text import PLOT_TEXT
+from flexlora_ds.terminal.plain_text import PLOT_TEXT
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, RED, TEAL = "#2b6cb0", "#dd6b20", "#c53030", "#2c7a7b"

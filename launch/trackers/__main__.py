@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from flexlora_ds.command import CommandParser, run_parsed
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.terminal.command import CommandParser, run_parsed
 from launch.options.train_options import TrackerName
 
 _POLL_SECONDS = 1.0

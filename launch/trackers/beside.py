@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flexlora_ds.plain_text import one_line
+from flexlora_ds.terminal.plain_text import one_line
 
 _ROOT = Path(__file__).parents[2]
 _LONGEST = 300

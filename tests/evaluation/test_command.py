@@ -15,7 +15,7 @@ from data_prep.tasks import TASKS
 from eval.__main__ import main
 from eval.model.loading import resolve_prompt
 from eval.options import default_out
-from flexlora_ds.counted import counted
+from flexlora_ds.terminal.counted import counted
 from tests.helpers import eval_tiny
 
 _WITHOUT_DEEPSPEED = """

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, seed, settings
 
-from flexlora_ds.command import exit_code_of
+from flexlora_ds.terminal.command import exit_code_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 

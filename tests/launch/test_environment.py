@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eval.workers import Team
-from flexlora_ds.command import is_rank_zero
 from flexlora_ds.errors import UserError
 from flexlora_ds.launcher import require_environment, require_rendezvous
+from flexlora_ds.terminal.command import is_rank_zero
 from launch.distributed.port import port_faults
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -10,7 +10,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from data_prep.report.plots import plot_all
-from flexlora_ds.plain_text import PLOT_TEXT, legend_label, markdown_text, printable
+from flexlora_ds.terminal.plain_text import PLOT_TEXT, legend_label, markdown_text, printable
 from launch.options.train_options import TrainOptions
 
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from flexlora_ds import progress_bar
-from flexlora_ds.progress_bar import ProgressBar
+from flexlora_ds.terminal import progress_bar
+from flexlora_ds.terminal.progress_bar import ProgressBar
 
 
 class Terminal(io.StringIO):

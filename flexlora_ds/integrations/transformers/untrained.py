@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.trainer_utils import has_length
 
-from flexlora_ds.counted import counted
 from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.terminal.counted import counted
 
 _NO_BATCH = "give more records, a smaller per_device_train_batch_size, or leave dataloader_drop_last out"
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape
+from flexlora_ds.terminal.counted import counted
 from launch.engine.first_batches import FirstBatches
 from launch.engine.methods.changed_base import ChangedBase, lora_layers, pair_of
 from launch.engine.methods.protocol import Beginning

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from flexlora_ds.errors import CommandError, RunError, UserError
-from flexlora_ds.plain_text import one_line as one_line
+from flexlora_ds.terminal.plain_text import one_line as one_line
 
 _SIGNALLED = 128
 """Plus the signal's number, as shells have it."""
