@@ -77,7 +77,10 @@ class Task:
         """
         _, mark, choices = record["instruction"].rpartition(_ANSWER_FORMAT)
         if not mark or not choices:
-            raise UserError(f"a {self.name} record without an 'Answer format: a/b' line")
+            raise UserError(
+                f"a {self.name} record without an 'Answer format: a/b' line",
+                mend="end its instruction with that line",
+            )
         return choices.split("/")
 
 

@@ -113,7 +113,10 @@ def load_questions(
 
 def _question(task: str, index: int, entry: Entry, style: str, place: str) -> Question:
     record = as_record(entry)
-    answers = tuple(TASKS[task].answers(record))
+    try:
+        answers = tuple(TASKS[task].answers(record))
+    except UserError as error:
+        raise error.at(place) from None
     if len(answers) < 2 or record["answer"] not in answers:
         raise UserError(
             f"the answer {record['answer']!r} is not one of the instruction's choices {list(answers)}",

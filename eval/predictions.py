@@ -99,6 +99,22 @@ class Prediction:
         )
 
 
+def _answers(prediction: Prediction, question: Question | None) -> bool:
+    """Whether it is a prediction of this very question."""
+    return question is not None and (prediction.prompt_hash, prediction.answer) == (
+        question.prompt_hash,
+        question.answer,
+    )
+
+
+def _are_settings(path: Path) -> bool:
+    """Whether a file holds what `check_settings` records, of this version or another."""
+    try:
+        return {"model", "protocol", "prompt"} <= read_json_object(path).keys()
+    except UserError:  # it is not there, or is another's
+        return False
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -159,10 +175,13 @@ class PredictionFolder:
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Record the settings, or check them against those of existing predictions.
 
-        Raises UserError naming what differs: predictions of different settings are never mixed.
+        Raises UserError naming what differs: predictions of different settings are never mixed. So it does where a
+        file of this name is another's: it would be written over.
         """
         path = self.out / "settings.json"
-        if any(self.folder.glob("*.jsonl")):
+        if not any(self.folder.glob("*.jsonl")):
+            self._require_own_files()
+        else:
             remedy = "choose another --out, or remove this one"
             if not path.is_file():
                 raise UserError(
@@ -181,6 +200,16 @@ class PredictionFolder:
                     )
         write_json_atomically(path, dict(settings))
 
+    def _require_own_files(self) -> None:
+        """Raises UserError where `--out` holds a file of ours by name, but no settings of an evaluation beside it."""
+        found = [name for name in _FILES if (self.out / name).is_file()]
+        if found and not _are_settings(self.out / "settings.json"):
+            raise UserError(
+                f"{self.out} holds a {found[0]} that no evaluation wrote",
+                "--out",
+                "choose another --out, or move that file",
+            )
+
     def template_date(self) -> str | None:
         """The date that the chat template was given in the evaluation which is here; None without one."""
         path = self.out / "settings.json"
@@ -188,16 +217,19 @@ class PredictionFolder:
         return as_day(known.get(TEMPLATE_DATE))
 
     def merge_logs(self, tasks: Iterable[TaskItems]) -> None:
-        """Merge the prediction logs into the task files; one process calls this, while none writes."""
+        """Merge the prediction logs into the task files; one process calls this, while none writes.
+
+        What is of none of the items is left out, and its item is asked again: a file may have been edited.
+        """
         logs = sorted(self.folder.glob("journal-*.jsonl"))
         found: defaultdict[str, list[Prediction]] = defaultdict(list)
         for log in logs:
             for task_name, prediction in _read_log(log):
                 found[task_name].append(prediction)
         for task in tasks:
-            known = {item.question.index: item.question.prompt_hash for item in task.items}
-            merged = self.read(task.task)
-            merged.update({p.index: p for p in found[task.task] if known.get(p.index) == p.prompt_hash})
+            asked = {item.question.index: item.question for item in task.items}
+            every = [*self.read(task.task).values(), *found[task.task]]
+            merged = {p.index: p for p in every if _answers(p, asked.get(p.index))}
             lines = [_line(merged[index].to_json()) for index in sorted(merged)]
             write_text_atomically(self.folder / f"{task.task}.jsonl", "".join(lines))
         for log in logs:

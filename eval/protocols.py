@@ -25,6 +25,11 @@ class Protocol:
         """Its name in results and tables, e.g. `generate v1`."""
         return f"{self.name} v{self.version}"
 
+    @property
+    def generates(self) -> bool:
+        """Whether an answer is read from a text that the model writes."""
+        return self.beams > 0
+
 
 PROTOCOLS = {
     protocol.name: protocol

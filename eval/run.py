@@ -161,7 +161,9 @@ def _plan(
     for name, task in tasks.items():
         done = folder.read(name)
         left[name] = [item for item in task.items if item.question.index not in done]
-        finished += len(done)
+        finished += sum(
+            prediction.note is None for prediction in done.values()
+        )  # the others were never asked
     if finished and team.is_rank_zero:
         _print_note(
             f"continuing: {finished:,} of {finished + sum(map(len, left.values())):,} items are finished"

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prompt import CHAT
+from data_prep.tasks import TASKS
 from eval.items import Question, TaskItems, load_questions, tokenise
+from eval.parsing import read_answer
 from eval.protocols import Protocol, protocol_of
 from flexlora_ds.errors import UserError
 
@@ -39,9 +41,32 @@ def load_all_questions(
 
 
 def protocol_for(mode: str, questions: Mapping[str, Sequence[Question]], style: str) -> tuple[Protocol, str]:
-    """The protocol in the version that these questions need, and their prompt style: that of chats, where all are."""
+    """The protocol in the version that these questions need, and their prompt style: that of chats, where all are.
+
+    Raises:
+        UserError: the protocol generates, and a question has a choice that could not be read from a text.
+    """
     chats = [question.chat for found in questions.values() for question in found]
-    return protocol_of(mode, chats=any(chats)), CHAT if all(chats) else style
+    protocol = protocol_of(mode, chats=any(chats))
+    if protocol.generates:
+        for found in questions.values():
+            for question in found:
+                _require_readable(question)
+    return protocol, CHAT if all(chats) else style
+
+
+def _require_readable(question: Question) -> None:
+    """Raise UserError where one of the choices is read as another one or as none: it would count as wrong, or right."""
+    pattern = TASKS[question.task].pattern
+    for choice in question.answers:
+        read = read_answer(pattern, choice)
+        if read != choice:
+            raise UserError(
+                f"an answer {choice!r} would be read as {'none' if read is None else repr(read)} by the pattern of "
+                f"{question.task}, {pattern}",
+                f"{question.task}/test.json, record {question.index + 1}",
+                "ask by score, or name the choices as the pattern does",
+            )
 
 
 def tokenise_all(

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,84 @@ def test_default_out_names_model_adapter_and_mode() -> None:
     assert default_out("a/b.Q4_1.gguf", "runs/demo/adapter", "generate") == Path(
         "runs/eval/b.Q4_1+demo-generate"
     )
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda line: {**line, "index": 9999},
+        lambda line: {**line, "prompt_hash": "0" * 16},
+        lambda line: {**line, "answer": "false" if line["answer"] == "true" else "true"},
+    ],
+)
+def test_a_prediction_of_no_item_is_not_counted_and_its_item_is_asked_again(
+    place: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Settings and data are the same; only the file of predictions was edited."""
+    out, options = tmp_path / "out", ["--tasks", "boolq", "--mode", "score", "--batch_size", "1"]
+    assert main(arguments(place, out, *options)) == 0
+    tasks, whole = results(out)["tasks"], lines(out, "boolq")
+    edited = [edit(line) for line in whole]
+    (out / "predictions" / "boolq.jsonl").write_text("".join(json.dumps(line) + "\n" for line in edited))
+    assert main(arguments(place, out, *options)) == 0
+    assert results(out)["tasks"] == tasks and lines(out, "boolq") == whole
+
+
+@pytest.mark.parametrize("name", ["results.json", "table.md", "settings.json"])
+def test_what_no_evaluation_wrote_is_not_written_over(
+    place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    assert main(arguments(place, tmp_path / "out", "--tasks", "boolq", "--mode", "score")) == 2
+    assert f"holds a {name} that no evaluation wrote (--out)" in capsys.readouterr().err
+    assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
+
+
+def test_a_first_evaluation_does_not_say_that_it_continues(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Items that do not fit the context are recorded before the first batch."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 60}))
+    options = ["--tasks", "boolq", "--mode", "score", "--model", f"{tmp_path}/model"]
+    assert main(arguments(place, tmp_path / "out", *options)) == 0
+    error = capsys.readouterr().err
+    assert "longer than the model's context" in error and "continuing" not in error
+
+
+@pytest.mark.parametrize(
+    ("choices", "fault"),
+    [
+        (["True", "False"], "'True' would be read as none"),
+        (["true", "untrue"], "'untrue' would be read as 'true'"),
+    ],
+)
+def test_a_choice_that_cannot_be_read_from_a_text_is_scored_only(
+    place: Path, tmp_path: Path, choices: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {
+        "instruction": f"So?\n\nAnswer format: {'/'.join(choices)}",
+        "output": "x",
+        "answer": choices[1],
+    }
+    (tmp_path / "data" / "boolq").mkdir(parents=True)
+    (tmp_path / "data" / "boolq" / "test.json").write_text(json.dumps([record]))
+    options = ["--tasks", "boolq", "--data", f"{tmp_path}/data"]
+    for mode in ("generate", "generate-beam4"):
+        assert main(arguments(place, tmp_path / mode, *options, "--mode", mode)) == 2
+        error = capsys.readouterr().err
+        assert fault in error and "(boolq/test.json, record 1); ask by score" in error
+    assert main(arguments(place, tmp_path / "score", *options, "--mode", "score")) == 0
+
+
+def test_a_record_without_its_choices_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "boolq").mkdir()
+    path = tmp_path / "boolq" / "test.json"
+    path.write_text(json.dumps([{"instruction": "So?", "output": "x", "answer": "true"}]))
+    assert main(arguments(place, tmp_path / "out", "--tasks", "boolq", "--data", str(tmp_path))) == 2
+    error = capsys.readouterr().err
+    assert f"({path}, record 1); end its instruction with that line" in error
