@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+from data_prep.other_formats import LONGEST_BEGINNING, other_format, remedy_for
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import JSON_FAULTS, json_fault, open_ordinary
 
@@ -35,10 +36,15 @@ def open_text(path: Path) -> IO[str]:
     A byte that is not UTF-8 comes as a lone surrogate (`surrogateescape`), so that the reader can say where it is.
 
     Raises:
-        UserError: the file is missing, cannot be read, or is not an ordinary file.
+        UserError: the file is missing, cannot be read, is not an ordinary file, or one of another format.
     """
     file = open_ordinary(path, _NOT_FOUND)
-    packed = file.read(2) == b"\x1f\x8b"
+    beginning = file.read(LONGEST_BEGINNING)
+    other = other_format(beginning)
+    if other is not None:
+        file.close()
+        raise UserError(f"{other[0]}, not JSON", str(path), other[1])
+    packed = beginning.startswith(b"\x1f\x8b")
     file.seek(0)
     stream = cast(BinaryIO, _Unpacked(file)) if packed else file
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
@@ -54,7 +60,7 @@ def iter_objects(path: str | Path) -> Iterator[tuple[int, Any]]:
             or gives a key of an object twice.
     """
     path = Path(path)
-    number = 0
+    number, first = 0, ""
     with open_text(path) as file:
         try:
             first = _first_character(file)
@@ -66,7 +72,8 @@ def iter_objects(path: str | Path) -> Iterator[tuple[int, Any]]:
         except _UNREADABLE as error:
             fault = json_fault(error) if isinstance(error, JSON_FAULTS) else str(error)
             place = f"{path}, record {number + 1}"
-            raise UserError(f"not valid JSON: {fault}", place, "correct or remove it") from None
+            mend = remedy_for(error, number + 1, first, array=first == "[")
+            raise UserError(f"not valid JSON: {fault}", place, mend) from None
 
 
 class _Unpacked(gzip.GzipFile):

@@ -11,6 +11,7 @@ from typing import TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
+from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
 from launch.data.hashing import seeded_order
 
@@ -166,7 +167,7 @@ def arrange(
     """
     if not len(examples):
         raise UserError(
-            f"all {len(dropped):,} records are longer than {cutoff_len} tokens",
+            f"not one of {counted(len(dropped), 'record')} fits into {counted(cutoff_len, 'token')}",
             "cutoff_len",
             "raise cutoff_len",
         )
@@ -181,9 +182,9 @@ def split(examples: Examples, val_size: int, seed: int) -> tuple[Examples, Examp
     """
     if not 0 <= val_size < len(examples):
         raise UserError(
-            f"val_size {val_size:,} leaves nothing to train on: {len(examples):,} usable records",
+            f"val_size {val_size:,} leaves nothing to train on: {counted(len(examples), 'usable record')}",
             "val_size",
-            f"choose 0 to {len(examples) - 1:,}",
+            f"choose 0 to {len(examples) - 1:,}" if len(examples) > 1 else "choose 0",
         )
     order = seeded_order(len(examples), seed, "validation")
     return examples.subset(np.sort(order[val_size:])), examples.subset(np.sort(order[:val_size]))

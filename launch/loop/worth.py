@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flexlora_ds.counted import counted
 from flexlora_ds.rounding import ceil_div
 from flexlora_ds.worth import Directions, by_birth, rises_without, together
 from launch.loop.session import Session
@@ -55,7 +56,7 @@ def _measure(session: Session, groups: Sequence[Group]) -> tuple[float, list[flo
     known = session.validator.last_loss  # written after the last step, or there is none yet
     count = len(groups) + (known is None)
     session.log.progress.message(
-        f"weighing the directions born at rank changes: {count} validations (weigh_directions false: none)"
+        f"weighing the directions born at rank changes: {counted(count, 'validation')} (weigh_directions false: none)"
     )
     loss = session.validator() if known is None else known
     directions = (group.directions for group in groups)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import tracemalloc
 from pathlib import Path
@@ -113,3 +115,36 @@ def test_lone_surrogates_are_no_text(tmp_path: Path, key: str) -> None:
     record = {**RECORD, key: "a \udc80 b"}
     with pytest.raises(UserError, match=f"{key!r} holds a lone surrogate.*record 1"):
         load_entries(write(tmp_path, json.dumps([record]).encode()))
+
+
+ARRAY = json.dumps([RECORD]).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (lzma.compress(ARRAY), "packed with xz, not JSON ({path}); unpack it"),
+        (bz2.compress(ARRAY), "packed with bzip2, not JSON ({path}); unpack it"),
+        (b"PAR1\x15\x04PAR1", "a Parquet file, not JSON ({path}); make JSON lines of it with datasets"),
+        (b"PK\x03\x04\x14", "a zip archive, not JSON ({path}); unpack it"),
+        (b"\x28\xb5\x2f\xfd\x04", "packed with zstd, not JSON ({path}); unpack it"),
+        (
+            b"instruction,output\nq,a\n",
+            "record 1); records are an array or one object a line; make that of a CSV",
+        ),
+        (
+            json.dumps(RECORD, indent=2).encode(),
+            "record 1); each record stands on one line, or all in one array",
+        ),
+        (GOOD + b"\n" + GOOD[:-1] + b"\n" + GOOD, "record 2); each record stands on one line"),
+        (GOOD + b"\n" + b'{"a" 1}\n', "record 2); correct or remove it"),
+        (ARRAY[:-1], "record 2); correct or remove it"),
+        (gzip.compress(ARRAY)[:-9], "record 1); the packed file is damaged: copy or make it again"),
+        (gzip.compress(ARRAY)[:-8] + b"12345678", "record 1); the packed file is damaged"),
+    ],
+)
+def test_the_remedy_fits_what_the_file_is(tmp_path: Path, data: bytes, said: str) -> None:
+    path = write(tmp_path, data)
+    with pytest.raises(UserError) as error:
+        load_entries(path)
+    assert said.format(path=path) in str(error.value) and str(error.value).isprintable()

@@ -175,10 +175,12 @@ def test_nothing_to_train_on_is_the_users_error() -> None:
     records = [make_record() for _ in range(4)]
     with pytest.raises(UserError, match="no records"):
         prepare([])
-    with pytest.raises(UserError, match=r"all 4 records are longer than 8 tokens.*raise cutoff_len"):
+    with pytest.raises(UserError, match=r"not one of 4 records fits into 8 tokens.*raise cutoff_len"):
         prepare(records, cutoff_len=8)
     with pytest.raises(UserError, match=r"val_size 4 .*4 usable records.*choose 0 to 3"):
         prepare(records, val_size=4)
+    with pytest.raises(UserError, match=r"val_size 4 .* 1 usable record \(val_size\); choose 0$"):
+        prepare(records[:1], val_size=4)
     with pytest.raises(UserError, match="val_size"):
         split(prepare(records).train, -1, 0)
     with pytest.raises(UserError, match="end-of-sequence"):
