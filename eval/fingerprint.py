@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from eval.items import TaskItems
+from flexlora_ds.home import at_home
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
@@ -18,7 +19,7 @@ def fingerprint_files(place: str) -> str | None:
     Of a large file 64 evenly spaced samples of 64 KiB are read: training moves all weights, and reading
     16 GB takes a while.
     """
-    path = Path(place).expanduser()
+    path = Path(at_home(place))
     if not path.exists():
         return None
     files = (

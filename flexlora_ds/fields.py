@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from flexlora_ds.home import at_home
+
 M = TypeVar("M")
 
 
@@ -38,6 +40,11 @@ class Bounds:
         low = (("of at least", self.least), ("above", self.above))
         high = (("at most", self.most), ("below", self.below))
         return " and ".join(f"{word} {_shown_end(end)}" for word, end in low + high if math.isfinite(end))
+
+
+@dataclass(frozen=True)
+class IsPath:
+    """Of a text: it is a path, in which a leading `~` means the home directory, as in a shell."""
 
 
 def _shown_end(end: float) -> str:
@@ -111,7 +118,7 @@ def convert(value: object, kind: Any, *, text: bool) -> Any:
             continue
         if bounds is not None and isinstance(converted, (int, float)) and not bounds.holds(converted):
             raise ValueError("is out of range")
-        return converted
+        return at_home(str(converted)) if _mark(member, IsPath) is not None else converted
     if isinstance(value, str) and not _is_text(value):
         raise ValueError("holds a character that no text file holds")
     raise ValueError("is not allowed")

@@ -61,7 +61,7 @@ FLOORS = {
         ),
         ("config", "seeds", "files"),
         ("terminal", "fields", "patterns", "launcher"),
-        ("errors", "rounding", "orientation"),
+        ("errors", "rounding", "orientation", "home"),
     ),
 }
 """From the top: a room imports from the floors below its own, and from itself."""

@@ -19,6 +19,7 @@ from eval.compare.paper import PAPER
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.markdown import markdown_table
 from flexlora_ds.files.text import write_text_atomically
+from flexlora_ds.home import at_home
 from flexlora_ds.terminal.command import CommandParser, run_parsed
 from flexlora_ds.terminal.plain_text import PLOT_TEXT, legend_label, markdown_text
 
@@ -34,7 +35,7 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
         name, named, folders = (
             argument.partition("=") if "=" in argument and not whole else ("", "", argument)
         )
-        runs = [read_run(Path(folder)) for folder in ([argument] if whole else folders.split(","))]
+        runs = [read_run(Path(at_home(folder))) for folder in ([argument] if whole else folders.split(","))]
         if named:
             settings.append(Setting(name, tuple(runs)))
             continue

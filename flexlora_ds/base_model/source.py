@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexlora_ds.errors import UserError
+from flexlora_ds.home import at_home
 from flexlora_ds.terminal.command import one_line
 
 _PROBE_SECONDS = 5.0
@@ -44,7 +45,7 @@ def locate(model: str | Path, revision: str | None = None) -> ModelSource:
     Raises UserError if nothing usable is behind a path, or if the packages to read a GGUF are missing.
     """
     name = str(model)
-    path = Path(name).expanduser()
+    path = Path(at_home(name))
     if path.suffix == ".gguf":
         return _locate_gguf(name, path, revision)
     if path.is_dir():

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from flexlora_ds.errors import CommandError, RunError, UserError
+from flexlora_ds.home import at_home
 from flexlora_ds.terminal.plain_text import one_line as one_line
 
 _SIGNALLED = 128
@@ -35,7 +36,8 @@ _LONGEST_TEXT = 500
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose faults are UserErrors, and which knows `--debug [true|false]`.
 
-    The nearest option is named for a misspelt one. `--help` shows the description and the epilog as they are written.
+    The nearest option is named for a misspelt one. A `~` behind `--option=` is the home directory, as one that stands
+    alone is to a shell. `--help` shows the description and the epilog as they are written.
     """
 
     def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
@@ -58,7 +60,8 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         """As argparse's; an unknown option is a UserError that names the nearest known one."""
         given: argparse.Namespace
-        given, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        given, unknown = self.parse_known_args([_at_home(word) for word in words], namespace)
         if unknown:
             self.refuse(unknown[0])
         return given
@@ -91,6 +94,12 @@ class CommandParser(argparse.ArgumentParser):
             "command line",
             f"did you mean {near[0]}?" if near else f"see {self.prog} --help",
         )
+
+
+def _at_home(word: str) -> str:
+    """A word of a command line, with the home directory for a `~` at its start or behind its first `=`."""
+    name, equals, value = word.partition("=")
+    return f"{name}={at_home(value)}" if equals and name.startswith("--") else at_home(word)
 
 
 def boolean(text: str) -> bool:

@@ -11,8 +11,8 @@ from typing import TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-from flexlora_ds.counted import counted
 from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.counted import counted
 from launch.data.hashing import seeded_order
 
 IGNORED = -100

@@ -11,6 +11,7 @@ from typing import Any
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import JSON_FAULTS, json_fault, read_text
 
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
 DEEPEST = 50
 """Levels of nesting; DeepSpeed knows of five."""
 
@@ -25,7 +26,7 @@ class DsJson:
 
 
 def read_ds_json(source: str | Path | Mapping[str, Any]) -> DsJson:
-    """The JSON at a path, or its content.
+    """The JSON at a path, or its content; `ds_configs/NAME` is found from any working directory.
 
     Raises:
         UserError: the file is missing, or is no JSON object (with the line).
@@ -33,13 +34,21 @@ def read_ds_json(source: str | Path | Mapping[str, Any]) -> DsJson:
     if isinstance(source, Mapping):
         settings, origin = dict(source), "DeepSpeed config"
     else:
-        settings, origin = _parsed(Path(source)), str(source)
+        settings, origin = _parsed(_found(Path(source))), str(source)
     if settings.get("bfloat16") is not None:  # DeepSpeed's older name of the same block
         settings["bf16"] = settings.pop("bfloat16")
     for block in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
         if not isinstance(settings.get(block, {}), dict):
             raise UserError(f"{block} is no JSON object", f"{origin}, key {block}", "write {...}")
     return DsJson(settings, origin)
+
+
+def _found(path: Path) -> Path:
+    """The path, or the shipped file that it names where the working directory has none of this name."""
+    shipped = SHIPPED / path.name
+    return (
+        shipped if path == Path(SHIPPED.name, path.name) and not path.exists() and shipped.is_file() else path
+    )
 
 
 def _parsed(path: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flexlora_ds.counted import counted
 from flexlora_ds.rounding import ceil_div
+from flexlora_ds.terminal.counted import counted
 from flexlora_ds.worth import Directions, by_birth, rises_without, together
 from launch.loop.session import Session
 from launch.run_folder.new_directions import life_stories, with_last_values

@@ -10,6 +10,7 @@ from typing import Any
 from flexlora_ds.errors import UserError
 from flexlora_ds.fields import nearest
 from flexlora_ds.files.reading import MIB, read_text
+from flexlora_ds.home import at_home
 from launch.options.yaml_text import read_entries
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -84,6 +85,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         UserError: there is no such file.
     """
+    name = at_home(name)
     shipped = RECIPES / f"{Path(name).stem}.yaml"
     is_shipped_name = name == shipped.stem or Path(name) == Path("launch", "recipes", shipped.name)
     for path in (Path(name), shipped):

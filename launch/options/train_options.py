@@ -25,7 +25,7 @@ from flexlora_ds.config import (
     Positive,
 )
 from flexlora_ds.errors import UserError
-from flexlora_ds.fields import Bounds, Group, OnResume, OptionSpec, option_specs
+from flexlora_ds.fields import Bounds, Group, IsPath, OnResume, OptionSpec, option_specs
 from flexlora_ds.terminal.plain_text import printable
 from launch.options.method_traits import TRAITS, MethodTraits
 from launch.options.sources import Given, find_recipe, read_arguments, read_recipe, read_yaml
@@ -43,6 +43,7 @@ Task = Literal[
 EvalMode = Literal["score", "generate"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
+PathText = Annotated[str, IsPath()]
 Seconds = Annotated[int, Bounds(least=10, most=86_400)]
 
 DEFAULT_RECIPE = "launch/recipes/llama3_8b_r8.yaml"
@@ -68,25 +69,25 @@ class TrainOptions(FlexLoRAConfig):
 
     given_as_text: ClassVar[bool] = True
 
-    model: Annotated[str, DATA, MAY_CHANGE] = ""
+    model: Annotated[PathText, DATA, MAY_CHANGE] = ""
     """Base model: a hub id, a local folder, or a .gguf file (loaded dequantised). Every recipe names one."""
-    data: Annotated[str, DATA, MAY_CHANGE] = "data/commonsense_170k.json"
+    data: Annotated[PathText, DATA, MAY_CHANGE] = "data/commonsense_170k.json"
     """Training records {instruction, input, output, answer} or chats {messages}: JSON or JSON lines, also .gz."""
-    out: Annotated[str, DATA, MAY_CHANGE] = ""
+    out: Annotated[PathText, DATA, MAY_CHANGE] = ""
     """The run folder, the same in every restart of the run. Empty means runs/<recipe name>."""
-    recipe: Annotated[str, DATA, MAY_CHANGE] = field(default=DEFAULT_RECIPE, compare=False)
+    recipe: Annotated[PathText, DATA, MAY_CHANGE] = field(default=DEFAULT_RECIPE, compare=False)
     """A YAML file with any of these keys, or the bare name of a shipped recipe."""
-    ds: Annotated[str, DATA, MAY_CHANGE] = "ds_configs/zero2.json"
+    ds: Annotated[PathText, DATA, MAY_CHANGE] = "ds_configs/zero2.json"
     """DeepSpeed's JSON; its auto values are filled in from these options."""
 
     method: Annotated[Method, ADAPTER, MUST_MATCH] = "flexlora"
     """What is trained: FlexLoRA; for comparison PEFT's methods, any adapter of peft_config, or all weights (full)."""
-    peft_config: Annotated[str | None, ADAPTER, MAY_CHANGE] = None
+    peft_config: Annotated[PathText | None, ADAPTER, MAY_CHANGE] = None
     """With method peft: a JSON file as PEFT's adapter_config.json, which names the kind and its settings."""
     match_params: Annotated[str | None, ADAPTER, MAY_CHANGE] = None
     """Take the rank that trains as many parameters as lora:RANK, or as this number, on the mean over the run."""
 
-    init_adapter: Annotated[str, ADAPTER, MAY_CHANGE] = ""
+    init_adapter: Annotated[PathText, ADAPTER, MAY_CHANGE] = ""
     """A PEFT LoRA to go on from, a folder or a hub id: its update becomes P, λ and Q (method flexlora). Empty: none."""
     init_rank_budget: Annotated[Positive | None, ADAPTER, MUST_MATCH] = None
     """The most directions to keep of init_adapter, by one threshold over all its singular values; none keeps all."""
@@ -152,7 +153,7 @@ class TrainOptions(FlexLoRAConfig):
     """Which tasks; none is all eight."""
     eval_mode: Annotated[EvalMode, LOGS, MAY_CHANGE] = "score"
     """How they are asked, as python -m eval does: the likeliest of an item's answers, or one that is generated."""
-    eval_data: Annotated[str, LOGS, MAY_CHANGE] = ""
+    eval_data: Annotated[PathText, LOGS, MAY_CHANGE] = ""
     """The folder of the tests, with TASK/test.json. Empty means the folder of data."""
     weigh_directions: Annotated[bool, LOGS, MAY_CHANGE] = True
     """Whether the end measures what the new directions of each rank change are worth, by one validation a change."""
@@ -162,7 +163,7 @@ class TrainOptions(FlexLoRAConfig):
     """How many of the newest checkpoints stay on disk."""
     track: Annotated[tuple[TrackerName, ...] | None, LOGS, MAY_CHANGE] = None
     """Dashboards that follow the run, each by its own library."""
-    resume: Annotated[str, LOGS, MAY_CHANGE] = "auto"
+    resume: Annotated[PathText, LOGS, MAY_CHANGE] = "auto"
     """auto continues out where it stopped, none refuses a non-empty out, else the path of a checkpoint."""
     timeout: Annotated[Seconds, LOGS, MAY_CHANGE] = 300
     """Seconds without a sign of life after which a process or host is gone; the longest wait for one in a step."""

@@ -166,8 +166,9 @@ def _look(
 
 
 def _require_folder(path: Path, options: TrainOptions) -> None:
-    if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}", options.place("resume"), "give auto, none or its folder")
+    if not options.resume.strip() or not path.is_dir():
+        fault = f"no checkpoint at {path}" if options.resume.strip() else "resume is empty"
+        raise UserError(fault, options.place("resume"), "give auto, none or its folder")
 
 
 def _choose(options: TrainOptions, folder: RunFolder) -> tuple[Checkpoint | None, str | None, list[str]]:
@@ -216,4 +217,8 @@ def _named(path: Path, options: TrainOptions, root: Path) -> tuple[Checkpoint, s
     if files.checkpoints_in(inner):
         found, messages = _newest(inner)
         return found, origin, messages
+    try:
+        files.step_of(path)
+    except RunError as error:
+        raise UserError(f"{error.fault}: {path}", options.place("resume"), error.mend) from None
     return open_checkpoint(path), origin, []

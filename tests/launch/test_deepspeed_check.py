@@ -156,6 +156,19 @@ def test_what_python_cannot_read_is_a_line(tmp_path: Path, text: str | bytes, sa
         read_ds_json(path)
 
 
+def test_a_shipped_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is one; a file of this name in the working directory comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert read_ds_json("ds_configs/zero3.json").settings["zero_optimization"]["stage"] == 3
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3.json").write_text('{"mine": 1}')
+    assert read_ds_json("ds_configs/zero3.json").settings == {"mine": 1}
+    with pytest.raises(UserError, match="no such file"):
+        read_ds_json("ds_configs/mine.json")
+    with pytest.raises(UserError, match="no such file"):
+        read_ds_json("other/zero3.json")
+
+
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev"])
 def test_what_is_no_file_is_a_line(path: str) -> None:
     with pytest.raises(

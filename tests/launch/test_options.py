@@ -282,6 +282,23 @@ def test_a_written_options_file_is_a_recipe(tmp_path: Path, recipe: Path) -> Non
     assert again.out == "runs/mine"
 
 
+PATHS = ("model", "data", "out", "ds", "peft_config", "init_adapter", "eval_data", "resume")
+
+
+@pytest.mark.parametrize("written", ["recipe", "command line"])
+def test_the_home_directory_stands_for_its_sign_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    """No shell expands it in a recipe or behind a sign; a folder named `~` would be made in its place."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "".join(f"{key}: ~/{key}\n" for key in PATHS)
+    (tmp_path / "mine.yaml").write_text(text if written == "recipe" else "")
+    words = [] if written == "recipe" else [f"--{key}=~/{key}" for key in PATHS]
+    options = parse_options(["--recipe=~/mine.yaml", *words])
+    assert [getattr(options, key) for key in PATHS] == [f"{tmp_path}/{key}" for key in PATHS]
+    assert TrainOptions.from_yaml(options.to_yaml()) == options
+
+
 def test_every_option_has_a_help_line_and_a_group() -> None:
     lines = field_lines(TrainOptions)
     assert [group for group, specs in by_group() if specs] == list(GROUPS)

@@ -319,6 +319,10 @@ def test_a_folder_that_may_not_be_written_to(refused: Callable[..., str], tmp_pa
 
 def test_a_checkpoint_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
     assert f"no checkpoint at {tmp_path}/nowhere (--resume on the" in refused(resume=tmp_path / "nowhere")
+    assert "resume is empty (--resume on the command line); give auto, none" in refused(resume="")
+    (tmp_path / "best").mkdir()
+    line = refused(resume=tmp_path / "best")
+    assert f"not a checkpoint: {tmp_path}/best (--resume on the" in line and "; give a folder like" in line
 
 
 @pytest.mark.parametrize("below", ["", "runs/one"])
