@@ -65,9 +65,15 @@ def to_chat(value: Any, place: str, need_answer: bool = False) -> ChatRecord:
     if is_given(value.get("system")):
         _put_first(messages, text_field(value, "system", place), place)
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise UserError(
-            "the last message is not an assistant's answer: nothing to learn", place, "leave that message out"
+        empty = messages[-1]["role"] == "assistant"
+        what = "the last answer is empty" if empty else "the last message is not an assistant's answer"
+        others = any(message["role"] == "assistant" for message in messages[:-1])
+        mend = (
+            "leave that message out"
+            if others and not empty
+            else "end with an answer, or leave the record out"
         )
+        raise UserError(f"{what}: nothing to learn", place, mend)
     if not any(map(is_answer, messages)):
         raise UserError("no answer has a weight: nothing to learn", place, "leave the record out")
     answer = optional_text(value, "answer", place)

@@ -130,7 +130,15 @@ def test_one_function_reads_records_and_chats(tmp_path: Path, packed: bool, arra
     ("bad", "message"),
     [
         (chat(), "'messages' is missing or empty"),
-        (chat("user"), "not an assistant's answer"),
+        (
+            chat("user"),
+            "not an assistant's answer: nothing to learn .*; end with an answer, or leave the record out",
+        ),
+        (chat("user", "assistant", "user"), "not an assistant's answer.*; leave that message out"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]},
+            "the last answer is empty: nothing to learn .*; end with an answer, or leave the record out",
+        ),
         (chat("tool", "assistant"), "unknown role 'tool'"),
         ({"messages": [{"role": "user"}]}, "record 2, message 1"),
         ({"messages": [{"role": "user", "content": 5}]}, "'content' is int"),
