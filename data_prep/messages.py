@@ -142,7 +142,7 @@ def optional_text(value: dict[str, Any], key: str, place: str) -> str:
     return text_field(value, key, place) if value.get(key) is not None else ""
 
 
-def require_text(text: str, key: str, place: str) -> str:
+def require_text(text: str, key: str, place: str = "") -> str:
     """The text. Raises UserError where it holds a lone surrogate."""
     if not text.isascii():
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data_prep.messages import require_text
 from flexlora_ds.errors import UserError
 
 Row = Mapping[str, Any]
@@ -20,11 +21,11 @@ def column(row: Row, name: str) -> Any:
 
 
 def text(row: Row, name: str) -> str:
-    """A string column, untouched. Raises UserError where it is missing or no string."""
+    """A string column, untouched. Raises UserError where it is missing, no string, or holds a lone surrogate."""
     value = column(row, name)
     if not isinstance(value, str):
         raise UserError(f"column {name!r} is {type(value).__name__}, not a string")
-    return value
+    return require_text(value, f"column {name}")
 
 
 def truth(row: Row, name: str) -> bool:
@@ -55,7 +56,7 @@ def texts(row: Row, name: str, count: int) -> list[str]:
     fits = isinstance(value, (list, tuple)) and len(value) == count
     if not fits or not all(isinstance(item, str) for item in value):
         raise UserError(f"column {name!r} does not hold a list of {count} strings")
-    return list(value)
+    return [require_text(item, f"column {name}") for item in value]
 
 
 def keyed_choices(row: Row) -> tuple[list[str], int]:

@@ -39,6 +39,9 @@ def token_counter(tokenizer: str) -> CountTokens:
             "the package 'transformers' is not installed", mend="install it or omit --tokenizer"
         ) from None
     path = Path(tokenizer)
+    remedy = "give a hub id, a local folder or a .gguf file"
+    if not path.exists() and (path.is_absolute() or tokenizer.startswith(".") or path.suffix == ".gguf"):
+        raise UserError("no tokenizer is there", tokenizer, remedy)
     try:
         with quiet_retries():
             if path.suffix == ".gguf":
@@ -50,7 +53,6 @@ def token_counter(tokenizer: str) -> CountTokens:
     # a tokenizer that is not there, gated or damaged shows as many unrelated types
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        remedy = "give a hub id, a local folder or a .gguf file"
         raise UserError(f"tokenizer cannot be loaded: {reason}", tokenizer, remedy) from None
 
     def count(texts: list[str]) -> list[int]:

@@ -35,6 +35,8 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
         name, named, folders = (
             argument.partition("=") if "=" in argument and not whole else ("", "", argument)
         )
+        if named and not (name.strip() and all(map(str.strip, folders.split(",")))):
+            raise UserError(f"no name or no folder in {argument!r}", mend="write NAME=DIR or NAME=DIR,DIR")
         runs = [read_run(Path(at_home(folder))) for folder in ([argument] if whole else folders.split(","))]
         if named:
             settings.append(Setting(name, tuple(runs)))
@@ -45,6 +47,9 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two settings are called {name!r}", mend="name them: A=DIR B=DIR")
+    for setting in settings:
+        if len({run.folder.resolve() for run in setting.runs}) < len(setting.runs):
+            raise UserError(f"{setting.name!r} has one evaluation twice", mend="give a folder for each seed")
     return settings
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora_ds.errors import RunError
+from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files.folders import bring_to_disk
 from flexlora_ds.files.hashing import sha256_of
 from flexlora_ds.files.ownership import holds_only, remove_if_ours, set_aside
@@ -62,11 +62,13 @@ def step_of(folder: Path) -> int:
     """The step of a checkpoint's folder.
 
     Raises:
-        RunError: the name is none of a checkpoint.
+        UserError: the name is none of a checkpoint.
     """
     match = _FOLDER.fullmatch(folder.name)
     if match is None:
-        raise RunError("not a checkpoint", str(folder), f"give a folder like checkpoints/{folder_name(1000)}")
+        raise UserError(
+            "not a checkpoint", str(folder), f"give a folder like checkpoints/{folder_name(1000)}"
+        )
     return int(match[1])
 
 

@@ -215,8 +215,8 @@ def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     `check` False leaves the checksums to the process that has checked them already.
 
     Raises:
-        DamagedError: it is not what was written, or not complete in itself. RunError: another format version,
-            or no checkpoint at all.
+        DamagedError: it is not what was written, or not complete in itself. RunError: another format version.
+        UserError: the folder has no checkpoint's name.
     """
     step = step_of(folder)
     files = verify(folder) if check else listed(folder)

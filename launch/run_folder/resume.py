@@ -219,6 +219,6 @@ def _named(path: Path, options: TrainOptions, root: Path) -> tuple[Checkpoint, s
         return found, origin, messages
     try:
         files.step_of(path)
-    except RunError as error:
+    except UserError as error:
         raise UserError(f"{error.fault}: {path}", options.place("resume"), error.mend) from None
     return open_checkpoint(path), origin, []

@@ -132,3 +132,6 @@ def test_a_tokenizer_that_is_not_there(
     (tmp_path / "nothing").mkdir()
     assert main(["--data", str(data), "--tokenizer", str(tmp_path / "nothing")]) == 2
     assert "tokenizer cannot be loaded" in capsys.readouterr().err
+    for name in ("no", "no.gguf"):
+        assert main(["--data", str(data), "--tokenizer", str(tmp_path / name)]) == 2
+        assert f"error: no tokenizer is there ({tmp_path}/{name}); give a hub id" in capsys.readouterr().err

@@ -123,6 +123,13 @@ def test_choices_as_a_list_are_the_same_item() -> None:
     ("task", "change", "message"),
     [
         ("piqa", {"sol2": None}, "'sol2' is NoneType"),
+        ("piqa", {"sol2": "a \ud800"}, "'column sol2' holds a lone surrogate"),
+        ("hellaswag", {"endings": ["a", "\udfff", "b", "c"]}, "'column endings' holds a lone surrogate"),
+        (
+            "ARC-Easy",
+            {"choices": {"text": ["\ud800"], "label": ["C"]}},
+            "'column text' holds a lone surrogate",
+        ),
         ("piqa", {"label": 2}, "label 2 .*expected 0 to 1"),
         ("piqa", {"label": -1}, "label -1"),
         ("piqa", {"label": True}, "label True"),

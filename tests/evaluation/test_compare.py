@@ -168,6 +168,10 @@ def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([str(tmp_path / "none")], "no results.json"),
         ([str(torn)], "0 of 2 items"),
         ([f"x={a}", f"x={a}"], "two settings are called 'x'"),
+        ([f"x={a},{a}/../{a.name}"], "'x' has one evaluation twice; give a folder for each seed"),
+        ([f"={a}"], "no name or no folder in"),
+        (["x="], "no name or no folder in 'x='; write NAME=DIR"),
+        ([f"x={a},"], "no name or no folder in"),
         ([str(a), "--papr"], "--papr"),
     ):
         assert main([*arguments, "--out", str(tmp_path / "out")]) == 2

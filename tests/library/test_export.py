@@ -359,6 +359,8 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "full" / "model" / "config.json").write_text("{}")
     assert "it is a model already" in fails(arguments(tmp_path / "full", new), capsys, 2)
     assert "not empty" in fails(arguments(run, run), capsys, 2)
+    words = ["--checkpoint", str(tmp_path), "--to", "peft", "--out", str(new)]
+    assert f"not a checkpoint ({tmp_path}); give a folder like" in fails(words, capsys, 2)
     small = save_small(tmp_path / "small")
     capsys.readouterr()
     assert "--base" in fails([*arguments(run, new, "merged"), "--base", str(small)], capsys, 2)
