@@ -92,6 +92,25 @@ class FlexLoRAAdamW(Optimizer):
             self._step_group(group)
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle hold: torch's own method knows nothing of a subclass's settings."""
+        own = ("per_element_age", "sensitivity", "sensitivity_betas")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, with states of full precision also where a parameter is not.
+
+        Torch casts states to the dtype of their parameter: an age in bfloat16 would end at 256.
+        """
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if key in self.state_keys() and value.dtype != p.dtype:
+                    self.state[p][key] = value.to(p.device, copy=True)
+
     def state_keys(self) -> tuple[str, ...]:
         """The per-element states that this optimizer keeps."""
         ages = ("age",) if self.per_element_age else ()

@@ -322,3 +322,34 @@ def test_one_age_for_all_elements_keeps_every_bit(count: int, age: int) -> None:
         optimizer.step()
         results.append(p.detach()[:count].clone())
     assert torch.equal(*results)
+
+
+def test_a_low_precision_parameters_state_is_loaded_in_full() -> None:
+    """In bfloat16 an age would end at 256."""
+    (p,) = parameters((4, 3), dtype=torch.bfloat16)
+    optimizer = FlexLoRAAdamW([p], lr=1e-2)
+    train(optimizer, [p], range(3))
+    optimizer.state[p]["age"].fill_(301)
+    q = nn.Parameter(p.detach().clone())
+    resumed = FlexLoRAAdamW([q], lr=1e-2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed.load_state_dict(saved)
+    assert all(
+        torch.equal(value, resumed.state[q][key]) and value.dtype == resumed.state[q][key].dtype
+        for key, value in snapshot(optimizer, p).items()
+    )
+    train(optimizer, [p], range(3, 6))
+    train(resumed, [q], range(3, 6))
+    assert torch.equal(p, q) and float(resumed.state[q]["age"].max()) == 304
+    assert float(saved["state"][0]["age"].max()) == 301, "what is loaded from stays as it was"
+
+
+def test_a_copy_goes_on_as_its_original() -> None:
+    params = parameters((4, 3), (3,))
+    optimizer = FlexLoRAAdamW(params, per_element_age=False, sensitivity=True, sensitivity_betas=(0.5, 0.6))
+    train(optimizer, params, range(3))
+    copies, other = copy.deepcopy((params, optimizer))
+    assert other.state_keys() == optimizer.state_keys() and other.sensitivity_betas == (0.5, 0.6)
+    train(optimizer, params, range(3, 6))
+    train(other, copies, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
