@@ -8,7 +8,6 @@ The frozen base is not in a checkpoint; its fingerprint is.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ from flexlora_ds.checkpoint.files import (
     write_json,
 )
 from flexlora_ds.checkpoint.generators import generator_states, set_generator_states
-from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.checkpoint.schedules import continue_schedule, state_of, updates_of
+from flexlora_ds.errors import RunError
 from flexlora_ds.files.safetensors_file import save_tensors
 
 _CONSTANT = "constant "
@@ -100,7 +100,8 @@ def take_snapshot(
         "keys": state_by_name.state_keys(engine),
         "scalars": state_by_name.optimizer_scalars(engine),
         "counters": state_by_name.counters(engine),
-        "updates": _updates(scheduler or engine.lr_scheduler),
+        "updates": updates_of(scheduler or engine.lr_scheduler),
+        "schedule": state_of(scheduler or engine.lr_scheduler),
         "scaler": state_by_name.scaler_state(engine),
         "controller": None if controller is None else controller.state_dict(),
         "run": dict(run),
@@ -179,7 +180,7 @@ class Checkpoint:
         micro_steps = int(counters["global_steps"]) * int(engine.gradient_accumulation_steps())
         state_by_name.set_counters(engine, counters, micro_steps)
         state_by_name.set_scaler_state(engine, self.state["scaler"])
-        _continue_schedule(scheduler or engine.lr_scheduler, self.state["updates"])
+        continue_schedule(scheduler or engine.lr_scheduler, self.state["updates"], self.state.get("schedule"))
         if controller is not None:
             controller.load_state_dict(self.state["controller"])
         set_generator_states(self._generators(int(engine.global_rank), int(engine.world_size)), engine.device)
@@ -284,30 +285,3 @@ def _require_tensors(shards: Sequence[Path], state: State, folder: Path) -> None
     if found != expected:
         odd = sorted(set(found) ^ set(expected)) or [t for t in expected if found[t] != expected[t]]
         raise DamagedError(f"its tensors are not those of its {STATE}: {odd[0]}", str(folder))
-
-
-def _updates(scheduler: Any) -> int | None:
-    """How many updates the learning-rate schedule has counted.
-
-    Raises:
-        UserError: a schedule that is no function of that count alone.
-    """
-    if scheduler is None:
-        return None
-    if not hasattr(scheduler, "lr_lambdas"):
-        raise UserError(
-            f"cannot carry the state of a {type(scheduler).__name__}", mend="use torch's LambdaLR"
-        )
-    return int(scheduler.last_epoch)
-
-
-def _continue_schedule(scheduler: Any, updates: int | None) -> None:
-    """Set a LambdaLR to where it was: its rates are a function of the count of updates."""
-    if scheduler is None or updates is None:
-        return
-    scheduler.last_epoch, scheduler._step_count = updates, updates + 1
-    rates = [base * f(updates) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    assert all(math.isfinite(rate) for rate in rates), "a learning rate that is not finite"
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
