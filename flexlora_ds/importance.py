@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexlora_ds.config import FlexLoRAConfig
-from flexlora_ds.errors import RunError
+from flexlora_ds.errors import RunError, UserError
 
 EPSILON = 1e-8
 """ε inside the logarithm of the entropy."""
@@ -79,7 +79,20 @@ def score_matrices(
 
     Raises:
         RunError: a spectrum or a sensitivity is not finite (the matrix is named).
+        UserError: `importance` is growth, which reads gradients and no spectrum; or sensitivities are missing.
     """
+    if config.importance not in METRICS:
+        raise UserError(
+            f"importance {config.importance} scores no spectrum",
+            "score_matrices",
+            "use RankController, or another importance",
+        )
+    if config.importance == "sensitivity" and (sensitivity is None or set(spectra) - set(sensitivity)):
+        raise UserError(
+            "importance sensitivity needs the sensitivity of every matrix",
+            "score_matrices",
+            "give direction_sensitivity of the optimizer's averages",
+        )
     metric = METRICS[config.importance]
     scores: dict[str, float | None] = {}
     for name, spectrum in spectra.items():
@@ -175,7 +188,7 @@ def _frobenius(matrix: MatrixStatistics) -> float:
 
 
 def _sensitivity(matrix: MatrixStatistics) -> float:
-    assert matrix.sensitivity is not None, "the sensitivity metric needs the optimizer's averages"
+    assert matrix.sensitivity is not None, "score_matrices asks for it"
     return float(matrix.sensitivity.mean())
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
@@ -63,8 +64,11 @@ def resolve_calendar(total_steps: int, config: FlexLoRAConfig) -> Calendar:
     `LEAST_INTERVAL` steps apart.
 
     Raises:
-        UserError: the run has no step, or its freeze precedes its start (unless ranks never change).
+        UserError: the run has no step or no whole number of them, or its freeze precedes its start (unless ranks never
+            change).
     """
+    if not isinstance(total_steps, Integral):
+        raise UserError(f"{total_steps} is no whole number of steps", "total steps", "round it")
     if total_steps < 1:
         raise UserError(f"a run of {total_steps} steps has no calendar", "total steps", "give at least 1")
     calendar = Calendar(

@@ -50,6 +50,10 @@ def build(
     return model
 
 
+class NotCausalError(UserError):
+    """A model that is there, and of another kind."""
+
+
 def blueprint(
     name: str, config: Any, dtype: torch.dtype | None = None, *, tied: bool = True
 ) -> PreTrainedModel:
@@ -68,7 +72,7 @@ def blueprint(
 
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
-        raise UserError(
+        raise NotCausalError(
             f"model {name} is of type {config.model_type}, of which transformers has no causal language model",
             "config.json",
             "name a model that continues text alone",

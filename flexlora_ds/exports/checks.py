@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from flexlora_ds.base_model.blueprint import NotCausalError
 from flexlora_ds.base_model.loading import load_causal_lm, native_dtype
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.exports.merging import adapted_weight
@@ -85,6 +86,10 @@ def _base_of(adapter: LoraAdapter, base: str) -> tuple[PreTrainedModel, torch.dt
     try:
         dtype = native_dtype(base, adapter.revision)
         model = load_causal_lm(base, dtype=dtype, revision=adapter.revision)
+    except NotCausalError as error:
+        raise UserError(
+            error.fault, error.place, "merge it with PEFT's merge_and_unload: exports are of language models"
+        ) from None
     except UserError as error:
         raise UserError(
             error.fault, error.place, "the export is checked on its base: name it with --base"

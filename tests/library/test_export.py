@@ -263,6 +263,20 @@ def test_an_export_without_its_base_says_how_to_name_it(
     assert "moved" in line and "--base" in line and not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_another_kind_of_model_is_merged_with_peft(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "base")
+    settings = run / "adapter" / "adapter_config.json"
+    other = {**json.loads(settings.read_text()), "base_model_name_or_path": str(tmp_path / "base")}
+    settings.write_text(json.dumps(other))
+    line = fails(["--run", str(run), "--to", "peft", "--out", str(tmp_path / "out")], capsys, 2)
+    assert "of type vit" in line and "merge_and_unload" in line and "--base" not in line
+
+
 def test_merge_that_changes_another_tensor_is_noticed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

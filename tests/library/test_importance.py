@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexlora_ds.config import CHOICES, FlexLoRAConfig
-from flexlora_ds.errors import RunError
+from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.importance import (
     METRICS,
     direction_sensitivity,
@@ -230,3 +230,13 @@ def test_spectrum_error_is_the_worst_relative_difference() -> None:
     assert spectrum_error(torch.zeros(3), torch.zeros(3)) == 0.0
     scaled = exact_spectrum(1.21 * torch.eye(3), torch.eye(3), lam)
     assert spectrum_error(lam, scaled) == pytest.approx(1 - 1 / 1.1, rel=1e-5)
+
+
+def test_what_a_metric_lacks_is_said_in_one_line() -> None:
+    spectra = {"a": torch.ones(2), "b": torch.ones(2)}
+    growth = FlexLoRAConfig(importance="growth", new_direction="gradient")
+    with pytest.raises(UserError, match=r"growth scores no spectrum \(score_matrices\); use RankController"):
+        score_matrices(spectra, growth)
+    for sensitivity in (None, {}, {"a": torch.ones(2)}):
+        with pytest.raises(UserError, match="needs the sensitivity of every matrix"):
+            score_matrices(spectra, FlexLoRAConfig(importance="sensitivity"), sensitivity=sensitivity)

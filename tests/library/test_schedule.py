@@ -130,3 +130,10 @@ def test_describe_counts_changes_and_directions() -> None:
         describe(100, config, 1000)
         == "3 changes, at most 9 of 1,000 directions (every 20 steps from step 30 to 70)"
     )
+
+
+def test_a_number_of_steps_that_is_not_whole_is_refused() -> None:
+    for total in (100.0, 37.5, math.nan):
+        for ask in (due_steps, require_countable, lambda total, config: adjustment_size(40, total, config)):
+            with pytest.raises(UserError, match=r"is no whole number of steps \(total steps\); round it"):
+                ask(total, FlexLoRAConfig())  # type: ignore[operator]
