@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,11 +20,12 @@ from flexlora_ds.directions import TensorEdit, matrix_edits
 from flexlora_ds.gradient.growth import StepSketch
 from flexlora_ds.gradient.sketch import Growth
 from flexlora_ds.importance import spectrum_error
-from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize
+from flexlora_ds.orthogonality import LARGEST_STEP
+from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize, trainable_groups
 from flexlora_ds.rank_changes.decision import Decision, by_price, by_score
 from flexlora_ds.rank_changes.market import Prices, gain_of, rises_of, with_common_noise
 from flexlora_ds.rank_changes.orthogonalise import Orthogonaliser
-from flexlora_ds.rank_changes.rank_warnings import Limits, PruneWatch, warnings_of
+from flexlora_ds.rank_changes.rank_warnings import Limits, PruneWatch, unreached, warnings_of
 from flexlora_ds.rank_changes.record import RankChange, newborn_of
 from flexlora_ds.rank_changes.spectra import Grams, MatrixView, read_grams, read_matrices
 from flexlora_ds.schedule import adjustment_size, resolve_calendar
@@ -52,14 +54,16 @@ class RankController:
         self.validate = validate
         self.layers: dict[str, AdaptedLinear] = adapters(engine.module)
         require_scale(self.layers, config)
-        context = forward_context(engine.module)
+        self._context = context = forward_context(engine.module)
         self.interval = resolve_calendar(total_steps, config).interval
         forget_construction(engine)
         live_shards(engine)
         # Also where an earlier controller of this model has left its own.
         context.observer = context.renew = context.penalty = None
+        self._penalty: PenaltyGradient | None = None
         if config.orth_form != "decoupled":
-            context.penalty = PenaltyGradient(config.orth_form, self._penalty_coefficient)
+            self._penalty = PenaltyGradient(config.orth_form, self._penalty_coefficient)
+        _warn_of_untrained(engine)
         self._orthogonaliser = Orthogonaliser(engine, self.layers)
         self.changes = 0
         self.watch = PruneWatch()
@@ -107,8 +111,11 @@ class RankController:
         return change
 
     def _prepare(self, step: int) -> None:
-        """Look at the gradients of `step`, where ranks may change after it."""
+        """Look at the gradients of `step`, where ranks may change after it; each matrix gets its penalty again."""
         self._step = step - 1
+        self._context.penalty = self._penalty
+        if self._penalty is not None:
+            self._penalty.added.clear()
         if self._sketch is not None and max(
             self._pending, adjustment_size(step, self.total_steps, self.config)
         ):
@@ -123,7 +130,8 @@ class RankController:
             return None
         grams = None
         if self.config.orth_form == "decoupled" and self.config.orth_strength > 0:
-            eta = self.config.orth_strength * self._lr_factor()
+            # Above it a step would overshoot; a schedule's factor may be more than 1.
+            eta = min(LARGEST_STEP, self.config.orth_strength * self._lr_factor())
             grams = self._orthogonaliser.step(eta, with_grams=self._pending > 0)
         if not self._pending:
             return None
@@ -175,7 +183,10 @@ class RankController:
             seconds=time.perf_counter() - started - seconds_before - seconds_after,
         )
         limits = Limits(self.initial_total_rank, self.parameter_limit, self.interval)
-        return replace(change, warnings=warnings_of(change, self.config, limits, self.watch))
+        found = warnings_of(change, self.config, limits, self.watch)
+        if self.changes == 1:
+            found += unreached({name: matrix.lam for name, matrix in matrices.items()})
+        return replace(change, warnings=found)
 
     def _timed_validation(self, plan: RankPlan) -> tuple[float | None, float]:
         if self.validate is None or plan.empty:
@@ -246,14 +257,16 @@ class RankController:
         return ages
 
     def _lr_factor(self) -> float:
-        """The learning-rate schedule's factor: current over initial rate of the first group."""
+        """The learning-rate schedule's factor: current over base rate of the first group."""
         initial = self._initial_lr()
         return float(self.engine.basic_optimizer.param_groups[0]["lr"]) / initial if initial else 1.0
 
     def _initial_lr(self) -> float:
-        """The rate of P and Q before any schedule."""
+        """The rate of P and Q before any schedule; of one that names its highest rate (OneCycleLR), that."""
         optimizer = self.engine.basic_optimizer
-        return float(optimizer.param_groups[0].get("initial_lr", optimizer.defaults.get("lr", 0.0)))
+        group = optimizer.param_groups[0]
+        known = [group[key] for key in ("max_lr", "initial_lr") if group.get(key)]
+        return float(known[0] if known else optimizer.defaults.get("lr", 0.0))
 
     def _penalty_coefficient(self) -> float:
         """γ/n in the units of the scaled loss, on the first micro-step of each update; 0 on the others.
@@ -287,3 +300,15 @@ class RankController:
         self._pending = int(state["pending"])
         self.watch = PruneWatch(**state["watch"])
         self._prepare(int(state.get("step", self.engine.global_steps)) + 1)
+
+
+def _warn_of_untrained(engine: Any) -> None:
+    """Warn where something asks for gradients that no group of the optimizer holds."""
+    held = {p for group in trainable_groups(engine) for p in group}
+    left = [name for name, p in engine.module.named_parameters() if p.requires_grad and p not in held]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{left[0]}{more} would get gradients and no update: give them to build_optimizer in extra_groups",
+            stacklevel=3,
+        )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 PENALTY_FORMS = ("norm", "squared")
+LARGEST_STEP = 0.5
+"""The most that η of `decoupled_change` may be: beyond it a singular value passes 1, and from 1 on moves away."""
 
 
 def violation(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,7 @@ def decoupled_change(P: Tensor, Q: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     It moves every singular value σ to σ − η σ(σ² − 1) and leaves the singular vectors as they are.
 
     Args:
-        eta: `orth_weight` times the learning-rate schedule's factor; at most 0.5.
+        eta: `orth_weight` times the learning-rate schedule's factor; at most `LARGEST_STEP`.
     """
     return decoupled_step(_wide(P), eta, tall=True), decoupled_step(_wide(Q), eta, tall=False)
 

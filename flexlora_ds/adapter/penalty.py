@@ -7,7 +7,7 @@ own backward runs: there ZeRO-3 holds P and Q gathered, and the wrapper averages
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ from flexlora_ds.orthogonality import penalty_gradients
 
 @dataclass(frozen=True)
 class PenaltyGradient:
-    """`form`: norm or squared; `coefficient()`: γ/n times the loss scale, or 0 where this backward adds nothing."""
+    """`form`: norm or squared; `coefficient()`: γ/n times the loss scale, or 0 where this backward adds nothing.
+
+    `added`: the P that have got theirs in this update, by id. Who counts updates empties it.
+    """
 
     form: str
     coefficient: Callable[[], float]
+    added: set[int] = field(default_factory=set)
 
     def attach(self, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
         """y unchanged; its backward also sends the penalty's gradient to P and Q."""
@@ -35,14 +39,17 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, p: Tensor, q: Tensor, penalty: PenaltyGradient) -> Tensor:
         ctx.save_for_backward(p, q)
-        ctx.penalty = penalty
+        ctx.penalty, ctx.of = penalty, id(p)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         coefficient = ctx.penalty.coefficient()
-        if coefficient == 0:
+        # A layer may be called several times in one pass (ALBERT's), and a model in one update.
+        wanted = any(ctx.needs_input_grad[1:3])
+        if coefficient == 0 or not wanted or ctx.of in ctx.penalty.added:
             return grad, None, None, None
+        ctx.penalty.added.add(ctx.of)
         p, q = ctx.saved_tensors
         grad_p, grad_q = penalty_gradients(p.float(), q.float(), ctx.penalty.form)
         return grad, (coefficient * grad_p).to(p.dtype), (coefficient * grad_q).to(q.dtype), None

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.rank_changes.record import RankChange
+from flexlora_ds.terminal.counted import counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLLAPSED_SHARE = 0.9
 """This share of matrices at rank 1 is a collapse (never the case by intent below `direction: prune`)."""
@@ -58,6 +64,21 @@ def warnings_of(change: RankChange, config: FlexLoRAConfig, limits: Limits, prun
             f"{YOUNG_INTERVALS} changes before; see `grace`"
         )
     return found
+
+
+def unreached(lambdas: Mapping[str, Tensor]) -> list[str]:
+    """A warning where matrices have not moved since the start, λ [r] being 0 there; else none.
+
+    Some models read a layer's weight and never call it (WavLM's attention), and reentrant checkpointing passes no
+    gradient on from an input that asks for none.
+    """
+    still = [name for name, lam in lambdas.items() if not bool(lam.any())]
+    if not still:
+        return []
+    return [
+        f"λ is still 0 in {len(still)} of {counted(len(lambdas), 'matrix', 'matrices')}, {still[0]} for one: "
+        "no gradient reaches a layer whose weight is read without a call, or behind reentrant checkpointing"
+    ]
 
 
 @dataclass

@@ -80,7 +80,10 @@ def _compute(run: Session, batch: MicroBatch) -> None:
 
 @contextmanager
 def _unobserved(run: Session) -> Iterator[None]:
-    """What collects the gradients of the first step (`new_direction gradient`) does not see this one's."""
+    """What collects the gradients of the first step (`new_direction gradient`) does not see this one's.
+
+    Nor does this pass count as the one that gave the matrices their penalty.
+    """
     contexts = {id(layer.context): layer.context for layer in adapters(run.engine.module).values()}
     before = {key: context.observer for key, context in contexts.items()}
     for context in contexts.values():
@@ -90,6 +93,8 @@ def _unobserved(run: Session) -> Iterator[None]:
     finally:
         for key, context in contexts.items():
             context.observer = before[key]
+            if context.penalty is not None:
+                context.penalty.added.clear()
 
 
 def _too_large(settled: Settled, batch: MicroBatch, error: RuntimeError) -> UserError:

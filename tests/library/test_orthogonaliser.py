@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from flexlora_ds import FlexLoRAConfig, TorchEngine, adapters, build_optimizer
+from flexlora_ds import FlexLoRAConfig, RankController, TorchEngine, adapters, build_optimizer
 from flexlora_ds.orthogonality import decoupled_step
 from flexlora_ds.partitions import resize
 from flexlora_ds.rank_changes.orthogonalise import Orthogonaliser
@@ -77,3 +78,32 @@ def test_states_that_others_were_loaded_for_are_freed() -> None:
     load_states(engine)
     gc.collect()
     assert old() is None
+
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "none": lambda optimizer: None,
+    "falling": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "rising": lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 + 10 * step),
+    "one cycle": lambda optimizer: OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=8
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_is_the_weight_times_the_schedules_factor_and_never_overshoots(schedule: str) -> None:
+    """Of OneCycleLR the factor is a share of its highest rate, not of the first, a twenty-fifth of it."""
+    model = tiny.adapted_llama(CONFIG)
+    optimizer = build_optimizer(model, CONFIG, lr=1e-3)
+    engine = TorchEngine(model, optimizer, lr_scheduler=SCHEDULES[schedule](optimizer))
+    controller = RankController(engine, CONFIG, 1000)
+    layer = next(iter(adapters(model).values()))
+    for step in range(1, 8):
+        engine.backward(tiny.token_loss(engine, tiny.records(2)))
+        engine.step()
+        before = layer.P.detach().clone()
+        eta = min(0.5, 0.05 * optimizer.param_groups[0]["lr"] / 1e-3)
+        assert 0 < eta <= 0.5 and (schedule != "one cycle" or eta <= 0.05 + 1e-9)
+        controller.after_step(step)
+        expected = before - eta * before @ (before.T @ before - torch.eye(layer.rank))
+        torch.testing.assert_close(layer.P.detach(), expected, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ class RankLife:
         change = self.controller.after_step(self.trainer.state.global_step)
         if change is not None:
             self.changes.append(change.to_dict())
+            for text in change.warnings if self.trainer.is_world_process_zero() else ():
+                warnings.warn(text, stacklevel=2)
         return change
 
     def return_to_best(self) -> None:
