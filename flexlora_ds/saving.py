@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def save_adapter(
         λ of every matrix on process 0, empty on the others.
 
     Raises:
-        UserError: the engine's model has no adapters, or they were made with another scale.
+        UserError: the engine's model has no adapters, or they were made with another scale. A warning names what is
+            trained beside them and not in `modules_to_save`.
         RunError: one holds numbers that are not finite.
     """
     layers = adapters(engine.module)
@@ -56,9 +58,11 @@ def save_adapter(
     heads = {
         n: p for n, p in trained_beside(engine.module).items() if n.startswith(tuple(f"{m}." for m in names))
     }
+    _warn_of_unsaved(engine.module, heads)
     masters: dict[nn.Parameter, Tensor] = {}
+    shards = live_shards(engine)
     wanted = [p for layer in layers.values() for p in (layer.P, layer.lam, layer.Q)]
-    for p, value in live_shards(engine).read([*wanted, *heads.values()], MASTER):
+    for p, value in shards.read([*wanted, *(p for p in heads.values() if p in shards.pieces)], MASTER):
         if writes:
             masters[p] = value.detach().cpu().clone()
     if not writes:
@@ -72,6 +76,18 @@ def save_adapter(
         prompt_date=prompt_date,
         fan_in_fan_out=any_transposed(layers),
     )
+    for p in heads.values():
+        if p not in masters:  # in no group of the optimizer, so it is what it was
+            masters[p] = p.detach().cpu().clone()
     beside = TrainedBeside(tuple(names), {name: masters[p] for name, p in heads.items()})
     write_adapter(Path(folder), replace(adapter, beside=beside, task_type=task_type))
     return {name: matrix.lam.tolist() for name, matrix in factors.items()}
+
+
+def _warn_of_unsaved(model: nn.Module, heads: Mapping[str, nn.Parameter]) -> None:
+    left = [name for name in trained_beside(model) if name not in heads]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{left[0]}{more} are trained and not saved: name their modules in modules_to_save", stacklevel=3
+        )

@@ -9,6 +9,7 @@ from torch import nn
 
 from flexlora_ds.adapter.heads import modules_named
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, adapters
+from flexlora_ds.adapter.torch_layers import call_adapted_layers, read_not_called
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape, is_linear, layer_shape
@@ -18,24 +19,38 @@ from flexlora_ds.patterns import full_matches
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers that can be adapted, Conv1D among them: all but the output head, in module order.
 
-    Of a model that takes more than text, those of its decoder of text: nothing else is trained on text.
+    Left out, too, is the `out_proj` of torch's attention, which reads its weight without calling it.
+
+    Of a language model that takes more than text, those of its decoder of text: nothing else is trained on text. Of an
+    encoder with a decoder (T5, Whisper) and of encoders beside each other (CLIP) all are trained.
     """
     find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
+    left_out = {find_head() if callable(find_head) else None, *read_not_called(model)}
     inside = _text_decoder(model)
-    return [
-        n for n, m in model.named_modules() if is_linear(m) and m is not head and n and n.startswith(inside)
-    ]
+    layers = [(n, m) for n, m in model.named_modules() if is_linear(m) and m not in left_out]
+    return [n for n, _ in layers if n and n.startswith(inside)]
 
 
 def _text_decoder(model: nn.Module) -> str:
     """What begins the names inside the decoder of text; empty where a model is nothing else."""
     config: Any = getattr(model, "config", None)
     find_text, find_decoder = getattr(config, "get_text_config", None), getattr(model, "get_decoder", None)
-    if not callable(find_text) or not callable(find_decoder) or find_text(decoder=True) is config:
+    # Of an encoder and a decoder transformers gives a copy of the configuration, as if it held one of text.
+    if not callable(find_text) or not callable(find_decoder) or getattr(config, "is_encoder_decoder", False):
+        return ""
+    text = find_text(decoder=True)
+    if text is config or not _writes_text(model, text):
         return ""
     decoder = find_decoder()
     return next((f"{n}." for n, m in model.named_modules() if m is decoder and n), "")
+
+
+def _writes_text(model: Any, text: Any) -> bool:
+    """Whether a model, or one with its configuration of text, is a language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    can_generate = getattr(model, "can_generate", None)
+    return (callable(can_generate) and bool(can_generate())) or getattr(text, "model_type", "") in CAUSAL
 
 
 def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
@@ -109,6 +124,7 @@ def inject_adapters(
         layer = AdaptedLinear(model.get_submodule(name), name, config, context)
         layer.train(model.training)
         setattr(model.get_submodule(parent), leaf, layer)
+    call_adapted_layers(model)
     return names
 
 

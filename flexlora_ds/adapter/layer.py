@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,10 @@ class ForwardContext:
     fused_masks: bool | None = None
     plain: bool = False
     handed: Handed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: without what belongs to a run, which would bring its engine along."""
+        return vars(self) | {"penalty": None, "observer": None, "renew": None, "handed": None}
 
 
 class AdaptedLinear(nn.Module):
@@ -222,8 +226,38 @@ def require_scale(layers: Mapping[str, AdaptedLinear], config: FlexLoRAConfig) -
 
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers by their names in the unwrapped model, in module order."""
-    return {layer.name: layer for layer in _layers(model)}
+    """The adapted layers by their names in the unwrapped model, in module order.
+
+    Raises:
+        UserError: two have the same name, for parts of the model were adapted by themselves.
+    """
+    found: dict[str, AdaptedLinear] = {}
+    for layer in _layers(model):
+        if found.setdefault(layer.name, layer) is not layer:
+            raise UserError(
+                f"two adapted layers are named {layer.name}, of parts that were adapted by themselves",
+                mend="call inject_adapters once, on the whole model",
+            )
+    return found
+
+
+def require_in_place(model: nn.Module) -> None:
+    """Raise UserError where an adapted layer stands elsewhere than when it was adapted: it is saved by its name.
+
+    What wraps a model or a part of it adds to a path, and changes nothing else.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and not _leads_to(path, module.name):
+            raise UserError(
+                f"the layer that was adapted as {module.name} stands at {path} now, and would be saved as the former",
+                mend="change the model first, then call inject_adapters",
+            )
+
+
+def _leads_to(path: str, name: str) -> bool:
+    """Whether the parts of a name follow each other in a path, others between them or not."""
+    parts = iter(path.split("."))
+    return all(part in parts for part in name.split("."))
 
 
 def _layers(model: nn.Module) -> Iterator[AdaptedLinear]:

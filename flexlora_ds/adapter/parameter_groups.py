@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from flexlora_ds.adapter.layer import AdaptedLinear, adapters
+from flexlora_ds.adapter.layer import AdaptedLinear, adapters, require_in_place
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.optimizer import FlexLoRAAdamW
@@ -34,10 +34,11 @@ def build_optimizer(
             `weight_decay`. Their shapes never change.
 
     Raises:
-        UserError: the model has no adapters, or an extra group has no trainable parameter.
+        UserError: the model has no adapters, or was taken apart since; or an extra group has no trainable parameter.
     """
     if not adapters(model):
         raise UserError("the model has no adapters", "build_optimizer", "call inject_adapters first")
+    require_in_place(model)
     groups = parameter_groups(model, config, lr)
     for number, group in enumerate(extra_groups):
         params = [p for p in group["params"] if p.requires_grad]

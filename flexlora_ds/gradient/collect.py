@@ -44,6 +44,10 @@ class GradientProducts:
         """y [..., out] unchanged; its backward adds this call's part for the matrix `name`. x: [..., in]."""
         if name not in self.right and name not in self.left:
             return y
+        if (
+            not y.requires_grad
+        ):  # nothing before this layer asks for a gradient, and its own factors do not now
+            y = y.detach().requires_grad_()
         out: Tensor = _Collect.apply(y, x, partial(self.add, name))  # type: ignore[no-untyped-call]
         return out
 
@@ -125,13 +129,13 @@ def collecting(model: nn.Module, products: GradientProducts) -> Iterator[None]:
     """Let every backward of `model` add to `products`, and to no parameter's gradient.
 
     What is trained, a head included, asks for no gradient meanwhile, so that an engine's own hooks, which would reduce
-    it, do not run. The embedding's output asks for one instead: every layer then takes part, also in ZeRO-3's release
-    of weights.
+    it, do not run. The embedding's output, where a model has one, asks for one instead: every layer then takes part,
+    also in ZeRO-3's release of weights.
     """
     context = forward_context(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    embedding = _embedding_of(model)
+    hook = None if embedding is None else embedding.register_forward_hook(_ask_for_gradient)
     for p in trained:
         p.requires_grad_(False)
     former, context.observer = context.observer, products
@@ -141,4 +145,22 @@ def collecting(model: nn.Module, products: GradientProducts) -> Iterator[None]:
         context.observer = former
         for p in trained:
             p.requires_grad_(True)
-        hook.remove()
+        if hook is not None:
+            hook.remove()
+
+
+def _embedding_of(model: nn.Module) -> nn.Module | None:
+    """The module that makes numbers of a model's input; None where it names none, as a module of one's own does."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        found = find() if callable(find) else None
+    except NotImplementedError:  # transformers' answer for a model of two towers
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _ask_for_gradient(module: nn.Module, inputs: Any, output: Any) -> None:
+    """A forward hook. An output of several parts, such as patches with their sizes, begins with the values."""
+    values = output[0] if isinstance(output, (tuple, list)) and output else output
+    if torch.is_tensor(values) and values.is_floating_point():
+        values.requires_grad_()

@@ -6,11 +6,13 @@ Nothing here imports DeepSpeed before there is a wrapper of its.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flexlora_ds.errors import UserError
 from flexlora_ds.partitions.shards import MASTER, Piece, Shards, SliceBounds, split_state
 from flexlora_ds.partitions.torch_engine import TorchEngine
 
@@ -80,6 +82,7 @@ def _replicated(engine: Any) -> Shards:
     flat_tensors: list[dict[str, Tensor]] = []
     scalars, pieces, shapes = [], {}, {}
     masters = [p for g in engine.basic_optimizer.param_groups for p in g["params"]]
+    _complete(engine.basic_optimizer, masters)
     originals = [p for group in trainable_groups(engine) for p in group]
     for p, master in zip(originals, masters, strict=True):
         elements, rest = split_state(engine.basic_optimizer.state.get(master, {}), master)
@@ -93,6 +96,33 @@ def _replicated(engine: Any) -> Shards:
     return Shards(
         flat_tensors, scalars, pieces, shapes, device, replicated=True, masters_are_parameters=plain
     )
+
+
+def _complete(optimizer: Any, masters: Sequence[Tensor]) -> None:
+    """Give a parameter that no gradient has reached yet, such as a frozen one or an idle expert's, the state of step 0.
+
+    Torch makes states at a parameter's first gradient; here every parameter has the same keys. Zeros are what it would
+    begin with.
+
+    Raises:
+        UserError: parameters have different keys, as where an optimizer keeps rows and columns of some (Adafactor).
+    """
+    states = optimizer.state
+    like = next((m for m in masters if states.get(m)), None)
+    if like is None:
+        return
+    elements, rest = split_state(states[like], like)
+    for master in masters:
+        if states.get(master):
+            if split_state(states[master], master)[0].keys() != elements.keys():
+                raise UserError(
+                    "the optimizer keeps states that are not of a parameter's shape, and ranks cannot change in them",
+                    type(optimizer).__name__,
+                    "use build_optimizer's",
+                )
+        else:
+            states[master] = {k: torch.zeros_like(v) if torch.is_tensor(v) else 0 for k, v in rest.items()}
+            states[master] |= {k: torch.zeros_like(master.data, dtype=v.dtype) for k, v in elements.items()}
 
 
 def flat_masters(engine: Any) -> list[Tensor]:

@@ -12,5 +12,6 @@ def reset_gradient_accumulator(p: nn.Parameter) -> None:
     `Variable.set_data` forgets it only where dtype or device changes, so the dtype changes for a moment.
     """
     data = p.data
-    p.data = torch.empty(0, dtype=torch.float64, device=data.device)
+    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    p.data = torch.empty(0, dtype=other, device=data.device)
     p.data = data

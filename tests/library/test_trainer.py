@@ -98,6 +98,32 @@ def test_peft_loads_a_head_of_two_layers_and_an_adapter_without_a_head(
     assert (found - expected).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_encoder_with_a_decoder_is_loaded_by_peft_as_what_it_is(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForSeq2SeqLM
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = {
+        "vocab_size": tiny.VOCABULARY,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
+    model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0))
+    model.save_pretrained(tmp_path / "base")
+    model.config.name_or_path = str(tmp_path / "base")
+    trainer = trainer_of(model, tmp_path / "out", configuration(target_modules=["q", "v"]))
+    trainer.train()
+    assert {name.partition(".")[0] for name in adapters(model)} == {"encoder", "decoder"}
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    ids, mask, _ = tiny.collate(tiny.records(6))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, attention_mask=mask, labels=ids).logits
+        assert (loaded(input_ids=ids, attention_mask=mask, labels=ids).logits - expected).abs().max() < 1e-5
+
+
 def test_a_resume_repeats_every_bit_dropout_included(tmp_path: Path) -> None:
     whole = trainer_of(tiny.tiny_llama(), tmp_path, save_strategy="steps", save_steps=4)
     whole.train()

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ_TO_SEQ,
+)
 
 from flexlora_ds.adapter.heads import all_usual_saved, modules_named, trained_beside, usual_heads
 from flexlora_ds.adapter.inject import inject_adapters, use_fp32_adapters
@@ -73,6 +76,11 @@ def head_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def task_type_of(model: nn.Module) -> str | None:
     """PEFT's name for what the model is for; None where it has none."""
     name = type(model).__name__
+    if (
+        getattr(getattr(model, "config", None), "model_type", None) in SEQ_TO_SEQ
+        and name in SEQ_TO_SEQ.values()
+    ):
+        return "SEQ_2_SEQ_LM"
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
