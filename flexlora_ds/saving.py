@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flexlora_ds.adapter.heads import modules_named, trained_beside
 from flexlora_ds.adapter.layer import adapters, any_transposed, require_scale
+from flexlora_ds.adapter.running_statistics import buffers_of
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import MASTER, live_shards
@@ -76,10 +77,11 @@ def save_adapter(
         prompt_date=prompt_date,
         fan_in_fan_out=any_transposed(layers),
     )
+    buffers = buffers_of(engine.module, names)
     for p in heads.values():
         if p not in masters:  # in no group of the optimizer, so it is what it was
             masters[p] = p.detach().cpu().clone()
-    beside = TrainedBeside(tuple(names), {name: masters[p] for name, p in heads.items()})
+    beside = TrainedBeside(tuple(names), {name: masters[p] for name, p in heads.items()} | buffers)
     write_adapter(Path(folder), replace(adapter, beside=beside, task_type=task_type))
     return {name: matrix.lam.tolist() for name, matrix in factors.items()}
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from flexlora_ds.adapter.heads import modules_named
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, adapters
+from flexlora_ds.adapter.running_statistics import keep_statistics
 from flexlora_ds.adapter.torch_layers import call_adapted_layers, read_not_called
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
@@ -99,6 +100,8 @@ def inject_adapters(
 ) -> list[str]:
     """Freeze `model` and adapt its matching linear layers in place; returns their names in module order.
 
+    The statistics of a batch normalisation are frozen, too.
+
     Args:
         modules_to_save: modules that are trained whole beside the adapters, by name or the end of it, such as a task's
             head. No layer of theirs is adapted.
@@ -125,6 +128,7 @@ def inject_adapters(
         layer.train(model.training)
         setattr(model.get_submodule(parent), leaf, layer)
     call_adapted_layers(model)
+    keep_statistics(model, whole)
     return names
 
 

@@ -77,7 +77,8 @@ def unreached(lambdas: Mapping[str, Tensor]) -> list[str]:
         return []
     return [
         f"λ is still 0 in {len(still)} of {counted(len(lambdas), 'matrix', 'matrices')}, {still[0]} for one: "
-        "no gradient reaches a layer whose weight is read without a call, or behind reentrant checkpointing"
+        "no gradient reaches a layer whose weight is read without a call, or behind reentrant checkpointing; or "
+        "the learning rate was 0"
     ]
 
 

@@ -378,3 +378,36 @@ def test_a_model_in_double_precision_trains_as_in_single() -> None:
         assert adapters(model)["layer"].P.dtype == dtype
         losses.append(of_steps)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+
+
+class Normalised(nn.Module):
+    """Batch normalisation in the base and in the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.body = nn.Linear(6, 6)
+        self.classifier = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.classifier(self.body(self.norm(x)))
+        return y
+
+
+def test_statistics_of_the_base_stay_and_those_of_the_head_are_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Normalised()
+    base = copy.deepcopy(model).eval()
+    x = 3 * torch.randn(16, 6) + 1
+    inject_adapters(model, config(), modules_to_save=["classifier"])
+    heads = [{"params": model.classifier.parameters()}]
+    engine = TorchEngine(model, build_optimizer(model, config(), lr=1e-2, extra_groups=heads))
+    for _ in range(4):
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    assert torch.equal(model.norm.running_mean, base.norm.running_mean)
+    assert float(model.classifier[0].running_mean.abs().max()) > 0.01
+    save_adapter(engine, tmp_path, config(), base_model="", task_type=None, modules_to_save=["classifier"])
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model.eval()(x))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from flexlora_ds import (
     adapters,
@@ -137,6 +138,59 @@ def test_a_resume_repeats_every_bit_dropout_included(tmp_path: Path) -> None:
     last = trainer_of(tiny.tiny_llama(), tmp_path)
     last.train(resume_from_checkpoint=True)
     assert last.state.global_step == STEPS and len(last.rank_life.changes) == 2
+
+
+class StopAt(TrainerCallback):  # type: ignore[misc]
+    """Ends a run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+class NormalisedHead(torch.nn.Module):
+    """Of rows [..., width], by their statistics over the batch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.last = torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(self.norm(x.flatten(0, -2)).view_as(x))
+        return found
+
+
+def test_the_statistics_of_a_head_come_back_with_a_checkpoint(tmp_path: Path) -> None:
+    def fresh(out: Path, **options: Any) -> Any:
+        model = classifier()
+        torch.manual_seed(1)
+        model.score = NormalisedHead(model.config.hidden_size)
+        return trainer_of(model, out, collate=sentences, **options)
+
+    seen = iter([1.0, 0.5])
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "s",
+    }
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    whole = fresh(tmp_path / "whole", **saving)
+    whole.train()
+    again = fresh(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, value in whole.model.named_buffers():
+        assert torch.equal(again.model.get_buffer(name), value), name
+    more = {"eval_dataset": [{"ids": [1, 2, 3]}] * 2, "compute_metrics": lambda _: {"s": next(seen)}}
+    first = fresh(tmp_path / "best", **saving, **best, greater_is_better=True, more=more)
+    first.train()
+    stopped = fresh(tmp_path / "stopped", max_steps=8)
+    stopped.add_callback(StopAt(4))
+    stopped.train()
+    for name, value in stopped.model.named_buffers():
+        assert torch.equal(first.model.get_buffer(name), value), name
 
 
 def test_a_checkpoint_is_an_adapter_and_exports_as_one(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import get_last_checkpoint
 
 from flexlora_ds.adapter.layer import any_transposed
+from flexlora_ds.adapter.running_statistics import buffers_of, write_buffers
 from flexlora_ds.checkpoint import files
 from flexlora_ds.checkpoint.adapter import NOTES, adapter_notes
 from flexlora_ds.checkpoint.state import Checkpoint, open_checkpoint, set_ranks, take_snapshot
@@ -36,7 +37,12 @@ def save_state(trainer: Any, folder: Path) -> None:
     _together(lambda: files.begin(root, step) if trainer.args.process_index == 0 else None)
     part = root / f".{files.folder_name(step)}.part"
     snapshot = take_snapshot(
-        life.engine, step, controller=life.controller, run=_notes(trainer), scheduler=trainer.lr_scheduler
+        life.engine,
+        step,
+        controller=life.controller,
+        run=_notes(trainer),
+        constants=buffers_of(trainer.model, trainer.modules_to_save),
+        scheduler=trainer.lr_scheduler,
     )
     written = _together(lambda: [asdict(entry) for entry in snapshot.write(part)])
     entries = [files.FileEntry(**entry) for share in written for entry in share]
@@ -100,6 +106,7 @@ def restore_state(trainer: Any, checkpoint: Checkpoint) -> list[dict[str, Any]]:
             "resume with the same max_steps, num_train_epochs, data and batch size: the calendar follows from them",
         )
     checkpoint.restore(life.engine, controller=life.controller, scheduler=trainer.lr_scheduler)
+    write_buffers(trainer.model, checkpoint.constants())
     changes: list[dict[str, Any]] = checkpoint.run["rank_changes"]
     return changes
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from flexlora_ds.adapter.layer import forward_context
+from flexlora_ds.adapter.running_statistics import write_buffers
 from flexlora_ds.checkpoint.live import return_to
 from flexlora_ds.checkpoint.state import Checkpoint
 from flexlora_ds.controller import RankController
@@ -149,6 +150,7 @@ class RankLife:
         best = find_state(self.trainer.state.best_model_checkpoint, self.trainer.args.output_dir)
         assert best is not None, "the Trainer names the best checkpoint before it is loaded"
         return_to(self.engine, best)
+        write_buffers(self.trainer.model, best.constants())
         self.changes = best.run["rank_changes"]
 
     def with_figures(self, logs: dict[str, float]) -> dict[str, float]:
