@@ -12,6 +12,7 @@ from types import FrameType
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.terminal.command import is_rank_zero
+from flexlora_ds.terminal.plain_text import NO_GLYPH
 
 NOT_BEGUN = "training had not begun, start again"
 """What is said after Ctrl-C before the run listens to signals."""
@@ -38,6 +39,7 @@ def quiet_libraries() -> None:
     """Keep other libraries' remarks off the run's own output; before they are imported."""
     # torch.distributed's and transformers' deprecations are not the user's to change.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", NO_GLYPH)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

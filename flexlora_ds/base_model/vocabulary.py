@@ -1,12 +1,21 @@
-"""Token ids and the rows of the embedding that they name: a tokenizer may know more tokens than its model has rows."""
+"""Token ids and positions, and the rows of the embeddings that they name.
+
+A tokenizer may know more tokens than its model has rows, and a record may be longer than a learnt table of positions.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from flexlora_ds.errors import UserError
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|[^.]*position[^.]*)$")
+"""The last part of such a table's name: `wpe`, `embed_positions`, `position_embeddings`."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,19 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many token ids a model knows."""
+    """How many token ids and positions a model knows."""
 
     inputs: int
     """Rows of its embedding."""
     outputs: int
     """Logits of its head."""
+    positions: int | None = None
+    """Those of its learnt table; None where it computes them, for any length."""
 
     @classmethod
     def of(cls, model: Any) -> Vocabulary:
         """That of a causal model, adapted or not; the weights may be on the meta device."""
         inputs = int(model.get_input_embeddings().weight.shape[0])
         head = model.get_output_embeddings()
-        return cls(inputs, inputs if head is None else int(head.weight.shape[0]))
+        outputs = inputs if head is None else int(head.weight.shape[0])
+        return cls(inputs, outputs, _learnt_positions(model))
 
     def padding_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The tokenizer's padding id where the model has its row, else another id: padding is masked in any case."""
@@ -42,6 +54,16 @@ class Vocabulary:
         largest = max(tokens, default=0)
         if largest >= self.inputs:
             raise beyond(tokenizer, largest, f"embedding has {self.inputs:,} rows", place)
+
+
+def _learnt_positions(model: Any) -> int | None:
+    """The positions of a model's learnt table, without rows that serve padding; None where there is none."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name) and type(limit) is int:
+            padding = getattr(module, "padding_idx", None)
+            return min(limit, module.num_embeddings - (0 if padding is None else padding + 1))
+    return None
 
 
 def beyond(tokenizer: PreTrainedTokenizerBase, token: int, limit: str, place: str) -> UserError:

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 
 from flexlora_ds.errors import CommandError, RunError, UserError
 from flexlora_ds.home import at_home
+from flexlora_ds.terminal.plain_text import NO_GLYPH
 from flexlora_ds.terminal.plain_text import one_line as one_line
 
 _SIGNALLED = 128
@@ -130,7 +132,9 @@ def run_parsed(
 ) -> int:
     """Parse a command line (None: this process's) and run; the exit code, as `exit_code_of`, which gets `how`."""
     arguments = parser.with_debug_value(sys.argv[1:] if argv is None else argv)
-    return exit_code_of(lambda: run(parser.parse_args(arguments)), arguments, **how)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NO_GLYPH)
+        return exit_code_of(lambda: run(parser.parse_args(arguments)), arguments, **how)
 
 
 def exit_code_of(

@@ -8,6 +8,9 @@ import shlex
 PLOT_TEXT = {"text.parse_math": False, "text.usetex": False}
 """Settings of matplotlib under which no text is mathematics."""
 
+NO_GLYPH = "Glyph .* missing from"
+"""How matplotlib begins a remark on a sign that its font lacks; it draws a box, and a folder's name may hold any."""
+
 _LONGEST = 120  # characters
 _MARKUP = re.compile(r"[\\`*\[\]<>|$~&!#]|(?<!\w)_|_(?!\w)")
 

@@ -105,6 +105,14 @@ class Examples(Sequence[Example]):
                 return int(record), int(self._tokens[wrong[place]])
         return None
 
+    def first_longer(self, length: int) -> tuple[int, int] | None:
+        """(record id, tokens) of the first record with more than `length` tokens."""
+        longer = np.flatnonzero(self.lengths > length)
+        if not len(longer):
+            return None
+        first = longer[np.argmin(self.record_ids[longer])]
+        return int(self.record_ids[first]), int(self.lengths[first])
+
     def subset(self, indices: Ints) -> Examples:
         """Return the examples at these indices, in this order; the tokens are shared, not copied."""
         return Examples(

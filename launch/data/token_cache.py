@@ -27,6 +27,7 @@ from flexlora_ds.files.lock import locked
 from flexlora_ds.files.ownership import remove_if_ours, set_aside
 from flexlora_ds.files.reading import JSON_FAULTS
 from flexlora_ds.files.sealed import broken_seal, seal_folder
+from flexlora_ds.home import at_home
 from flexlora_ds.terminal.command import is_rank_zero
 from launch.data.examples import Examples
 
@@ -50,7 +51,7 @@ Tokenised: TypeAlias = "tuple[Examples, tuple[int, ...]]"
 def cache_folder() -> Path:
     """`$FLEXLORA_CACHE`, else `flexlora_ds/tokens` where the user's caches are. RunError where there is no home."""
     if os.environ.get(FOLDER):
-        return Path(os.environ[FOLDER])
+        return Path(at_home(os.environ[FOLDER]))
     try:
         caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     except RuntimeError:  # a user without a home, as in some containers

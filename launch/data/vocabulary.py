@@ -1,10 +1,12 @@
-"""Whether the model knows every token of the data: found before its weights are loaded."""
+"""Whether the model knows every token and every position of the data: found before its weights are loaded."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from flexlora_ds.base_model.vocabulary import Vocabulary, beyond
+from flexlora_ds.errors import UserError
+from flexlora_ds.terminal.counted import counted
 from launch.data.examples import TokenisedData
 
 if TYPE_CHECKING:
@@ -14,11 +16,12 @@ if TYPE_CHECKING:
 def require_known_tokens(
     data: TokenisedData, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, file: str
 ) -> None:
-    """See that every token read has a row of the embedding, and every token learnt a logit.
+    """See that every token read has a row of the embedding and a position, and every token learnt a logit.
 
     Raises:
-        UserError: one has not; the message names the token and the first record that holds it.
+        UserError: one has not; the message names the token, or the number of tokens, and the first such record.
     """
+    _require_positions(data, vocabulary.positions, file)
     for limit, learnt, words in (
         (vocabulary.inputs, False, f"embedding has {vocabulary.inputs:,} rows"),
         (vocabulary.outputs, True, f"head has {vocabulary.outputs:,} logits"),
@@ -28,3 +31,18 @@ def require_known_tokens(
         if first is not None:
             record, token = first
             raise beyond(tokenizer, token, words, f"{file}, record {record + 1}")
+
+
+def _require_positions(data: TokenisedData, positions: int | None, file: str) -> None:
+    """A record longer than a learnt table would end the run in a look-up behind the table's end."""
+    if positions is None:
+        return
+    found = [part.first_longer(positions) for part in (data.train, data.validation)]
+    first = min((place for place in found if place is not None), default=None)
+    if first is not None:
+        record, length = first
+        raise UserError(
+            f"{counted(length, 'token')} where the model has learnt {counted(positions, 'position')}",
+            f"{file}, record {record + 1}",
+            f"set cutoff_len to {positions} at most: longer records are dropped",
+        )

@@ -340,6 +340,15 @@ def test_a_folders_name_is_no_markup(tmp_path: Path, name: str) -> None:
     assert name in Page(index.read_text()).text or not name.isprintable()
 
 
+def test_signs_that_the_font_lacks_are_no_remarks(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    run = write_run(tmp_path / "漢字")
+    build_report(run.path)
+    assert any("missing from" in str(warning.message) for warning in recwarn)
+    recwarn.clear()
+    assert main([str(run.path)]) == 0
+    assert not list(recwarn)
+
+
 def test_names_of_matrices_are_no_mathematics(tmp_path: Path) -> None:
     names = {name: f"model.$x_{name}^$" for name in NAMES}
     run = write_run(tmp_path / "run")

@@ -18,10 +18,11 @@ import pytest
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.files import sealed
 from launch.data.examples import Examples
-from launch.data.token_cache import Tokenised, cached, content_key
+from launch.data.token_cache import Tokenised, cache_folder, cached, content_key
 from tests.helpers.chat_templates import BARE, make_tokenizer
 from tests.helpers.checkpoint_samples import DAMAGE, flip_byte
 
+HOMES = [("~/here", "here"), ("there", "../there"), ("", ".cache/flexlora_ds/tokens")]
 KEY = "0123"
 OPTIONS = {"prompt": "alpaca", "cutoff_len": 256}
 
@@ -31,6 +32,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("FLEXLORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("named", "expected"), HOMES)
+def test_the_folder_is_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, expected: str
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("FLEXLORA_CACHE", named)
+    assert cache_folder().resolve() == (tmp_path / "home" / expected).resolve()
 
 
 def make() -> Tokenised:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flexlora_ds.base_model.loading import load_tokenizer
 from flexlora_ds.base_model.vocabulary import Vocabulary
@@ -110,6 +111,38 @@ def test_an_added_padding_token_trains_as_without_it(place: Place, one_process: 
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "size"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings"), ("bert", None)]
+)
+def test_a_record_longer_than_learnt_positions_is_named(place: Place, kind: str, size: str | None) -> None:
+    """It would end a run in an IndexError, on a GPU in an assertion of the device. One that just fits trains."""
+    bert = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
+    changes = {size: 80} if size else {**bert, "max_position_embeddings": 80, "is_decoder": True}
+    model = make_model(kind, vocab_size=430, **changes)
+    assert Vocabulary.of(model).positions == 80
+    model.save_pretrained(place.root / kind)
+    eval_tiny.make_tokenizer().save_pretrained(place.root / kind)
+    asked = place.arguments("unused", val_size=2, model=place.root / kind, target_modules="all-linear")
+    settled = settle(parse_options(asked), 1)
+    tokenizer = load_tokenizer_of(settled.options)
+    data = prepare_data(settled.options, tokenizer)
+    lengths = {
+        int(record): int(length)
+        for part in (data.train, data.validation)
+        for record, length in zip(part.record_ids, part.lengths, strict=True)
+    }
+    record, length = next((i, lengths[i]) for i in sorted(lengths) if lengths[i] > 80)
+    words = rf"{length} tokens where the model has learnt 80 positions .*records.json, record {record + 1}\)"
+    with pytest.raises(UserError, match=rf"{words}; set cutoff_len to 80 at most"):
+        prepare_data(settled.options, tokenizer, settled.skeleton.vocabulary)
+    prepare_data(settled.options.replace(cutoff_len=80), tokenizer, settled.skeleton.vocabulary)
+    rows = torch.zeros(1, 80, dtype=torch.long)
+    model(input_ids=rows)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.zeros(1, 81, dtype=torch.long))
+
+
 def test_the_vocabulary_is_that_of_the_models_two_ends() -> None:
+    assert Vocabulary.of(make_model("mistral", max_position_embeddings=64)).positions is None
     assert Vocabulary.of(make_model("gpt_neox")) == Vocabulary(420, 420)
     assert Vocabulary.of(make_model("qwen2", vocab_size=500)) == Vocabulary(500, 500)
