@@ -9,6 +9,7 @@ from torch import nn
 
 from flexlora_ds.adapter.heads import modules_named
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, adapters
+from flexlora_ds.adapter.peft_names import lost_in_peft
 from flexlora_ds.adapter.running_statistics import keep_statistics
 from flexlora_ds.adapter.torch_layers import call_adapted_layers, read_not_called
 from flexlora_ds.config import FlexLoRAConfig
@@ -20,7 +21,8 @@ from flexlora_ds.patterns import full_matches
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers that can be adapted, Conv1D among them: all but the output head, in module order.
 
-    Left out, too, is the `out_proj` of torch's attention, which reads its weight without calling it.
+    Left out, too, are what PEFT could not load, and the `out_proj` of torch's attention, which reads its weight without
+    calling it.
 
     Of a language model that takes more than text, those of its decoder of text: nothing else is trained on text. Of an
     encoder with a decoder (T5, Whisper) and of encoders beside each other (CLIP) all are trained.
@@ -29,7 +31,8 @@ def linear_names(model: nn.Module) -> list[str]:
     left_out = {find_head() if callable(find_head) else None, *read_not_called(model)}
     inside = _text_decoder(model)
     layers = [(n, m) for n, m in model.named_modules() if is_linear(m) and m not in left_out]
-    return [n for n, _ in layers if n and n.startswith(inside)]
+    lost = lost_in_peft(model)
+    return [n for n, _ in layers if n and n.startswith(inside) and n.rpartition(".")[2] not in lost]
 
 
 def _text_decoder(model: nn.Module) -> str:
@@ -74,7 +77,7 @@ def match_modules(names: list[str], targets: tuple[str, ...]) -> list[str]:
         if not hits[target]:
             kinds = sorted({n.rsplit(".", 1)[-1] for n in names})
             raise UserError(
-                f"target_modules: {target!r} matches no linear layer",
+                f"target_modules: {target!r} matches no linear layer that can be adapted",
                 mend=f"this model has {', '.join(kinds)}",
             )
     chosen = {name for target in targets for name in hits[target]}

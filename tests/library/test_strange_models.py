@@ -23,6 +23,7 @@ from flexlora_ds import (
     save_adapter,
     start_from_gradient,
 )
+from flexlora_ds.adapter.peft_names import MAMBA, READ_BY_KERNELS, STACKED
 from flexlora_ds.errors import UserError
 from flexlora_ds.orthogonality import penalty_gradients
 from flexlora_ds.rank_changes.record import RankChange
@@ -145,6 +146,74 @@ def test_all_linear_layers_but_the_head_are_adapted_begin_with_the_gradient_and_
         assert float(loaded(**inputs).loss) == pytest.approx(float(expected), rel=1e-5)
 
 
+def deepseek() -> nn.Module:
+    """Its first layer is dense, and its second has a shared expert beside the stacked ones."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    latent = {
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    first = {"first_k_dense_replace": 1, "moe_intermediate_size": 16}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**NARROW, **WORDS, **experts, **latent, **first, **WIDE))
+
+
+def mamba() -> nn.Module:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "head_dim": 8,
+        "num_heads": 4,
+        "n_groups": 1,
+    }
+    return Mamba2ForCausalLM(Mamba2Config(**shape, **WORDS))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [deepseek, mamba], ids=lambda make: str(make.__name__))
+def test_layers_whose_adapter_peft_would_lose_are_left_out(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    base = copy.deepcopy(model).eval()
+    names = inject_adapters(model, config())
+    assert names and not {name.rpartition(".")[2] for name in names} & {
+        "down_proj",
+        "up_proj",
+        "gate_proj",
+        "out_proj",
+    }
+    for layer in adapters(model).values():
+        layer.lam.data.fill_(1.0)
+    engine = TorchEngine(model.eval(), build_optimizer(model, config(), lr=1e-2))
+    save_adapter(engine, tmp_path, config(), base_model="")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert (base(input_ids=IDS).logits - expected).abs().max() > 0.01
+        loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_names_that_peft_loses_are_those_of_its_own_tables() -> None:
+    import inspect
+
+    from peft.tuners import tuners_utils
+    from peft.utils import transformers_weight_conversion as conversion
+
+    theirs = {kind: frozenset(names) for kind, names in conversion._MOE_TARGET_MODULE_MAPPING.items()}
+    assert theirs == STACKED
+    source = inspect.getsource(tuners_utils._check_lora_target_modules_mamba)
+    assert all(f'"{name}"' in source for name in (*MAMBA, *READ_BY_KERNELS))
+
+
 class Encoder(nn.Module):
     """Torch's own transformer layers; a plain module, which names no embedding."""
 
@@ -184,7 +253,8 @@ def test_torchs_encoder_layers_compute_their_adapters_in_evaluation_too(
 
 def test_the_output_of_torchs_attention_cannot_be_adapted() -> None:
     with pytest.raises(
-        UserError, match=r"'out_proj' matches no linear layer; this model has linear1, linear2"
+        UserError,
+        match=r"'out_proj' matches no linear layer that can be adapted; this model has linear1, linear2",
     ):
         inject_adapters(Encoder(), config(target_modules="out_proj"))
 
