@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexlora_ds.base_model.fingerprint import other_base_doubt
 from flexlora_ds.base_model.loading import load_skeleton
 from flexlora_ds.base_model.precision import TORCH_DTYPES
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
@@ -177,7 +178,8 @@ def _export(options: argparse.Namespace) -> str:
     else:
         checks = export_merged(adapter, out, options.base, TORCH_DTYPES.get(options.dtype))
         lines[0] = f"wrote {out}: the base model with an update in {matrices}"
-    said = [f"warning: {doubt}" for doubt in adapter.doubts] + ([] if smaller is None else [smaller.line()])
+    doubts = [*adapter.doubts, *other_base_doubt(adapter.base_model, options.base or adapter.base_model)]
+    said = [f"warning: {doubt}" for doubt in doubts] + ([] if smaller is None else [smaller.line()])
     return "\n".join([*lines, *said, *(f"checked: {check}" for check in checks)])
 
 

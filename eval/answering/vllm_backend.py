@@ -17,6 +17,7 @@ from eval.options import Options
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import MAX_NEW_TOKENS
+from flexlora_ds.base_model.fingerprint import other_base_doubt
 from flexlora_ds.base_model.model_folder import model_folder
 from flexlora_ds.base_model.source import locate, one_line_errors
 from flexlora_ds.errors import UserError
@@ -118,7 +119,7 @@ def start_vllm(options: Options) -> VllmEngine:
                 "merge it with python -m flexlora_ds.export --to merged",
             )
         require_finite_adapter(adapter, options.adapter)
-        doubts = adapter.doubts
+        doubts = (*adapter.doubts, *other_base_doubt(adapter.base_model, options.model))
         served = Path(options.adapter)
         if not _reads_patterns(vllm.__version__):
             folder = tempfile.TemporaryDirectory(prefix="eval-uniform-")

@@ -16,12 +16,14 @@ from eval.model.language_model import LanguageModel
 from eval.model.merging import merge_adapter
 from eval.options import Options
 from flexlora_ds.base_model.attention_support import supported_attention
+from flexlora_ds.base_model.fingerprint import other_base_doubt
 from flexlora_ds.base_model.loading import load_causal_lm, load_skeleton, load_tokenizer
 from flexlora_ds.base_model.precision import TORCH_DTYPES, resolve_dtype
 from flexlora_ds.errors import UserError
 from flexlora_ds.files.reading import read_json_object
 from flexlora_ds.peft_format import PROMPT_FILE
-from flexlora_ds.peft_reading.attach import attach_adapter, doubts_of
+from flexlora_ds.peft_reading.attach import adapter_folder, attach_adapter, doubts_of
+from flexlora_ds.peft_reading.config import read_config
 
 
 def resolve_attention(name: str, dtype: torch.dtype, device: torch.device, supported: Collection[str]) -> str:
@@ -66,6 +68,8 @@ def load(options: Options, device: torch.device) -> LanguageModel:
         before = probe(model)
         model = attach_adapter(model, options.adapter)
         effect, doubts = effect_of(before, probe(model)), doubts_of(model)
+        named = read_config(adapter_folder(options.adapter)).get("base_model_name_or_path")
+        doubts += other_base_doubt(named, options.model)
         if options.merge:
             model = merge_adapter(model)
     elif options.merge:

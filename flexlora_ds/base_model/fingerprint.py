@@ -50,6 +50,26 @@ def base_revision(model: str | Path, revision: str | None = None) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else revision
 
 
+def is_other_base(named: str | None, model: str) -> bool:
+    """Whether the base that an adapter names and `model` are of other weights; False unless both are on this disk."""
+    if not named or named == model or not (Path(named).exists() and Path(model).exists()):
+        return False
+    return base_fingerprint(named) != base_fingerprint(model)
+
+
+def other_base_doubt(named: object, model: str) -> tuple[str, ...]:
+    """What is to be said of an adapter on another base than its own, in one line; empty where nothing is.
+
+    Not where the base that it names is no model any more, or names none.
+    """
+    try:
+        other = isinstance(named, str) and is_other_base(named, model)
+    except (OSError, ValueError):  # a UserError among them
+        return ()
+    said = f"the adapter was trained on {named}, whose weights are not those of {model}: its update belongs to them"
+    return (said,) if other else ()
+
+
 def _configuration(path: Path) -> bytes:
     values = json.loads(path.read_text(encoding="utf-8"))
     return json.dumps({k: v for k, v in values.items() if k not in _VOLATILE}, sort_keys=True).encode()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora_ds.adapter_start import AdapterStart, adapter_fingerprint, read_adapter_start
-from flexlora_ds.base_model.fingerprint import base_fingerprint
+from flexlora_ds.base_model.fingerprint import is_other_base
 from flexlora_ds.errors import UserError
 from flexlora_ds.orientation import LayerShape
 from flexlora_ds.peft_reading.attach import adapter_folder
@@ -96,12 +96,9 @@ def doubts_of(start: AdapterStart, options: TrainOptions) -> list[str]:
 
 def _require_same_base(start: AdapterStart, model: str, place: str) -> None:
     """Compare the files of two bases on this disk, where they have two names."""
-    named = start.base_model
-    if not named or named == model or not (Path(named).exists() and Path(model).exists()):
-        return
-    if base_fingerprint(named) != base_fingerprint(model):
+    if is_other_base(start.base_model, model):
         raise UserError(
-            f"the adapter was trained on {named}, whose weights are not those of {model}",
+            f"the adapter was trained on {start.base_model}, whose weights are not those of {model}",
             place,
             "give its base as model, or another adapter",
         )

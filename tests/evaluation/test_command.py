@@ -267,6 +267,27 @@ def test_an_adapter_of_another_base(place: Path, tmp_path: Path, capsys: pytest.
     assert "does not fit" in error and "size mismatch" in error and "q_proj" in error
 
 
+def test_a_base_of_the_same_shapes_and_other_weights_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eval_tiny.make_model(seed=9).save_pretrained(tmp_path / "other")
+    eval_tiny.make_tokenizer().save_pretrained(tmp_path / "other")
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    for named in (f"{place}/model", "a/b", 5, f"{place}", "x" * 5_000):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": named}))
+        for model in ("other", "model"):
+            options = ["--model", f"{tmp_path if model == 'other' else place}/{model}", "--tasks", "boolq"]
+            out = tmp_path / f"out-{str(named).replace('/', '')[-20:]}-{model}"
+            options += ["--adapter", f"{tmp_path}/adapter", "--mode", "score"]
+            code, error = main(arguments(place, out, *options)), capsys.readouterr().err
+            assert code == 0 or (named == 5 and error.count("\n") == 1)
+            said = (
+                f"the adapter was trained on {place}/model, whose weights are not those of {tmp_path}/other"
+            )
+            assert (said in error) == (model == "other" and named == f"{place}/model")
+
+
 def test_the_recorded_prompt_is_used_and_another_warned_of(place: Path, tmp_path: Path) -> None:
     adapter = str(place / "adapter")
     assert resolve_prompt("auto", adapter) == ("llm_adapters", None)

@@ -127,6 +127,13 @@ def test_what_a_resumed_run_may_change_stands_on_the_field() -> None:
     assert on_resume["lr"] is on_resume["dropout"] is on_resume["adjust_size"] is OnResume.IS_SAID
 
 
+def test_the_page_on_checkpoints_names_what_must_match() -> None:
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    named = page.partition("is another:")[2].partition("may change freely")[0]
+    bound = {spec.name for spec in SPECS if spec.on_resume is OnResume.MUST_MATCH}
+    assert bound <= {name for name in bound if f"`{name}`" in named}
+
+
 def test_without_a_recipe_the_main_job_runs() -> None:
     options = parse_options(["--ds", "ds_configs/zero2.json"])
     assert options.model == "meta-llama/Meta-Llama-3-8B"

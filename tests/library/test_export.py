@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,25 @@ def test_command_writes_and_reports_its_check(
         assert re.search(r"checked: .*: [\d.e+-]+ \(limit", printed)
         assert ("--max-lora-rank 8" in printed) == (kind == "peft-uniform")
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_a_base_of_other_weights_is_said(
+    run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy is the same base; the same shapes with other weights may be meant, and are not passed over."""
+    shutil.copytree(base, tmp_path / "copy")
+    other = save_base(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {name: value + 1e-3 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    for kind in ("peft", "merged"):
+        for given, said in ((tmp_path / "copy", False), (other, True)):
+            out = tmp_path / f"{kind}-{given.name}"
+            words = ["--run", str(run), "--to", kind, "--out", str(out), "--base", str(given)]
+            assert main(words) == 0
+            warning = f"warning: the adapter was trained on {base}, whose weights are not those of {other}"
+            assert (warning in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("to", ["peft", "peft-uniform", "merged"])
