@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flexlora_ds.adapter.layer import adapters
+from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import MASTER, live_shards
 
 Directions = Mapping[str, Sequence[int]]
@@ -25,8 +26,17 @@ def without(engine: Any, directions: Directions) -> Iterator[None]:
 
     Afterwards, also after an error, every bit of the masters and of what the model computes with is as before. The
     optimizer's state is never touched.
+
+    Raises:
+        UserError: a matrix or a direction that the model has not.
     """
     layers = adapters(engine.module)
+    for name, indices in directions.items():
+        if name not in layers or any(not 0 <= i < layers[name].rank for i in indices):
+            there = f"it has {layers[name].rank}" if name in layers else "there is no such matrix"
+            raise UserError(
+                f"no direction {list(indices)} of {name}", there, "take those of RankController.births"
+            )
     shards = live_shards(engine)
     read = shards.read([layers[name].lam for name in directions], MASTER)
     whole = {p: value.clone() for p, value in read}

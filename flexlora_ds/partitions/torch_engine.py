@@ -6,6 +6,7 @@ changes, checkpoints and saving need no second form for plain torch, and no Deep
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -56,6 +57,7 @@ class TorchEngine:
         self.world_size = dist.get_world_size() if self.ddp is not None else 1
         self.global_rank = dist.get_rank() if self.ddp is not None else 0
         self._accumulation_steps = accumulation_steps
+        _warn_of_low_precision(optimizer)
 
     def gradient_accumulation_steps(self) -> int:
         """Backward passes of one update."""
@@ -116,3 +118,17 @@ class TorchEngine:
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def _warn_of_low_precision(optimizer: Optimizer) -> None:
+    """Torch updates the parameters themselves, and in half precision most updates are too small to be seen."""
+    dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            warnings.warn(
+                f"what is trained is held in {name}, where most updates are lost: call "
+                "flexlora_ds.adapter.inject.use_fp32_adapters(model) before build_optimizer",
+                stacklevel=3,
+            )
+            return

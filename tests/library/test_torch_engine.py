@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flexlora_ds import FlexLoRAConfig, RankController, TorchEngine, adapters, build_optimizer
+from flexlora_ds import (
+    FlexLoRAConfig,
+    RankController,
+    TorchEngine,
+    adapters,
+    build_optimizer,
+    rises_without,
+)
+from flexlora_ds.adapter.inject import use_fp32_adapters
+from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import live_shards
 from tests.helpers import tiny
 
@@ -91,3 +101,29 @@ def test_a_scaler_changes_nothing_but_what_it_skips(accumulation: int) -> None:
     for key, value in plain["state"].items():
         assert torch.equal(scaled["state"][key], value), key
     assert all(torch.isfinite(value).all() for value in scaled["state"].values())
+
+
+def test_parameters_in_half_precision_are_warned_of() -> None:
+    """Torch keeps no masters beside them; with adapters in fp32 nothing is said."""
+    model = tiny.adapted_llama(CONFIG, "bf16")
+    with pytest.warns(
+        UserWarning, match=r"held in bfloat16, where most updates are lost: call .*use_fp32_adapters"
+    ):
+        TorchEngine(model, build_optimizer(model, CONFIG, lr=1e-2))
+    use_fp32_adapters(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TorchEngine(model, build_optimizer(model, CONFIG, lr=1e-2))
+
+
+def test_directions_that_are_not_there_are_refused() -> None:
+    model = tiny.adapted_llama(CONFIG)
+    engine = TorchEngine(model, build_optimizer(model, CONFIG, lr=1e-2))
+    name = next(iter(adapters(model)))
+    for group, said in (
+        ({"nowhere": [0]}, r"no direction \[0\] of nowhere \(there is no such matrix\)"),
+        ({name: [1, 4]}, rf"no direction \[1, 4\] of {name} \(it has 4\); take those of"),
+        ({name: [-1]}, r"no direction \[-1\]"),
+    ):
+        with pytest.raises(UserError, match=said):
+            rises_without(engine, [group], lambda: 0.0)
