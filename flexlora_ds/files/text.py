@@ -33,12 +33,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_content(path, content)
     except OSError as error:
-        mend = (
-            "free some space and resume"
-            if error.errno in _FULL
-            else "see what is there, or name another folder"
-        )
-        raise RunError(f"cannot write: {error.strerror}", str(path), mend) from error
+        raise cannot_write(error, path) from error
+
+
+def cannot_write(error: OSError, path: Path) -> RunError:
+    """What is said of a write that the system refused, with the remedy for a full disk or for another reason."""
+    full = error.errno in _FULL
+    mend = "free some space and resume" if full else "see what is there, or name another folder"
+    return RunError(f"cannot write: {error.strerror}", str(path), mend)
 
 
 def replace_content(path: Path, content: bytes) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flexlora_ds.errors import RunError
-from flexlora_ds.files.text import write_bytes_atomically
+from flexlora_ds.files.text import cannot_write, write_bytes_atomically
 from launch.report.births import draw_births
 from launch.report.page import RANKS, page
 from launch.report.plots import draw_loss, draw_rank_heatmap, draw_singular_values
@@ -37,7 +36,7 @@ def build_report(path: str | Path, beside: Sequence[str | Path] = ()) -> Path:
         folder.mkdir(exist_ok=True)
         plots = _draw(run, folder)
     except OSError as error:
-        raise RunError(f"cannot write: {error.strerror}", str(folder), "free some space") from error
+        raise cannot_write(error, folder) from error
     index = folder / "index.html"
     text = page(run, {title: _in_few_colours(plot) for title, plot in plots.items()}, others)
     write_bytes_atomically(index, text.encode(errors="backslashreplace"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from flexlora_ds.errors import RunError
 from flexlora_ds.files.reading import JSON_FAULTS, json_fault, open_ordinary
-from flexlora_ds.files.text import write_bytes_atomically
+from flexlora_ds.files.text import cannot_write, write_bytes_atomically
 from launch.run_folder.rows import Check, fault_of, is_count
 
 _MEND = "restore the file, or remove the line"
@@ -40,9 +40,7 @@ class JsonLines:
             with open(self.path, "ab", opener=_without_waiting) as file:
                 file.write(line)
         except OSError as error:
-            raise RunError(
-                f"cannot write: {error.strerror}", str(self.path), "free some space and resume"
-            ) from error
+            raise cannot_write(error, self.path) from error
         self._count += 1
         self._digest.update(line)
 
@@ -99,10 +97,14 @@ class JsonLines:
             write_bytes_atomically(self.path, b"".join(kept))
 
     def _rows(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        before = 0
         for line, number in self._numbered():
             row, fault = self._parsed(line)
+            if fault is None and row["step"] < before:
+                fault = f"step {row['step']:,} behind step {before:,}"
             if fault is not None:
                 raise RunError(f"not a row of a run: {fault}", f"{self.path}, line {number}", _MEND)
+            before = row["step"]
             yield line, row
 
     def _parsed(self, line: bytes) -> tuple[Any, str | None]:

@@ -340,6 +340,16 @@ def test_a_folders_name_is_no_markup(tmp_path: Path, name: str) -> None:
     assert name in Page(index.read_text()).text or not name.isprintable()
 
 
+def test_a_file_in_the_place_of_the_report_is_no_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    (run.path / "report").write_text("mine")
+    assert main([str(run.path)]) == 1
+    assert f"File exists ({run.path}/report); see what is there" in capsys.readouterr().err
+    assert (run.path / "report").read_text() == "mine"
+
+
 def test_signs_that_the_font_lacks_are_no_remarks(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     run = write_run(tmp_path / "漢字")
     build_report(run.path)

@@ -168,6 +168,18 @@ def test_a_damaged_line_is_named(folder: RunFolder, line: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+def test_steps_that_go_back_are_named(folder: RunFolder) -> None:
+    """A log that was written twice, or put together by hand; two rows of one step are as a validation writes them."""
+    for step in (1, 2, 2, 5):
+        folder.log_step(step_metrics(step))
+    assert [row["step"] for row in folder.metrics.read()] == [1, 2, 2, 5]
+    folder.metrics.path.write_bytes(2 * folder.metrics.path.read_bytes())
+    with pytest.raises(
+        RunError, match=r"not a row of a run: step 1 behind step 5 \(.*metrics\.jsonl, line 5\)"
+    ):
+        folder.metrics.read()
+
+
 @pytest.mark.parametrize("value", ["1", True, -1, 1.5, None, [1], {}, 10**400])
 def test_a_value_of_another_type_is_named(folder: RunFolder, value: Any) -> None:
     for name, wrong in (("step", value), ("tokens", value), ("skipped", 0), ("loss", "1"), ("lr", [1.0])):
