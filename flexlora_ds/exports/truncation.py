@@ -118,7 +118,10 @@ class Decomposition:
 
     def leading(self, rank: int, scale: float) -> LoraMatrix:
         """The first `rank` terms as a LoRA of the scale given, fp32."""
-        B = self.left[:, :rank] * (self.sigma[:rank] / scale)
+        strengths = (
+            self.sigma[:rank] / scale if scale else torch.zeros_like(self.sigma[:rank])
+        )  # alpha may be 0
+        B = self.left[:, :rank] * strengths
         return LoraMatrix(B.float().contiguous(), self.right[:rank].float().contiguous(), scale)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -99,3 +101,10 @@ def test_a_size_that_keeps_nothing_is_refused() -> None:
         UserError, match=r"keeps no direction of any matrix \(--parameters\); give a larger one"
     ):
         kept_ranks({"a": [1.0]}, {"a": 10}, Size(parameters=9, min_rank=0))
+
+
+def test_an_adapter_of_alpha_0_stays_nothing() -> None:
+    whole = adapter()
+    silent = replace(whole, matrices={n: replace(m, scale=0.0) for n, m in whole.matrices.items()})
+    result = truncate(silent, Size(total_rank=5))
+    assert all(torch.equal(m.delta(), torch.zeros_like(m.delta())) for m in result.adapter.matrices.values())
