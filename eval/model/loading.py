@@ -34,17 +34,23 @@ def resolve_attention(name: str, dtype: torch.dtype, device: torch.device, suppo
         supported: what the model's class has.
 
     Raises:
-        UserError: the model has not what was asked for.
+        UserError: the model, or this machine, has not what was asked for.
     """
+    installed = importlib.util.find_spec("flash_attn") is not None
     if name != "auto":
         if name not in supported:
-            raise UserError(f"this model has no attention {name}", "--attention", "choose auto or eager")
+            have = ", ".join(sorted(supported))
+            raise UserError(
+                f"this model has no attention {name}", "--attention", f"choose auto or one of {have}"
+            )
+        if name == "flash_attention_2" and not (installed and device.type == "cuda"):
+            raise UserError(
+                f"attention {name} needs a GPU and the package flash-attn",
+                "--attention",
+                "install flash-attn or choose auto",
+            )
         return name
-    can_flash = (
-        device.type == "cuda"
-        and dtype != torch.float32
-        and importlib.util.find_spec("flash_attn") is not None
-    )
+    can_flash = device.type == "cuda" and dtype != torch.float32 and installed
     if can_flash and "flash_attention_2" in supported:
         return "flash_attention_2"
     return "sdpa" if "sdpa" in supported else "eager"

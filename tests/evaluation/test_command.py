@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.tasks import TASKS
 from eval.__main__ import main
@@ -215,6 +216,19 @@ def test_an_item_longer_than_the_context_is_unanswered(
         (["--task", "boolq"], 2, "unknown option '--task' (command line); did you mean --tasks?"),
         (["--batch_size", "0"], 2, "batch_size '0'"),
         (["--mode", "guess"], 2, "generate-beam4"),
+        (
+            ["--attention", "flash"],
+            2,
+            "has no attention flash (--attention); choose auto or one of eager, flash",
+        ),
+        pytest.param(
+            ["--attention", "flash_attention_2"],
+            2,
+            "attention flash_attention_2 needs a GPU and the package flash-attn (--attention); install",
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available(), reason="what a machine without a GPU refuses"
+            ),
+        ),
         (["--merge"], 2, "nothing to merge without an adapter"),
         (["--adapter", "/no/adapter"], 2, "no adapter folder /no/adapter (--adapter)"),
         (["--model", "/no/model"], 2, "/no/model"),
