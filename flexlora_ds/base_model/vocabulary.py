@@ -57,12 +57,22 @@ class Vocabulary:
 
 
 def _learnt_positions(model: Any) -> int | None:
-    """The positions of a model's learnt table, without rows that serve padding; None where there is none."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and _POSITIONS.search(name) and type(limit) is int:
-            padding = getattr(module, "padding_idx", None)
-            return min(limit, module.num_embeddings - (0 if padding is None else padding + 1))
+    """The positions of a model's learnt table, without rows that serve padding; None where there is none.
+
+    Of a model that takes images too, the decoder of text is asked: a table of an image's patches is none of it.
+    """
+    text = model.config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    decoder = model if text is model.config else model.get_decoder() or model
+    if type(limit) is int:
+        for name, module in decoder.named_modules():
+            if (
+                isinstance(module, nn.Embedding)
+                and _POSITIONS.search(name)
+                and module.num_embeddings >= limit
+            ):
+                padding = getattr(module, "padding_idx", None)
+                return min(limit, module.num_embeddings - (0 if padding is None else padding + 1))
     return None
 
 

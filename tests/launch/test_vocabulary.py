@@ -142,6 +142,18 @@ def test_a_record_longer_than_learnt_positions_is_named(place: Place, kind: str,
         model(input_ids=torch.zeros(1, 81, dtype=torch.long))
 
 
+@pytest.mark.parametrize("patches", [4, 784])
+def test_the_positions_of_an_images_patches_limit_no_text(patches: int) -> None:
+    """Fewer than the text's, and more."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eye = CLIPVisionConfig(**shape, image_size=2 * round(patches**0.5), patch_size=2)
+    text = LlamaConfig(**shape, vocab_size=420, max_position_embeddings=64)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=eye, text_config=text))
+    assert Vocabulary.of(model).positions is None
+
+
 def test_the_vocabulary_is_that_of_the_models_two_ends() -> None:
     assert Vocabulary.of(make_model("mistral", max_position_embeddings=64)).positions is None
     assert Vocabulary.of(make_model("gpt_neox")) == Vocabulary(420, 420)
