@@ -115,7 +115,7 @@ class RankController:
         self._step = step - 1
         self._context.penalty = self._penalty
         if self._penalty is not None:
-            self._penalty.added.clear()
+            self._penalty.begin_update()
         if self._sketch is not None and max(
             self._pending, adjustment_size(step, self.total_steps, self.config)
         ):

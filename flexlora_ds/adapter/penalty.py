@@ -20,12 +20,17 @@ from flexlora_ds.orthogonality import penalty_gradients
 class PenaltyGradient:
     """`form`: norm or squared; `coefficient()`: γ/n times the loss scale, or 0 where this backward adds nothing.
 
-    `added`: the P that have got theirs in this update, by id. Who counts updates empties it.
+    A matrix gets it once in an update, however often its layer is called. Who counts updates says when one begins.
     """
 
     form: str
     coefficient: Callable[[], float]
-    added: set[int] = field(default_factory=set)
+    added: set[int] = field(default_factory=set, init=False)
+    """The P that have got theirs in this update, by id."""
+
+    def begin_update(self) -> None:
+        """Each matrix gets it again."""
+        self.added.clear()
 
     def attach(self, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
         """y unchanged; its backward also sends the penalty's gradient to P and Q."""

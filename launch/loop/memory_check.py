@@ -94,7 +94,7 @@ def _unobserved(run: Session) -> Iterator[None]:
         for key, context in contexts.items():
             context.observer = before[key]
             if context.penalty is not None:
-                context.penalty.added.clear()
+                context.penalty.begin_update()
 
 
 def _too_large(settled: Settled, batch: MicroBatch, error: RuntimeError) -> UserError:

@@ -209,7 +209,8 @@ def test_summary(alone: Path) -> None:
     lasted = [b - a for a, b in zip([0, *CHANGES], [*CHANGES, STEPS], strict=True)]
     mean = sum(n * steps for n, steps in zip(at_steps, lasted, strict=True)) / STEPS
     assert summary["trainable_params"] == {"final": at_steps[-1], "mean": pytest.approx(mean)}
-    assert summary["versions"]["torch"] == torch.__version__
+    # What is installed need not name the build, such as +cu130.
+    assert summary["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
 
 
 def test_the_summary_counts_the_frozen_weights_that_work_on_every_token(
@@ -450,5 +451,5 @@ def test_a_checkpoint_exports_like_its_run(
     shard.write_bytes(shard.read_bytes()[:-1])
     assert export.main(["--checkpoint", str(damaged), "--to", "peft", "--out", str(tmp_path / "no")]) == 1
     assert shard.name in capsys.readouterr().err and not (tmp_path / "no").exists()
-    assert export.main(["--checkpoint", str(two), "--to", "peft", "--out", str(tmp_path / "no")]) == 1
+    assert export.main(["--checkpoint", str(two), "--to", "peft", "--out", str(tmp_path / "no")]) == 2
     assert "give a folder like checkpoints/step_" in capsys.readouterr().err

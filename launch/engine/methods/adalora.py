@@ -24,6 +24,7 @@ from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.orthogonality import violation
 from flexlora_ds.partitions import MASTER, live_shards, loss_scale
 from flexlora_ds.rank_changes.record import RankChange
+from launch.data.batches import MicroBatch
 from launch.engine.adam import AdamSettings
 from launch.engine.methods.adalora_averages import average_after_step
 from launch.engine.methods.adalora_calendar import calendar_of, initial_rank
@@ -69,6 +70,10 @@ class AdaLoRA(PeftAdapter):
         if not torch.is_grad_enabled():
             return output
         return self._penalty.attach(output, layer.lora_B["default"], layer.lora_A["default"])
+
+    def before_forward(self, batch: MicroBatch, device: torch.device) -> None:
+        """Each matrix gets the regulariser's gradient again; `_coefficient` says in which micro-batch."""
+        self._penalty.begin_update()
 
     def _coefficient(self) -> float:
         """γ / n in the units of the scaled loss, on the first micro-step of each update; 0 on the others."""
