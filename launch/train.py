@@ -33,6 +33,7 @@ from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches, 
 from launch.data.template_date import resolve_template_date
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.bandwidth import measure_rate
+from launch.distributed.heartbeat import end_process
 from launch.distributed.link import find_link
 from launch.distributed.members import gather_members
 from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
@@ -238,4 +239,4 @@ def program() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program())
+    end_process(program())

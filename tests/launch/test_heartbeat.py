@@ -12,6 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from launch.distributed import heartbeat
 from launch.distributed.heartbeat import Heartbeat
+from tests.helpers.processes import run_script
 
 
 @pytest.fixture
@@ -106,3 +107,32 @@ def test_a_host_out_of_reach_refuses_nothing(error: OSError, monkeypatch: pytest
 
     monkeypatch.setattr(socket, "create_connection", fail)
     assert not heartbeat.is_refused()
+
+
+HANGING = """
+import os, time
+from torch.distributed import TCPStore
+from launch.distributed.heartbeat import Heartbeat, end_process
+
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+heartbeat = Heartbeat(0, [0, 1], "run")  # waits for the first sign of process 1, of which there is none
+heartbeat.interval = 0.0
+heartbeat.start()
+time.sleep(0.2)
+heartbeat.stop()
+print("said")
+end_process(3)
+"""
+
+
+def test_a_process_ends_with_its_code_while_the_store_hangs() -> None:
+    """A thread in the store while the interpreter is torn down would end it by SIGABRT."""
+    (result,) = run_script(["-c", HANGING], 1)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "said\n", ""), result.stderr
+
+
+def test_the_last_sign_is_waited_for(pair: list[Heartbeat]) -> None:
+    wait_for(lambda: pair[0]._answered > 0, *pair)
+    pair[0].stop()
+    assert not pair[0]._thread.is_alive()
