@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -150,15 +149,10 @@ def measure(setting: Setting, *, cpu: bool) -> list[dict[str, Any]]:
 def main() -> NoReturn:
     """Print the figures of the setting on the command line, and end with an exit code."""
     quiet_libraries()
-    from launch.distributed.process import leave_processes
+    from launch.distributed.process import end_process
 
     setting = Setting(**json.loads(sys.argv[1]))
-    code = exit_code_of(lambda: print("\n" + json.dumps(run(setting)), flush=True))
-    leave_processes(done=code == 0)
-    sys.stderr.flush()
-    # Once in some hundred runs a thread of torch 2.13 outlives the group and aborts the interpreter's end by SIGABRT:
-    # the figures are out, and nothing is left to tear down.
-    os._exit(code)
+    end_process(exit_code_of(lambda: print("\n" + json.dumps(run(setting)), flush=True)))
 
 
 if __name__ == "__main__":

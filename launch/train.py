@@ -33,10 +33,9 @@ from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches, 
 from launch.data.template_date import resolve_template_date
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.bandwidth import measure_rate
-from launch.distributed.heartbeat import end_process
 from launch.distributed.link import find_link
 from launch.distributed.members import gather_members
-from launch.distributed.process import join_processes, leave_processes, world_size_of_environment
+from launch.distributed.process import end_process, join_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
 from launch.engine.methods.adalora_calendar import describe as adalora_calendar
 from launch.engine.methods.registry import require_calendar
@@ -231,12 +230,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def program() -> int:
-    """`main` in a process of its own, which leaves the others when the run is done."""
-    code = main()
-    leave_processes(done=code == 0)
-    return code
-
-
 if __name__ == "__main__":
-    end_process(program())
+    end_process(main())

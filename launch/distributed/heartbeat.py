@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import NoReturn
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 _CONNECT = timedelta(seconds=10)
 _LAST_SIGN = 1.0  # seconds that a sign under way may take, where the store can be reached
 _LONGEST_LOOK = 5.0  # seconds between two looks that count: who was frozen itself has heard nobody meanwhile
-_THREAD = "heartbeat"
 _FINDING = "finding"  # the key of what the first to find out says
 
 
@@ -46,7 +43,7 @@ class Heartbeat:
         self._to_say = ""
         self._said = threading.Event()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=_THREAD, daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._store: Store | None = self._connect()
         self._store.set(str(rank), "0")
         if rank == ranks[0]:
@@ -121,19 +118,6 @@ class Heartbeat:
         self._answered = now
         # Who found it out itself has its own way to leave.
         self.finding = "" if finding == self._to_say else finding
-
-
-def end_process(code: int) -> NoReturn:
-    """End with an exit code: without Python's own end where a sign is under way in a store that does not answer.
-
-    A thread that comes back from the store while the interpreter is torn down ends the process by SIGABRT ('terminate
-    called without an active exception', torch 2.11 and 2.13).
-    """
-    if any(thread.name == _THREAD for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _rendezvous() -> tuple[str, int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 
@@ -100,16 +104,24 @@ def choose_accelerator() -> int:
     return gpus
 
 
-def leave_processes(*, done: bool) -> None:
-    """End communication, where it has begun, before the interpreter ends.
+def end_process(code: int) -> NoReturn:
+    """End with an exit code; communication, where it has begun, ends first.
 
-    Gloo's threads may still hold tensors of Python's: one that lets go of them while the interpreter is torn down ends
-    a finished process by SIGABRT ('terminate called without an active exception', torch 2.13). After a failure (not
-    `done`) only Gloo's communication ends: NCCL would wait for processes that are gone.
+    The interpreter is not torn down then. Threads of Gloo and of the store go on when communication has ended. One that
+    lets go of Python's objects meanwhile would end a finished process by SIGABRT ('terminate called without an active
+    exception', torch 2.11 and 2.13). After a failure only Gloo's communication ends: NCCL would wait for processes
+    that are gone.
     """
     group = torch.distributed
-    if group.is_available() and group.is_initialized() and (done or group.get_backend() == "gloo"):
+    if not (group.is_available() and group.is_initialized()):
+        sys.exit(code)
+    if code == 0 or group.get_backend() == "gloo":
         group.destroy_process_group()
+    atexit._run_exitfuncs()  # what Python would call itself
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _free_port() -> int:
