@@ -44,9 +44,8 @@ class GradientProducts:
         """y [..., out] unchanged; its backward adds this call's part for the matrix `name`. x: [..., in]."""
         if name not in self.right and name not in self.left:
             return y
-        if (
-            not y.requires_grad
-        ):  # nothing before this layer asks for a gradient, and its own factors do not now
+        # Nothing before this layer need ask for a gradient, and its own factors do not now.
+        if not y.requires_grad:
             y = y.detach().requires_grad_()
         out: Tensor = _Collect.apply(y, x, partial(self.add, name))  # type: ignore[no-untyped-call]
         return out
