@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
+from flexlora_ds.devices import count_gpus
 from flexlora_ds.launcher import number_in_environment, require_environment, require_rendezvous
 
 _START_TIMEOUT = timedelta(minutes=30)
@@ -100,10 +101,9 @@ class Team:
             self._store.wait(["all finished"], _WORK_TIMEOUT)
 
     def device(self) -> torch.device:
-        """This process's accelerator, or the CPU."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
+        """This process's accelerator, or the CPU; several processes may share one. Raises UserError as `count_gpus`."""
+        gpus = count_gpus()
+        return torch.device("cuda", self.local_rank % gpus) if gpus else torch.device("cpu")
 
     def set_threads(self) -> int:
         """Share the machine's cores unless OMP_NUM_THREADS is set; the number of threads in use."""

@@ -10,29 +10,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from flexlora_ds.errors import RunError
+from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.terminal.command import is_rank_zero
 from flexlora_ds.terminal.plain_text import NO_GLYPH
 
 NOT_BEGUN = "training had not begun, start again"
 """What is said after Ctrl-C before the run listens to signals."""
 
-_SMALLEST_SCALE = (
-    "loss scale already at minimum"  # DeepSpeed raises a bare Exception (loss_scaler.py, 0.19.8)
-)
+_SMALLEST_SCALE = "loss scale already at minimum"  # DeepSpeed: a bare Exception (loss_scaler.py, 0.19.8)
+_SHARED_GPU = "Duplicate GPU detected"  # NCCL, by torch's DistBackendError
 
 
 @contextmanager
 def known_failures() -> Iterator[None]:
-    """Raise a RunError where DeepSpeed's loss scale cannot become smaller."""
+    """Say in one line that DeepSpeed's loss scale cannot become smaller, or that two processes have one GPU.
+
+    Raises:
+        RunError: the first. UserError: the second.
+    """
     try:
         yield
     except Exception as error:
-        if _SMALLEST_SCALE not in str(error):
-            raise
-        raise RunError(
-            "fp16 gradients overflow at the smallest loss scale", "dtype", "use bf16 or fp32, or a lower lr"
-        ) from error
+        if _SMALLEST_SCALE in str(error):
+            raise RunError(
+                "fp16 gradients overflow at the smallest loss scale",
+                "dtype",
+                "use bf16 or fp32, or a lower lr",
+            ) from error
+        if _SHARED_GPU in str(error):
+            raise UserError(
+                "two processes have the same GPU", "environment", "start one process for each GPU"
+            ) from error
+        raise
 
 
 def quiet_libraries() -> None:

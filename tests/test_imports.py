@@ -59,7 +59,7 @@ FLOORS = {
             "dropout",
             "extensions",
         ),
-        ("config", "seeds", "files"),
+        ("config", "seeds", "files", "devices"),
         ("terminal", "fields", "patterns", "launcher"),
         ("errors", "rounding", "orientation", "home"),
     ),

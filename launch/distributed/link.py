@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flexlora_ds.devices import nvidia_smi
 from launch.distributed.agreement import gather
 from launch.distributed.bandwidth import Rate
 from launch.distributed.members import Member
@@ -71,7 +71,7 @@ def find_link(process: Process, members: Sequence[Member]) -> Link | None:
 def link_inside() -> Link | None:
     """Between the GPUs of this host."""
     query = "--query-gpu=compute_cap,pcie.link.gen.max,pcie.link.width.max"
-    return link_of_gpus(_nvidia_smi("topo", "-m"), _nvidia_smi(query, "--format=csv,noheader"))
+    return link_of_gpus(nvidia_smi("topo", "-m"), nvidia_smi(query, "--format=csv,noheader"))
 
 
 def link_of_gpus(topology: str, gpus: str) -> Link | None:
@@ -114,12 +114,4 @@ def link_outside(system: Path = Path("/sys/class")) -> Link | None:
 def _text(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError):  # a card that is down has no speed
         return path.read_text()
-    return ""
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        return subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=5, check=True
-        ).stdout
     return ""

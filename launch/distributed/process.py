@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 
+from flexlora_ds.devices import count_gpus, gpu_of_process
 from flexlora_ds.extensions import prepare_extensions, without_shared_buffers
 from flexlora_ds.launcher import require_environment, require_rendezvous
 from launch.distributed.port import port_faults
@@ -57,7 +58,7 @@ def join_processes(timeout: float | None = None) -> Process:
 
     Raises:
         UserError, RunError: as `prepare_extensions` (a CPU run without a C++ compiler), and where the environment
-            leads to no other process, or the port is in use.
+            leads to no other process, the port is in use, or GPUs are too few or out of torch's reach.
     """
     require_rendezvous()
     gpus = choose_accelerator()
@@ -73,8 +74,10 @@ def join_processes(timeout: float | None = None) -> Process:
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     device = torch.device("cpu")
     if gpus:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+        device = torch.device("cuda", gpu_of_process(gpus))
         torch.cuda.set_device(device)
+        # DeepSpeed takes the GPU of this number, where a process sees its own alone, too.
+        os.environ["LOCAL_RANK"] = str(device.index)
     with port_faults(), without_shared_buffers():
         longest = max(default_pg_timeout, timedelta(seconds=timeout or 0))
         deepspeed.init_distributed("nccl" if gpus else "gloo", verbose=False, timeout=longest)
@@ -97,8 +100,12 @@ def limit_collectives(timeout: float | None) -> None:
 
 
 def choose_accelerator() -> int:
-    """The number of GPUs here; where there is none, DeepSpeed gets to know before it is imported."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """The number of GPUs here; where there is none, DeepSpeed gets to know before it is imported.
+
+    Raises:
+        UserError: as `count_gpus`.
+    """
+    gpus = count_gpus()
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return gpus

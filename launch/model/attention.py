@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from flexlora_ds.base_model.precision import Dtype
 from flexlora_ds.base_model.source import LONGEST_TEXT
 from flexlora_ds.config import Auto
+from flexlora_ds.devices import gpu_of_process
 from flexlora_ds.errors import UserError
 from flexlora_ds.terminal.command import one_line
 from launch.model.liger import LLAMA_LIKE
@@ -165,4 +165,4 @@ def require_separable(skeleton: Skeleton, place: str) -> None:
 
 def _device() -> torch.device:
     """The GPU that this process takes, before it has joined the others."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", gpu_of_process(torch.cuda.device_count()))

@@ -69,11 +69,16 @@ def run_processes(
 
 
 def run_script(
-    command: Sequence[str], world_size: int, *, timeout: float = 120, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    world_size: int,
+    *,
+    timeout: float = 120,
+    env: Mapping[str, str | None] | None = None,
 ) -> list[ScriptResult]:
     """Run `python *command` once per rank, from the repository's root, and wait for all; the results by rank.
 
-    No exit code is an error here. Raises ProcessError when a rank is still running after `timeout` seconds.
+    `env` changes the environment; None takes a variable out of it. No exit code is an error here. Raises ProcessError
+    when a rank is still running after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
@@ -213,7 +218,7 @@ def on_gpus(count: int = 1) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:count]), "DS_ACCELERATOR": "cuda"}
 
 
-def rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Iterator[dict[str, str]]:
+def rank_environments(world_size: int, extra: Mapping[str, str | None] | None) -> Iterator[dict[str, str]]:
     """The environment of each rank, as a launcher sets it, on one machine and without a GPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -236,8 +241,9 @@ def rank_environments(world_size: int, extra: Mapping[str, str] | None) -> Itera
         "TOKENIZERS_PARALLELISM": "false",
         **(extra or {}),
     }
+    kept = {name: value for name, value in common.items() if value is not None}
     for rank in range(world_size):
-        yield {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        yield {**kept, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def start_process(command: Sequence[str], variables: dict[str, str], **options: Any) -> subprocess.Popen[str]:
