@@ -1,4 +1,4 @@
-"""The GPU that a process computes on, by what torch, the driver and the launcher say of it."""
+"""The GPU that a process computes on, by what torch, the driver and the launcher say of it; and its memory's end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 import torch
 
-from flexlora_ds.errors import UserError
+from flexlora_ds.errors import CommandError, UserError
 from flexlora_ds.launcher import number_in_environment
 from flexlora_ds.terminal.counted import counted
 
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+"""Words of torch's errors, and of the libraries below it."""
 _CPU_WANTED = "set DS_ACCELERATOR=cpu to compute on the CPU"
 
 
@@ -60,6 +62,14 @@ def gpu_of_process(gpus: int) -> int:
             f"start {gpus} there, one for each GPU",
         )
     return local_rank
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a foreign exception means that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError):
+        return True
+    foreign = isinstance(error, RuntimeError) and not isinstance(error, CommandError)
+    return foreign and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def nvidia_smi(*arguments: str) -> str:

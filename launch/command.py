@@ -1,4 +1,4 @@
-"""What a training command adds to `flexlora_ds.terminal.command`: quiet libraries, and a foreign error in our words."""
+"""What a training command adds to `flexlora_ds.terminal.command`: quiet libraries, and Ctrl-C while it imports."""
 
 from __future__ import annotations
 
@@ -6,42 +6,13 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
-from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.terminal.command import is_rank_zero
 from flexlora_ds.terminal.plain_text import NO_GLYPH
 
 NOT_BEGUN = "training had not begun, start again"
 """What is said after Ctrl-C before the run listens to signals."""
-
-_SMALLEST_SCALE = "loss scale already at minimum"  # DeepSpeed: a bare Exception (loss_scaler.py, 0.19.8)
-_SHARED_GPU = "Duplicate GPU detected"  # NCCL, by torch's DistBackendError
-
-
-@contextmanager
-def known_failures() -> Iterator[None]:
-    """Say in one line that DeepSpeed's loss scale cannot become smaller, or that two processes have one GPU.
-
-    Raises:
-        RunError: the first. UserError: the second.
-    """
-    try:
-        yield
-    except Exception as error:
-        if _SMALLEST_SCALE in str(error):
-            raise RunError(
-                "fp16 gradients overflow at the smallest loss scale",
-                "dtype",
-                "use bf16 or fp32, or a lower lr",
-            ) from error
-        if _SHARED_GPU in str(error):
-            raise UserError(
-                "two processes have the same GPU", "environment", "start one process for each GPU"
-            ) from error
-        raise
 
 
 def quiet_libraries() -> None:

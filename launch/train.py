@@ -27,7 +27,7 @@ from torch import Tensor
 from flexlora_ds.schedule import describe, due_steps
 from flexlora_ds.terminal.command import exit_code_of
 from flexlora_ds.terminal.counted import counted
-from launch.command import NOT_BEGUN, known_failures
+from launch.command import NOT_BEGUN
 from launch.data.batches import GlobalBatch
 from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches, steps_of
 from launch.data.template_date import resolve_template_date
@@ -43,6 +43,7 @@ from launch.engine.settled import Settled
 from launch.loop.accuracy import prepare_test
 from launch.loop.finish import finish, stop
 from launch.loop.gradient_start import begin_directions
+from launch.loop.known_failures import known_failures
 from launch.loop.memory_check import check_memory
 from launch.loop.session import Session, begin, identify, run_folder
 from launch.loop.tracked import tracked

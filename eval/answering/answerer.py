@@ -13,10 +13,11 @@ from eval.answering.library_generate import decode_until_answered, generate_with
 from eval.answering.score import Scores, score_last_token, score_summed
 from eval.answering.shared_prefix import SharedPrefix
 from eval.items import Item, TaskItems
-from eval.model.language_model import LanguageModel, memory_is_short
+from eval.model.language_model import LanguageModel
 from eval.parsing import read_answer
 from eval.predictions import Prediction
 from eval.protocols import ANSWER_PREFIX, MAX_NEW_TOKENS, Protocol
+from flexlora_ds.devices import is_out_of_memory
 from flexlora_ds.errors import RunError
 
 _CPU_TOKENS = 512  # larger batches overflow a core's caches and need more padding
@@ -67,7 +68,7 @@ class Answerer:
             try:
                 return self._answer_at_once(batch)
             except (RuntimeError, MemoryError) as error:
-                if not memory_is_short(error):
+                if not is_out_of_memory(error):
                     raise
             if len(batch.items) == 1:
                 raise RunError(

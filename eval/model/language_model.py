@@ -152,8 +152,3 @@ def _has_plain_cache(config: Any) -> bool:
     except (AttributeError, KeyError, ValueError):  # state-space and other architectures without such a cache
         return False
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
-def memory_is_short(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

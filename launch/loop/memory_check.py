@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from flexlora_ds.adapter.layer import adapters
+from flexlora_ds.devices import is_out_of_memory
 from flexlora_ds.errors import UserError
 from flexlora_ds.partitions import try_backward
 from flexlora_ds.terminal.command import one_line
@@ -18,9 +19,6 @@ from launch.distributed.agreement import on_all_ranks
 from launch.engine.settled import Settled
 from launch.loop.session import Session
 from launch.model.token_loss import head_of, token_loss
-
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-"""Words of torch's errors, and of the libraries below it."""
 
 
 def check_memory(run: Session, settled: Settled, done: int, to_come: float) -> None:
@@ -58,7 +56,7 @@ def _try(run: Session, settled: Settled, batch: MicroBatch, to_come: int) -> Non
         _compute(run, batch)
         del reserved
     except RuntimeError as error:
-        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise _too_large(settled, batch, error) from error
 

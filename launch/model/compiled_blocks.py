@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexlora_ds.adapter.layer import AdaptedLinear, ForwardContext, Handed
+from flexlora_ds.devices import is_out_of_memory
 from flexlora_ds.dropout.apply import columns_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.rounding import round_up
@@ -118,9 +119,9 @@ class CompiledBlock:
             output = self._computed(layer, entering, inputs)
             output = output if isinstance(output, Tensor) else output[0]
             torch.autograd.grad(output, entering, torch.zeros_like(output))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a compiler, and the kernels that it made, fail in many ways
+            if is_out_of_memory(error):
+                raise
             self.context.handed = None
             self.shared.give_up(error)
             return False
