@@ -31,6 +31,7 @@ from launch.command import NOT_BEGUN
 from launch.data.batches import GlobalBatch
 from launch.data.prepare import load_tokenizer_of, prepare_data, share_batches, steps_of
 from launch.data.template_date import resolve_template_date
+from launch.data.vocabulary import length_doubt
 from launch.distributed.agreement import on_all_ranks, on_rank_zero
 from launch.distributed.bandwidth import measure_rate
 from launch.distributed.link import find_link
@@ -129,7 +130,8 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
         lines.append(adalora_calendar(data.steps, options, len(method.matrices)))
     if idle := idle_line(options):
         lines.append(idle)
-    for doubt in method.doubts:
+    too_long = length_doubt(data.tokenised, settled.skeleton.vocabulary, options.data)
+    for doubt in [*method.doubts, *([too_long] if too_long else [])]:
         run.log.warn(doubt)
     for line in ([dropped] if dropped else []) + lines + start.messages:
         run.log.progress.message(line)

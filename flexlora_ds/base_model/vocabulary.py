@@ -31,6 +31,8 @@ class Vocabulary:
     """Logits of its head."""
     positions: int | None = None
     """Those of its learnt table; None where it computes them, for any length."""
+    context: int | None = None
+    """How many its configuration names (`max_position_embeddings`), computed or learnt."""
 
     @classmethod
     def of(cls, model: Any) -> Vocabulary:
@@ -38,7 +40,7 @@ class Vocabulary:
         inputs = int(model.get_input_embeddings().weight.shape[0])
         head = model.get_output_embeddings()
         outputs = inputs if head is None else int(head.weight.shape[0])
-        return cls(inputs, outputs, _learnt_positions(model))
+        return cls(inputs, outputs, _learnt_positions(model), _context(model))
 
     def padding_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The tokenizer's padding id where the model has its row, else another id: padding is masked in any case."""
@@ -56,15 +58,20 @@ class Vocabulary:
             raise beyond(tokenizer, largest, f"embedding has {self.inputs:,} rows", place)
 
 
+def _context(model: Any) -> int | None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if type(limit) is int and limit > 0 else None
+
+
 def _learnt_positions(model: Any) -> int | None:
     """The positions of a model's learnt table, without rows that serve padding; None where there is none.
 
     Of a model that takes images too, the decoder of text is asked: a table of an image's patches is none of it.
     """
     text = model.config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = _context(model)
     decoder = model if text is model.config else model.get_decoder() or model
-    if type(limit) is int:
+    if limit is not None:
         for name, module in decoder.named_modules():
             if (
                 isinstance(module, nn.Embedding)

@@ -113,6 +113,10 @@ class Examples(Sequence[Example]):
         first = longer[np.argmin(self.record_ids[longer])]
         return int(self.record_ids[first]), int(self.lengths[first])
 
+    def count_longer(self, length: int) -> int:
+        """How many records have more than `length` tokens."""
+        return int((self.lengths > length).sum())
+
     def subset(self, indices: Ints) -> Examples:
         """Return the examples at these indices, in this order; the tokens are shared, not copied."""
         return Examples(

@@ -33,6 +33,22 @@ def require_known_tokens(
             raise beyond(tokenizer, token, words, f"{file}, record {record + 1}")
 
 
+def length_doubt(data: TokenisedData, vocabulary: Vocabulary, file: str) -> str | None:
+    """A warning where records are longer than the model's context: their ends are at positions it has never seen."""
+    context = vocabulary.context
+    if context is None:
+        return None
+    parts = [part for part in (data.train, data.validation) if part.first_longer(context) is not None]
+    if not parts:
+        return None
+    record, length = min(place for part in parts if (place := part.first_longer(context)) is not None)
+    longer = counted(sum(part.count_longer(context) for part in parts), "record")
+    return (
+        f"{longer} longer than the model's context of {context:,} tokens, first {file}, record {record + 1}, of "
+        f"{length:,}: positions that its weights do not know; cutoff_len {context} drops them"
+    )
+
+
 def _require_positions(data: TokenisedData, positions: int | None, file: str) -> None:
     """A record longer than a learnt table would end the run in a look-up behind the table's end."""
     if positions is None:

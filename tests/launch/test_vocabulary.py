@@ -13,6 +13,7 @@ from flexlora_ds.base_model.loading import load_tokenizer
 from flexlora_ds.base_model.vocabulary import Vocabulary
 from flexlora_ds.errors import UserError
 from launch.data.prepare import load_tokenizer_of, prepare_data
+from launch.data.vocabulary import length_doubt
 from launch.options.train_options import parse_options
 from launch.planning.settle import settle
 from tests.helpers import eval_tiny, training
@@ -156,5 +157,28 @@ def test_the_positions_of_an_images_patches_limit_no_text(patches: int) -> None:
 
 def test_the_vocabulary_is_that_of_the_models_two_ends() -> None:
     assert Vocabulary.of(make_model("mistral", max_position_embeddings=64)).positions is None
-    assert Vocabulary.of(make_model("gpt_neox")) == Vocabulary(420, 420)
-    assert Vocabulary.of(make_model("qwen2", vocab_size=500)) == Vocabulary(500, 500)
+    assert Vocabulary.of(make_model("gpt_neox")) == Vocabulary(420, 420, context=512)
+    assert Vocabulary.of(make_model("qwen2", vocab_size=500)) == Vocabulary(500, 500, context=512)
+
+
+def test_records_longer_than_a_computed_context_are_a_warning(place: Place) -> None:
+    """Rotary positions have no end, but the base was trained up to `max_position_embeddings`."""
+    model = make_model("llama", vocab_size=430, max_position_embeddings=80)
+    model.save_pretrained(place.root / "short")
+    eval_tiny.make_tokenizer().save_pretrained(place.root / "short")
+    settled = settle(parse_options(place.arguments("unused", val_size=2, model=place.root / "short")), 1)
+    tokenizer, vocabulary = load_tokenizer_of(settled.options), settled.skeleton.vocabulary
+    assert (vocabulary.positions, vocabulary.context) == (None, 80)
+    data = prepare_data(settled.options, tokenizer, vocabulary)
+    lengths = {
+        int(record): int(length)
+        for part in (data.train, data.validation)
+        for record, length in zip(part.record_ids, part.lengths, strict=True)
+    }
+    longer = [i for i in sorted(lengths) if lengths[i] > 80]
+    assert length_doubt(data, vocabulary, "DATA") == (
+        f"{len(longer)} records longer than the model's context of 80 tokens, first DATA, record {longer[0] + 1}, of "
+        f"{lengths[longer[0]]}: positions that its weights do not know; cutoff_len 80 drops them"
+    )
+    shorter = prepare_data(settled.options.replace(cutoff_len=80), tokenizer, vocabulary)
+    assert length_doubt(shorter, vocabulary, "DATA") is None
