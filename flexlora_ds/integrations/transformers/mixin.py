@@ -13,14 +13,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from flexlora_ds.adapter.layer import adapters
 from flexlora_ds.adapter.parameter_groups import build_optimizer
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.integrations.transformers.checkpoint import find_state, follow_state, save_state
 from flexlora_ds.integrations.transformers.deepspeed_json import complete
 from flexlora_ds.integrations.transformers.life import RankLife
-from flexlora_ds.integrations.transformers.model import adapt, begins_from_gradient, head_groups
-from flexlora_ds.integrations.transformers.refusals import refuse
+from flexlora_ds.integrations.transformers.model import (
+    adapt,
+    begins_from_gradient,
+    disable_dropout,
+    head_groups,
+)
+from flexlora_ds.integrations.transformers.refusals import (
+    refuse,
+    refuse_another_reference,
+    refuse_copies_of_weights,
+)
 from flexlora_ds.integrations.transformers.saving import save_adapter_files
 from flexlora_ds.integrations.transformers.untrained import (
     require_applied,
@@ -57,11 +68,15 @@ class FlexLoRAMixin:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         refuse(trainer)
+        if kwargs.get("ref_model") is None and not any(isinstance(given, nn.Module) for given in args[1:]):
+            refuse_another_reference(trainer)
         # Adapters that are there may have learnt something: they keep their directions.
         from_gradient = not adapters(trainer.model) and begins_from_gradient(trainer.model, flexlora)
         self.modules_to_save = adapt(
             trainer.model, flexlora, modules_to_save, masters_elsewhere=trainer.is_deepspeed_enabled
         )
+        if getattr(trainer.args, "disable_dropout", False):
+            disable_dropout(trainer.model)
         self.rank_life = RankLife(trainer, from_gradient=from_gradient)
         trainer.add_callback(self.rank_life.callback)
 
@@ -118,6 +133,7 @@ class FlexLoRAMixin:
         """
         trainer: Any = self
         self.rank_life.require_new()
+        refuse_copies_of_weights(trainer)
         self.rank_life.resumed = find_state(resume_from_checkpoint, trainer.args.output_dir)
         follow_state(trainer, self.rank_life.resumed)
         result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]

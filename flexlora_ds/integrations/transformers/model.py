@@ -62,6 +62,12 @@ def adapt(
     return tuple(whole)
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """As TRL's `disable_dropout` means it, which finds torch's own dropout only."""
+    for layer in adapters(model).values():
+        layer.dropout = 0.0
+
+
 def begins_from_gradient(model: nn.Module, config: FlexLoRAConfig) -> bool:
     """What `init` means for this model."""
     return config.begins_from_gradient(language_model=task_type_of(model) == "CAUSAL_LM")

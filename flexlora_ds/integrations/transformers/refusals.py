@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from flexlora_ds.adapter.layer import adapters
 from flexlora_ds.errors import UserError
 from flexlora_ds.integrations.transformers.deepspeed_json import deepspeed_settings
 from flexlora_ds.optimizer import FlexLoRAAdamW
@@ -35,6 +36,46 @@ def refuse(trainer: Any) -> None:
                 raise UserError(f"the trainer brings its own {block}", f"{_DEEPSPEED}, key {block}", mend)
         check_refusals(settings, _DEEPSPEED)
     _look_at_fp16(trainer)
+
+
+def refuse_another_reference(trainer: Any) -> None:
+    """TRL's trainers load a reference by the name of the model's base, unless they are given one.
+
+    Raises:
+        UserError: the model's adapters have learnt something, so that its base is not what the run begins with.
+    """
+    reference = getattr(trainer, "ref_model", None)
+    if reference is None or adapters(reference):
+        return
+    learnt = [n for n, layer in adapters(trainer.model).items() if _values(layer.lam).any()]
+    if learnt:
+        raise UserError(
+            f"the reference would be the base without what the adapters have learnt, such as {learnt[0]}",
+            "ref_model",
+            "give ref_model=copy.deepcopy(model), or begin with the merged model (flexlora_ds.export --to merged)",
+        )
+
+
+def _values(p: Any) -> Any:
+    """A parameter's values, or this process's part of them at ZeRO-3."""
+    return getattr(p, "ds_tensor", p).detach()
+
+
+def refuse_copies_of_weights(trainer: Any) -> None:
+    """Before training, when all callbacks are there.
+
+    Raises:
+        UserError: one of TRL's mixes the model's weights into another model, parameter by parameter: those of the
+            reference or teacher are the base's alone.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        names = {kind.__name__ for kind in type(callback).__mro__}
+        if names & {"SyncRefModelCallback", "BEMACallback"}:
+            raise UserError(
+                "it mixes the model's parameters into another model, which has no adapters",
+                type(callback).__name__,
+                "leave it out (sync_ref_model, or what makes a teacher follow)",
+            )
 
 
 def _look_at_fp16(trainer: Any) -> None:
@@ -77,6 +118,12 @@ def _faults(trainer: Any) -> Iterator[tuple[str, str, str]]:
             "the best checkpoint is found again by its training state, which save_only_model leaves out",
             "save_only_model",
             "leave it out, or load_best_model_at_end",
+        )
+    if getattr(args, "use_vllm", False):
+        yield (
+            "vLLM gets weights by their names, and knows none of P, λ and Q",
+            "use_vllm",
+            "leave it out: the model itself generates",
         )
     if args.torch_compile:
         yield "compiled code holds the ranks fast", "torch_compile", "leave it out"
