@@ -182,8 +182,13 @@ def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
         _write_json(fresh / CONFIG_FILE, _peft_config(adapter))
         if adapter.notes:
             _write_json(fresh / METHOD_FILE, adapter.notes)
-        if adapter.prompt is not None:
-            _write_json(fresh / PROMPT_FILE, prompt_note(adapter.prompt, adapter.prompt_date))
+        write_prompt_note(fresh, adapter)
+
+
+def write_prompt_note(folder: Path, adapter: LoraAdapter) -> None:
+    """Write `prompt.json` beside an adapter, or the model that it became; nothing where the prompt is not known."""
+    if adapter.prompt is not None:
+        _write_json(folder / PROMPT_FILE, prompt_note(adapter.prompt, adapter.prompt_date))
 
 
 def prompt_note(prompt: str, day: str | None) -> dict[str, str]:

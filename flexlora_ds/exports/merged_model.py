@@ -23,13 +23,15 @@ from flexlora_ds.exports.shard_merge import ShardedBase
 from flexlora_ds.exports.streamed_model import streamed_model
 from flexlora_ds.files.folders import replacing_folder, require_new
 from flexlora_ds.partitions.host_memory import returning_large_blocks
-from flexlora_ds.peft_format import LoraAdapter, require_finite_adapter
+from flexlora_ds.peft_format import LoraAdapter, require_finite_adapter, write_prompt_note
 
 
 def export_merged(
     adapter: LoraAdapter, out: Path, base: str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Check, Check]:
     """Write base + ΔW as a plain model with its tokenizer; check every tensor, and the logits against PEFT's.
+
+    `prompt.json` goes with it, so that an evaluation asks the model as it would ask the adapter.
 
     ΔW is added in fp32 and rounded once to `dtype` (default: the base's own; fp32 for a GGUF). `base` replaces the name
     recorded in the adapter, for a model that has moved. It goes through the base's files, and holds rows of a weight
@@ -49,6 +51,7 @@ def export_merged(
     with returning_large_blocks(), replacing_folder(out) as fresh:
         sharded = ShardedBase.of(name, adapter, dtype)
         load_tokenizer(name, adapter.revision).save_pretrained(fresh)
+        write_prompt_note(fresh, adapter)
         if sharded is not None:
             checks = _merge_in_shards(sharded, adapter, fresh, dtype, out)
         else:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from eval.model.loading import recorded_date, recorded_prompt
 from eval.model.merging import merge_adapter
 from flexlora_ds.errors import RunError, UserError
 from flexlora_ds.export import export_merged, main, read_peft_adapter
@@ -74,6 +75,17 @@ def test_a_tied_head_is_untied_in_the_exported_model(
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert ("lm_head.weight" in stored) == untied
     assert settings.get("tie_word_embeddings") is (not untied)
+
+
+@pytest.mark.parametrize("note", [{"prompt": "llm_adapters"}, {"prompt": "chat", "date": "2024-07-26"}])
+def test_a_merged_model_is_asked_as_its_adapter_is(tmp_path: Path, note: dict[str, str]) -> None:
+    base = write_model(tmp_path / "base", "llama")
+    adapter = write_adapter(base, tmp_path / "adapter", ["q_proj"])
+    (adapter / "prompt.json").write_text(json.dumps(note))
+    merged = tmp_path / "merged"
+    export_merged(read_peft_adapter(adapter), merged, base=str(base))
+    for trained in map(str, (adapter, merged)):
+        assert (recorded_prompt(trained), recorded_date(trained)) == (note["prompt"], note.get("date"))
 
 
 class Looped(torch.nn.Module):
