@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import yaml
 
+from data_prep.tasks import TASKS
 from flexlora_ds.config import (
     ADAPTER,
     OPTIMIZATION,
@@ -37,9 +38,10 @@ Kernels = Literal["liger", "none"]
 Compile = Literal["pieces", "blocks"]
 LrSchedule = Literal["linear", "cosine", "constant"]
 Prompt = Literal["alpaca", "llm_adapters", "chat"]
-Task = Literal[
-    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"
-]
+if TYPE_CHECKING:
+    Task: TypeAlias = str
+else:
+    Task = Literal[tuple(TASKS)]  # a ninth task is an option as soon as it is defined
 EvalMode = Literal["score", "generate"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -150,7 +152,7 @@ class TrainOptions(FlexLoRAConfig):
     eval_items: Annotated[Positive, LOGS, MAY_CHANGE] = 200
     """Items of each task, from the first."""
     eval_tasks: Annotated[tuple[Task, ...] | None, LOGS, MAY_CHANGE] = None
-    """Which tasks; none is all eight."""
+    """Which tasks; none is all of them."""
     eval_mode: Annotated[EvalMode, LOGS, MAY_CHANGE] = "score"
     """How they are asked, as python -m eval does: the likeliest of an item's answers, or one that is generated."""
     eval_data: Annotated[PathText, LOGS, MAY_CHANGE] = ""
