@@ -14,6 +14,8 @@ import data_prep.tasks
 from data_prep.build import Options, build
 from data_prep.records import load_records
 from data_prep.sources import LocalSource
+from eval.items import load_questions
+from eval.test_sets import protocol_for
 from tests.helpers.markdown import blocks, pages
 from tests.helpers.processes import ROOT, Processes
 from tests.helpers.raw_rows import write_split
@@ -29,7 +31,7 @@ def test_no_example_is_forgotten() -> None:
     found = {str(page.relative_to(ROOT)): len(examples(str(page.relative_to(ROOT)))) for page in pages()}
     assert {page: count for page, count in found.items() if count} == {
         "README.md": 2,
-        "docs/data.md": 2,
+        "docs/data.md": 3,
         "docs/trainer.md": 4,
     }
 
@@ -139,7 +141,7 @@ def test_the_short_examples_of_the_trainers_page_run() -> None:
 
 
 def test_the_ninth_task_of_the_page_on_data_builds(tmp_path: Path) -> None:
-    convert, definition = examples("docs/data.md")
+    convert, definition, _ = examples("docs/data.md")
     names = dict(vars(data_prep.tasks))
     exec(convert, names)
     task = eval(definition, names)
@@ -152,3 +154,16 @@ def test_the_ninth_task_of_the_page_on_data_builds(tmp_path: Path) -> None:
     for record in load_records(tmp_path / "data" / task.name / "test.json"):
         answer = task.answers(record).index(record["answer"]) + 1
         assert f"Answer{answer}: right" in record["instruction"]
+
+
+def test_the_test_of_ones_own_of_the_page_on_data_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = eval(examples("docs/data.md")[2], dict(vars(data_prep.tasks)))
+    monkeypatch.setitem(data_prep.tasks.TASKS, task.name, task)
+    text = next(b.text for b in blocks(ROOT / "docs/data.md") if b.text.startswith('{"instruction"'))
+    (tmp_path / task.name).mkdir()
+    (tmp_path / task.name / "test.json").write_text(text)
+    (question,) = load_questions(tmp_path, task.name, "alpaca")
+    assert (question.answers, question.answer) == (("true", "false"), "true")
+    protocol_for("generate", {task.name: [question]}, "alpaca")
