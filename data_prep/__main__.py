@@ -34,7 +34,8 @@ writes:   OUT/commonsense_170k.json, OUT/<task>/train.json, OUT/<task>/test.json
 verdicts: identical  the SHA-256 of the published file
           differs    as many or more records, another hash
           partial    fewer records than published
-A second run with everything in place does nothing. Exit codes: 0 done, 2 what you must change.
+          unpublished  a task of yours
+A second run with everything in place does nothing. Exit codes: 0 done, 1 what failed, 2 what you must change.
 Formats, a local folder's layout, how to add a task: docs/data.md
 Overlaps, duplicates, lengths, balance: python -m data_prep.report
 """

@@ -1,4 +1,4 @@
-"""Take an adapter out of a run or a checkpoint: as it is, at one uniform rank for servers, or merged into its base.
+"""Take an adapter out of a run or a checkpoint: as it is, at one rank for servers or llama.cpp, or in its base.
 
     python -m flexlora_ds.export --run RUN | --checkpoint DIR --to peft|peft-uniform|gguf-lora|merged --out DIR
                                  [--rank_budget N | --parameters N | --energy SHARE]
@@ -115,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser("python -m flexlora_ds.export", __doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="a run folder: its adapter/ is exported")
+    source.add_argument(
+        "--run", type=Path, help="a run folder, whose adapter/ is exported; or that of a LoRA"
+    )
     source.add_argument(
         "--checkpoint", type=Path, help="checkpoints/step_… of a run, checked and exported as of that step"
     )

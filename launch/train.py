@@ -38,6 +38,7 @@ from launch.distributed.link import find_link
 from launch.distributed.members import gather_members
 from launch.distributed.process import end_process, join_processes, world_size_of_environment
 from launch.distributed.signals import SignalWatcher
+from launch.engine.lr_schedule import peak_doubt
 from launch.engine.methods.adalora_calendar import describe as adalora_calendar
 from launch.engine.methods.registry import require_calendar
 from launch.engine.settled import Settled
@@ -119,7 +120,7 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
         *settled.skeleton.remarks,
         f"{options.method}: {of_what}, {method.trainable_parameters:,} trainable parameters",
         *method.remarks,
-        f"{counted(len(data.tokenised.train), 'record')}, {counted(data.steps, 'step')} of {options.batch_size}",
+        f"{data.tokenised.kept_words()}, {counted(data.steps, 'step')} of {options.batch_size}",
     ]
     if options.traits.changes_ranks:
         config = options.to_flexlora_config()
@@ -131,7 +132,8 @@ def introduce(run: Session, settled: Settled, start: Start) -> None:
     if idle := idle_line(options):
         lines.append(idle)
     too_long = length_doubt(data.tokenised, settled.skeleton.vocabulary, options.data)
-    for doubt in [*method.doubts, *([too_long] if too_long else [])]:
+    found = (*method.doubts, too_long, peak_doubt(options, data.steps))
+    for doubt in filter(None, found):
         run.log.warn(doubt)
     for line in ([dropped] if dropped else []) + lines + start.messages:
         run.log.progress.message(line)

@@ -8,6 +8,7 @@ as one word. Exit code 1 where a page's average is above twenty.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -71,9 +72,12 @@ def lengths(text: str) -> list[int]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table; return the exit code."""
+    parser = argparse.ArgumentParser("python -m tools.sentence_length", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help="pages (default: all)")
     too_long = False
+    files = parser.parse_args(argv).files
     print(f"{'page':<28}{'sentences':>10}{'average':>9}{'longest':>9}")
-    for path in [Path(name) for name in argv] or pages():
+    for path in files or pages():
         counts = lengths(path.read_text(encoding="utf-8"))
         average = sum(counts) / max(1, len(counts))
         too_long |= average > AT_MOST

@@ -158,6 +158,11 @@ class TokenisedData:
     dropped: tuple[int, ...]
     cutoff_len: int
 
+    def kept_words(self) -> str:
+        """How many records are trained on, and how many more are held out."""
+        trained = counted(len(self.train), "record")
+        return f"{trained} and {len(self.validation):,} held out" if len(self.validation) else trained
+
     def dropped_line(self) -> str | None:
         """Say in one line how many records were dropped and which come first; None where none was."""
         if not self.dropped:

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
+from flexlora_ds.terminal.counted import counted
 from launch.options.train_options import LrSchedule, TrainOptions
 
 if TYPE_CHECKING:
@@ -35,6 +36,17 @@ def factor(
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     falling = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return min_ratio + (1 - min_ratio) * falling
+
+
+def peak_doubt(options: TrainOptions, total_steps: int) -> str | None:
+    """A warning where the warm-up is as long as the run, so that no update has the learning rate that was asked for."""
+    if options.warmup_steps < total_steps:
+        return None
+    reached = options.lr * factor(total_steps - 1, total_steps, options.warmup_steps)
+    return (
+        f"warmup_steps {options.warmup_steps:,} is not below the run's {counted(total_steps, 'step')}: "
+        f"lr rises to {reached:.2g}, not to {options.lr:g}; lower it"
+    )
 
 
 def build_lr_scheduler(optimizer: Optimizer, options: TrainOptions, total_steps: int) -> LambdaLR:

@@ -51,7 +51,7 @@ Seconds = Annotated[int, Bounds(least=10, most=86_400)]
 DEFAULT_RECIPE = "launch/recipes/llama3_8b_r8.yaml"
 
 DATA = Group("Model and data")
-EXAMPLES = Group("Examples")
+EXAMPLES = Group("Training examples")
 SPEED = Group("Speed and memory")
 LOGS = Group("Logs and checkpoints")
 GROUPS = (DATA, ADAPTER, RANK_CHANGES, OPTIMIZATION, EXAMPLES, SPEED, LOGS)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from launch.data.examples import IGNORED, TokenisedData
 from launch.data.prepare import load_tokenizer_of, prepare_data, steps_of
 from launch.data.template_date import resolve_template_date
+from launch.data.vocabulary import length_doubt
 from launch.distributed.process import world_size_of_environment
 from launch.engine.adapter_start import identify_adapter
+from launch.engine.lr_schedule import peak_doubt
 from launch.options.train_options import TrainOptions
 from launch.options.without_effect import idle_line
 from launch.planning.match_params import match_over
@@ -46,12 +48,14 @@ def dry_run(options: TrainOptions) -> None:
     if settled.match is not None:
         matched = [match_over(settled.match, settled.options, skeleton.shapes, steps).line()]
     idle = idle_line(settled.options)
-    doubts = [f"warning: {doubt}" for doubt in settled.doubts]
+    too_long = length_doubt(data, skeleton.vocabulary, options.data)
+    found = (*settled.doubts, too_long, peak_doubt(options, steps))
+    doubts = [f"warning: {doubt}" for doubt in filter(None, found)]
     page = DryRunPage(
         options=options,
         shapes=skeleton.shapes,
         base_parameters=skeleton.parameters,
-        records=len(data.train),
+        records=data.kept_words(),
         total_steps=steps,
         layout=layout,
         memory=plan.at(layout.micro_batch_size),

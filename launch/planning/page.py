@@ -36,8 +36,8 @@ class DryRunPage:
     options: TrainOptions
     shapes: Shapes
     base_parameters: int
-    records: int
-    """Training examples, without those held out or dropped."""
+    records: str
+    """Training examples and those held out, in words; what was dropped is among the notes."""
     total_steps: int
     layout: BatchLayout
     memory: MemoryEstimate
@@ -80,10 +80,7 @@ def render_plan(plan: DryRunPage) -> str:
 def _run_lines(plan: DryRunPage) -> Iterator[str]:
     options, layout = plan.options, plan.layout
     yield f"{options.method} on {options.model} -> {options.out}"
-    yield (
-        f"{counted(plan.records, 'record')} of {options.data}, prompt {options.prompt}, "
-        f"{counted(plan.total_steps, 'step')}"
-    )
+    yield (f"{plan.records}, of {options.data}, prompt {options.prompt}, {counted(plan.total_steps, 'step')}")
     yield (
         f"batch {layout.batch_size} = micro-batch {layout.micro_batch_size} × accumulation "
         f"{layout.accumulation_steps} × processes {layout.processes}"

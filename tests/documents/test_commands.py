@@ -17,9 +17,10 @@ from unittest.mock import patch
 
 import pytest
 
+from benchmarks.learning.settings import named
 from eval.options import parse_options as parse_eval_options
 from launch.options.train_options import parse_options
-from tests.helpers.markdown import Command, commands, commands_in_sentences
+from tests.helpers.markdown import Command, commands, commands_in_sentences, pages
 from tests.helpers.processes import ROOT
 from tests.helpers.raw_rows import write_raw
 from tests.helpers.training import make_place
@@ -135,6 +136,11 @@ def test_a_command_of_another_program_names_what_is_there(command: Command) -> N
         assert extra and f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()
     if program == "lm_eval":
         assert (ROOT / words[words.index("--include_path") + 1]).is_dir()
+
+
+def test_settings_that_a_page_compares_are_there() -> None:
+    found = [s for page in pages() for s in re.findall(r"--settings\s+(\w[\w,.-]*)", page.read_text())]
+    assert found and all(map(named, found))
 
 
 RUN = (

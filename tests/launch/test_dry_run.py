@@ -72,7 +72,8 @@ def test_layers_and_parameters_are_those_of_the_model(page: Page, place: Place) 
 
 def test_steps_batches_and_calendar(page: Page) -> None:
     text = page(processes=2)
-    assert "35 records" in text and "16 steps" in text, "40 records, 5 of them held out"
+    assert "35 records and 5 held out, of" in text and "16 steps" in text and "warning" not in text
+    assert "warning: warmup_steps 16 is not below the run's 16 steps" in page(warmup_steps=16)
     assert "batch 8 = micro-batch 4 × accumulation 1 × processes 2" in text
     assert "3 changes, at most 9 of 40 directions" in text
     assert "3 × at most 3: steps 5 to 11" in text

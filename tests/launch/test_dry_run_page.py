@@ -45,7 +45,7 @@ def plan(**changes: Any) -> DryRunPage:
         "options": options,
         "shapes": SHAPES,
         "base_parameters": LLAMA3_8B.base_parameters,
-        "records": 170_300,
+        "records": "170,300 records and 120 held out",
         "total_steps": 31_931,
         "layout": batch_layout(options, 2),
         "memory": estimate(),

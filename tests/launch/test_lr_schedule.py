@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.engine.lr_schedule import build_lr_scheduler, factor
+from launch.engine.lr_schedule import build_lr_scheduler, factor, peak_doubt
 from launch.options.train_options import LrSchedule, TrainOptions
 
 SCHEDULES: tuple[LrSchedule, ...] = ("linear", "cosine", "constant")
@@ -41,6 +41,17 @@ def test_every_update_of_a_run_has_a_factor_in_range(
     assert values[peak:] == sorted(values[peak:], reverse=True)
     if schedule != "constant" and warmup < total:
         assert factor(total, total, warmup, schedule=schedule, min_ratio=ratio) == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("warmup", "reached"), [(11, None), (12, "0.00092"), (99, "0.00012")])
+def test_a_warm_up_that_never_ends_is_told_of(schedule: LrSchedule, warmup: int, reached: str | None) -> None:
+    options = TrainOptions(lr=1e-3, warmup_steps=warmup, lr_schedule=schedule)
+    doubt = peak_doubt(options, 12)
+    if reached is None:
+        assert doubt is None
+    else:
+        assert doubt is not None and f"the run's 12 steps: lr rises to {reached}, not to 0.001" in doubt
 
 
 def test_scheduler_scales_every_group_by_its_own_peak() -> None:

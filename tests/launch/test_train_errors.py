@@ -384,7 +384,7 @@ def test_debug_false_shows_none(refused: Callable[..., str]) -> None:
 
 
 def test_a_calendar_without_a_change_is_a_warning(process: Processes, place: Place, tmp_path: Path) -> None:
-    options = {"max_steps": 3, "adjust_start": 1, "adjust_freeze": 1, "adjust_interval": 5}
+    options = {"max_steps": 3, "adjust_start": 1, "adjust_freeze": 1, "adjust_interval": 5, "warmup_steps": 1}
     (result,) = process.run(training.command, place.arguments(tmp_path / "out", **options))
     assert result["code"] == 0, result["stderr"]
     warnings = [line for line in result["stderr"].splitlines() if "warning" in line]
