@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,10 +20,16 @@ from flexlora_ds.gradient.growth import StepSketch
 from flexlora_ds.gradient.sketch import Growth
 from flexlora_ds.importance import spectrum_error
 from flexlora_ds.orthogonality import LARGEST_STEP
-from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, resize, trainable_groups
+from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, require_boundary, resize
 from flexlora_ds.rank_changes.decision import Decision, by_price, by_score
 from flexlora_ds.rank_changes.market import Prices, gain_of, rises_of, with_common_noise
 from flexlora_ds.rank_changes.orthogonalise import Orthogonaliser
+from flexlora_ds.rank_changes.premises import (
+    next_step,
+    require_engine,
+    require_trained,
+    require_untouched,
+)
 from flexlora_ds.rank_changes.rank_warnings import Limits, PruneWatch, unreached, warnings_of
 from flexlora_ds.rank_changes.record import RankChange, newborn_of
 from flexlora_ds.rank_changes.spectra import Grams, MatrixView, read_grams, read_matrices
@@ -42,12 +47,14 @@ class RankController:
 
     Raises:
         UserError: no adapters in the model, or those of another scale; a calendar that contradicts itself; or a
-            DeepSpeed optimizer whose state cannot be carried.
+            DeepSpeed optimizer whose state cannot be carried; or no engine, or one whose optimizer holds other
+            parameters.
     """
 
     def __init__(
         self, engine: Any, config: FlexLoRAConfig, total_steps: int, validate: Validate | None = None
     ) -> None:
+        require_engine(engine)
         self.engine = engine
         self.config = config
         self.total_steps = total_steps
@@ -63,7 +70,7 @@ class RankController:
         self._penalty: PenaltyGradient | None = None
         if config.orth_form != "decoupled":
             self._penalty = PenaltyGradient(config.orth_form, self._penalty_coefficient)
-        _warn_of_untrained(engine)
+        require_trained(engine, self.layers)
         self._orthogonaliser = Orthogonaliser(engine, self.layers)
         self.changes = 0
         self.watch = PruneWatch()
@@ -73,6 +80,7 @@ class RankController:
         self._pending = 0
         self._skipped = int(engine.skipped_steps)
         self._step = 0
+        self._last: int | None = None
         self._sketch = StepSketch(engine, config) if config.new_direction == "gradient" else None
         self._prepare(1)
 
@@ -103,7 +111,13 @@ class RankController:
 
         A change due on a step that was skipped (numbers not finite) happens after the next applied one. Returns the
         change that was applied, or None.
+
+        Raises:
+            UserError: `step` is not the one after the last, or someone else has changed the adapters.
+            RunError: inside a gradient accumulation window.
         """
+        require_boundary(self.engine)
+        step = self._last = next_step(step, self._last, self.total_steps)
         if self._sketch is not None:
             self._sketch.end()
         change = self._after_step(step)
@@ -128,6 +142,8 @@ class RankController:
         if skipped > self._skipped:
             self._skipped = skipped
             return None
+        if self._pending:
+            require_untouched(self.engine, self.layers, {n: len(births) for n, births in self.births.items()})
         grams = None
         if self.config.orth_form == "decoupled" and self.config.orth_strength > 0:
             # Above it a step would overshoot; a schedule's factor may be more than 1.
@@ -269,13 +285,11 @@ class RankController:
         return float(known[0] if known else optimizer.defaults.get("lr", 0.0))
 
     def _penalty_coefficient(self) -> float:
-        """γ/n in the units of the scaled loss, on the first micro-step of each update; 0 on the others.
+        """γ/n in the units of the scaled loss; `PenaltyGradient` gives it to a matrix once in an update.
 
         The engine divides the accumulated gradient by nothing that this one has not been multiplied by: it averages
         over processes, which all add the same.
         """
-        if self.engine.micro_steps % self.engine.gradient_accumulation_steps() != 0:
-            return 0.0
         return self.config.orth_strength / (2 * len(self.layers)) * loss_scale(self.engine)
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,16 +313,5 @@ class RankController:
         self.initial_total_rank = int(state["initial_total_rank"])
         self._pending = int(state["pending"])
         self.watch = PruneWatch(**state["watch"])
-        self._prepare(int(state.get("step", self.engine.global_steps)) + 1)
-
-
-def _warn_of_untrained(engine: Any) -> None:
-    """Warn where something asks for gradients that no group of the optimizer holds."""
-    held = {p for group in trainable_groups(engine) for p in group}
-    left = [name for name, p in engine.module.named_parameters() if p.requires_grad and p not in held]
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warnings.warn(
-            f"{left[0]}{more} would get gradients and no update: give them to build_optimizer in extra_groups",
-            stacklevel=3,
-        )
+        self._last = int(state.get("step", self.engine.global_steps))
+        self._prepare(self._last + 1)

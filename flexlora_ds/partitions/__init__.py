@@ -8,7 +8,7 @@ package knows how ZeRO lays memory out.
 
 from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
 from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups, whereabouts
-from flexlora_ds.partitions.rebuild import forget_construction, resize
+from flexlora_ds.partitions.rebuild import forget_construction, require_boundary, resize
 from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards, copy_all
 from flexlora_ds.partitions.torch_engine import TorchEngine
 from flexlora_ds.partitions.transfer import Edit
@@ -25,6 +25,7 @@ __all__ = [
     "forget_construction",
     "live_shards",
     "loss_scale",
+    "require_boundary",
     "resize",
     "skip_non_finite",
     "trainable_groups",

@@ -42,12 +42,24 @@ def resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:
     Raises:
         RunError: called inside a gradient accumulation window.
     """
-    if engine.micro_steps % engine.gradient_accumulation_steps() != 0:
-        raise RunError(
-            "ranks can change at a gradient accumulation boundary only", mend="call after engine.step()"
-        )
+    require_boundary(engine)
     with returning_large_blocks():
         _resize(engine, edits)
+
+
+def require_boundary(engine: Any) -> None:
+    """Raise RunError inside a gradient accumulation window.
+
+    Accelerate, and whoever calls `set_gradient_accumulation_boundary`, tells DeepSpeed which micro-step ends an update,
+    and steps the engine once for it: the engine's own count is of updates then.
+    """
+    said = getattr(engine, "_is_gradient_accumulation_boundary", None)
+    ends = engine.micro_steps % engine.gradient_accumulation_steps() == 0 if said is None else said
+    if not ends:
+        raise RunError(
+            "ranks can change at a gradient accumulation boundary only",
+            mend="call after_step once an update, after the engine.step() that ends it",
+        )
 
 
 def _resize(engine: Any, edits: Mapping[nn.Parameter, Edit]) -> None:

@@ -1,0 +1,110 @@
+"""What rank changes presuppose of the program around them: an engine, its optimizer, and steps one after the other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from operator import index
+from typing import Any
+
+from torch import nn
+
+from flexlora_ds.adapter.layer import AdaptedLinear
+from flexlora_ds.errors import UserError
+from flexlora_ds.partitions import trainable_groups
+
+_BUILD = "give the engine build_optimizer(model, config) of this model"
+
+
+def require_engine(engine: Any) -> None:
+    """Raise UserError where something else stands for the engine, such as the model itself."""
+    if not hasattr(engine, "basic_optimizer"):
+        raise UserError(
+            f"a {type(engine).__name__} is no engine",
+            "RankController",
+            "give what deepspeed.initialize returned, or TorchEngine(model, optimizer)",
+        )
+    if engine.optimizer is None:
+        raise UserError("the engine has no optimizer", "RankController", _BUILD)
+
+
+def require_trained(engine: Any, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Look whether the engine's optimizer holds what is to be trained.
+
+    Raises:
+        UserError: an adapter's parameter is in no group of it, or is not in memory. A warning names what else asks for
+            gradients that no group holds.
+    """
+    held = _held(engine)
+    for name, layer in layers.items():
+        for part, p in (("P", layer.P), ("λ", layer.lam), ("Q", layer.Q)):
+            if p.is_meta:
+                raise UserError(f"{part} of {name} is not in memory", "device meta", "load the model whole")
+            if p not in held:
+                raise UserError(f"{part} of {name} is in no group of the engine's optimizer", mend=_BUILD)
+    left = [name for name, p in engine.module.named_parameters() if p.requires_grad and p not in held]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{left[0]}{more} would get gradients and no update: give them to build_optimizer in extra_groups",
+            stacklevel=3,
+        )
+
+
+def _held(engine: Any) -> set[nn.Parameter]:
+    return {p for group in trainable_groups(engine) for p in group}
+
+
+def require_untouched(engine: Any, layers: Mapping[str, AdaptedLinear], ranks: Mapping[str, int]) -> None:
+    """Look whether nobody else has changed the adapters since the last look.
+
+    Args:
+        ranks: those that the controller knows.
+
+    Raises:
+        UserError: another rank, or other parameters, as `load_state_dict(assign=True)` leaves.
+    """
+    held = _held(engine)
+    for name, layer in layers.items():
+        if layer.rank != ranks[name]:
+            raise UserError(
+                f"{name} has rank {layer.rank}, and this controller left it at {ranks[name]}",
+                mend="let one controller alone change the ranks of a model",
+            )
+        if not held.issuperset((layer.P, layer.lam, layer.Q)):
+            raise UserError(
+                f"the parameters of {name} are other objects than those in the optimizer",
+                mend="load values into them, with load_state_dict without assign",
+            )
+
+
+def next_step(step: Any, last: int | None, total: int) -> int:
+    """The number of an update, checked.
+
+    Args:
+        step: as it was given.
+        last: the one before it, where one is known.
+        total: of the whole run.
+
+    Raises:
+        UserError: it is no number of a step, or not the one after the last. A warning says that the run is longer than
+            it was said to be.
+    """
+    try:
+        number = index(step)
+    except TypeError:
+        raise UserError(f"{step!r} is no number of a step", "after_step", "count updates from 1") from None
+    if number < 1:
+        raise UserError(f"there is no step {number}", "after_step", "count updates from 1")
+    if last is not None and number != last + 1:
+        raise UserError(
+            f"step {number} follows step {last}",
+            "after_step",
+            "call it once after every update of the run, with their numbers in turn",
+        )
+    if number == total + 1:
+        warnings.warn(
+            f"step {number} of a run of {total}: ranks change by total_steps, and are fixed from here on",
+            stacklevel=3,
+        )
+    return number
