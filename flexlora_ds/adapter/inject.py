@@ -110,11 +110,12 @@ def inject_adapters(
             head. No layer of theirs is adapted.
 
     Raises:
-        UserError: nothing matches, a layer is adapted already, or the rank exceeds a layer's min(in, out); or a module
-            to save is none, or shares its weight with another.
+        UserError: nothing matches, the model carries adapters already (PEFT's too), or the rank exceeds a layer's
+            min(in, out); or a module to save is none, or shares its weight with another.
     """
     if adapters(model):
         raise UserError("the model already carries adapters", mend="start from the base model")
+    _require_none_of_peft(model)
     whole = modules_named(model, modules_to_save)
     inside = tuple(f"{name}." for name in whole)
     names = [n for n in linear_names(model) if n not in whole and not n.startswith(inside)]
@@ -133,6 +134,16 @@ def inject_adapters(
     call_adapted_layers(model)
     keep_statistics(model, whole)
     return names
+
+
+def _require_none_of_peft(model: nn.Module) -> None:
+    """PEFT's adapters would be frozen, and its names of layers would be in ours; said without importing PEFT."""
+    tuned = (m for m in model.modules() if any(k.__name__ == "BaseTunerLayer" for k in type(m).__mro__))
+    if hasattr(model, "peft_config") or next(tuned, None) is not None:
+        raise UserError(
+            "the model carries an adapter of PEFT's already",
+            mend="merge_and_unload() or unload() it first",
+        )
 
 
 def use_fp32_adapters(model: nn.Module) -> None:

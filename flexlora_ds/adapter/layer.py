@@ -131,7 +131,7 @@ class AdaptedLinear(nn.Module):
             assert self.weight is not None
             y = adapted_linear(x, self.weight, self.bias, self.P, self.lam, self.Q, scale, drop)
         else:
-            y = plain_adapted_linear(x, self.base(x), self.P, self.lam, self.Q, scale, drop)
+            y = plain_adapted_linear(x, self._of_base(x), self.P, self.lam, self.Q, scale, drop)
         if self.context.penalty is not None and torch.is_grad_enabled():
             y = self.context.penalty.attach(y, self.P, self.Q)
         if self.context.observer is not None and torch.is_grad_enabled():
@@ -165,8 +165,15 @@ class AdaptedLinear(nn.Module):
         # A sum, and no addmm: whatever reads the result computes it while reading, without another pass over y.
         return (y + update).view(*x.shape[:-1], y.shape[-1])
 
+    def _of_base(self, x: Tensor) -> Tensor:
+        """W x + b, of this module's own parameters where they are: `torch.func.functional_call` puts others there."""
+        y: Tensor = self.base(x) if self.weight is None else F.linear(x, self.weight, self.bias)
+        return y
+
     def _in_one_node(self, x: Tensor) -> bool:
         if self.context.plain or self.weight is None or self.weight.requires_grad:
+            return False
+        if torch._C._are_functorch_transforms_active():  # torch.func's grad, vmap and jvp know no such node
             return False
         return self.weight.dtype == x.dtype or autocast_dtype(x) is not None
 

@@ -125,6 +125,26 @@ def test_adapters_are_not_put_on_adapters() -> None:
         inject_adapters(model, config("k_proj"))
 
 
+def test_adapters_are_not_put_beside_pefts() -> None:
+    """PEFT's would be frozen, and the names in the saved adapter would be those of PEFT's wrappers."""
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    inside, emptied = tiny_llama(), tiny_llama()
+    inside.add_adapter(lora)
+    emptied.add_adapter(lora)
+    emptied.delete_adapter("default")
+    wrapped = [get_peft_model(tiny_llama(), lora), get_peft_model(tiny_llama(), prompt)]
+    for model in (*wrapped, inside, emptied):
+        with pytest.raises(
+            UserError, match=r"^the model carries an adapter of PEFT's already; merge_and_unload"
+        ):
+            inject_adapters(model, config("v_proj"))
+    merged = get_peft_model(tiny_llama(), lora).merge_and_unload()
+    assert inject_adapters(merged, config("q_proj")) == [n for n in LINEAR if n.endswith("q_proj")]
+
+
 def test_a_context_needs_adapters() -> None:
     with pytest.raises(UserError, match="inject_adapters"):
         forward_context(tiny_llama())

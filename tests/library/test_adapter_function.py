@@ -219,3 +219,29 @@ def test_a_base_that_is_trained_too_gets_its_gradient() -> None:
     x = seeded_normal(2, 16, 48)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.reshape(-1, 48).sum(0).expand(40, 48))
+
+
+def test_torch_func_sees_through_it() -> None:
+    """Gradients of each record, along directions, and with other values for every parameter, the base's too."""
+    from torch.func import functional_call, grad, jvp, vmap
+
+    layer = adapted_layer(torch.float64, 0.0, IN + 1, OUT + 3)
+    x = seeded_normal(ROWS, layer.in_features, seed=1)
+    values = {name: p.detach() * 1.1 for name, p in layer.named_parameters()}
+    trained = {name: values[name] for name in ("P", "lam", "Q")}
+
+    def loss(trained: dict[str, Tensor], row: Tensor) -> Tensor:
+        found: Tensor = functional_call(layer, {**values, **trained}, (row,)).square().sum()
+        return found
+
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    update = layer.scaling * leaves["P"] @ torch.diag(leaves["lam"]) @ leaves["Q"]
+    of_rows = (x @ (leaves["weight"] + update).T + leaves["bias"]).square().sum(1)
+    each = vmap(grad(loss), (None, 0))(trained, x)
+    along = jvp(lambda t: vmap(loss, (None, 0))(t, x), (trained,), (trained,))[1]
+    for row in range(ROWS):
+        expected = torch.autograd.grad(of_rows[row], [leaves[n] for n in trained], retain_graph=True)
+        for name, value in zip(trained, expected, strict=True):
+            assert torch.allclose(each[name][row], value), name
+        slope = sum((value * trained[name]).sum() for name, value in zip(trained, expected, strict=True))
+        assert torch.allclose(along[row], torch.as_tensor(slope))
