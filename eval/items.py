@@ -121,7 +121,7 @@ def _question(task: str, index: int, entry: Entry, style: str, place: str) -> Qu
         raise UserError(
             f"the answer {record['answer']!r} is not one of the instruction's choices {list(answers)}",
             place,
-            "rebuild the file with python -m data_prep",
+            "correct the record, or rebuild the file with python -m data_prep",
         )
     chat = as_chat(entry) if style == CHAT or "messages" in entry else None
     try:
