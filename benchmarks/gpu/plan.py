@@ -23,6 +23,8 @@ from launch.planning.memory_plan import MemoryPlan
 RANK = 32
 LENGTHS = (128, 256)
 RECORDS = 16
+STEPS = 3
+"""Of each length."""
 
 
 def run(conditions: Conditions, report: Report) -> None:
@@ -37,12 +39,12 @@ def run(conditions: Conditions, report: Report) -> None:
     contender = Contender(Kind("FlexLoRA", FlexLoRA, packed=True), base, options, 10, device)
     with tempfile.TemporaryDirectory() as folder:
         base.config.save_pretrained(folder)
-        for length in LENGTHS:
+        for done, length in enumerate(LENGTHS):
             planned = options.replace(model=folder, cutoff_len=length)
             skeleton = read_skeleton(folder, planned.target_modules)
             settings = read_ds_json(planned.ds).settings
             predicted = MemoryPlan(planned, dtype, 1, settings, skeleton, False).at(count).total
-            measured = peak(contender, length, count, conditions.shape, device, started)
+            measured = peak(contender, length, count, conditions.shape, device, started, done * STEPS + 1)
             place = f"{count} × {length} tokens"
             report.figure(f"{place}: predicted", predicted / 1e9, "GB")
             report.figure(f"{place}: measured", measured / 1e9, "GB")
@@ -50,14 +52,20 @@ def run(conditions: Conditions, report: Report) -> None:
 
 
 def peak(
-    contender: Contender, length: int, count: int, shape: str, device: torch.device, started: int
+    contender: Contender,
+    length: int,
+    count: int,
+    shape: str,
+    device: torch.device,
+    started: int,
+    first: int,
 ) -> float:
-    """Bytes at the peak of three steps; on a CPU the resident memory beyond what there was before the model."""
+    """Bytes at the peak of the steps from `first` on; on a CPU the resident memory beyond what was there before."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     highest = 0
-    for number in range(1, 4):
+    for number in range(first, first + STEPS):
         contender.update(contender.batch_of(rows(length, count, shape), number))
         contender.method.after_step(number)
         highest = max(highest, psutil.Process().memory_info().rss - started)
