@@ -20,15 +20,22 @@ from flexlora_ds.gradient.growth import StepSketch
 from flexlora_ds.gradient.sketch import Growth
 from flexlora_ds.importance import spectrum_error
 from flexlora_ds.orthogonality import LARGEST_STEP
-from flexlora_ds.partitions import forget_construction, live_shards, loss_scale, require_boundary, resize
+from flexlora_ds.partitions import (
+    forget_construction,
+    live_shards,
+    loss_scale,
+    require_boundary,
+    require_engine,
+    resize,
+)
 from flexlora_ds.rank_changes.decision import Decision, by_price, by_score
 from flexlora_ds.rank_changes.market import Prices, gain_of, rises_of, with_common_noise
 from flexlora_ds.rank_changes.orthogonalise import Orthogonaliser
 from flexlora_ds.rank_changes.premises import (
     next_step,
-    require_engine,
     require_trained,
     require_untouched,
+    warn_of_rates,
 )
 from flexlora_ds.rank_changes.rank_warnings import Limits, PruneWatch, unreached, warnings_of
 from flexlora_ds.rank_changes.record import RankChange, newborn_of
@@ -54,7 +61,7 @@ class RankController:
     def __init__(
         self, engine: Any, config: FlexLoRAConfig, total_steps: int, validate: Validate | None = None
     ) -> None:
-        require_engine(engine)
+        require_engine(engine, "RankController")
         self.engine = engine
         self.config = config
         self.total_steps = total_steps
@@ -81,6 +88,7 @@ class RankController:
         self._skipped = int(engine.skipped_steps)
         self._step = 0
         self._last: int | None = None
+        self._rates_seen = False
         self._sketch = StepSketch(engine, config) if config.new_direction == "gradient" else None
         self._prepare(1)
 
@@ -118,6 +126,7 @@ class RankController:
         """
         require_boundary(self.engine)
         step = self._last = next_step(step, self._last, self.total_steps)
+        self._rates_seen = self._rates_seen or warn_of_rates(self.engine, self.layers, self.config)
         if self._sketch is not None:
             self._sketch.end()
         change = self._after_step(step)

@@ -15,7 +15,7 @@ from flexlora_ds.adapter.layer import adapters, any_transposed, require_scale
 from flexlora_ds.adapter.running_statistics import buffers_of
 from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
-from flexlora_ds.partitions import MASTER, live_shards
+from flexlora_ds.partitions import MASTER, live_shards, require_engine
 from flexlora_ds.peft_format import AdapterFactors, TrainedBeside, lora_of, write_adapter
 
 
@@ -50,6 +50,7 @@ def save_adapter(
             trained beside them and not in `modules_to_save`.
         RunError: one holds numbers that are not finite.
     """
+    require_engine(engine, "save_adapter")
     layers = adapters(engine.module)
     if not layers:
         raise UserError("the model has no adapters", "save_adapter", "call inject_adapters first")

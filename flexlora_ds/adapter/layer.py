@@ -121,6 +121,16 @@ class AdaptedLinear(nn.Module):
         """The current rank, also while ZeRO-3 holds the parameters partitioned."""
         return whole_shape(self.lam)[0]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Torch's; where the ranks are others, its complaint of three shapes comes after one that says what to do."""
+        lam, errors = state_dict.get(f"{prefix}lam"), args[-1]
+        if torch.is_tensor(lam) and tuple(lam.shape) != tuple(self.lam.shape):
+            errors.append(
+                f"{self.name} has rank {len(lam)} there and {self.rank} here: before an optimizer is built, call "
+                "flexlora_ds.checkpoint.state.set_ranks(model, {name: rank}) for all matrices."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if self.context.handed is not None:

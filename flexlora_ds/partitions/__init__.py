@@ -7,7 +7,13 @@ package knows how ZeRO lays memory out.
 """
 
 from flexlora_ds.partitions.finite import GradientProbe, skip_non_finite
-from flexlora_ds.partitions.layout import live_shards, loss_scale, trainable_groups, whereabouts
+from flexlora_ds.partitions.layout import (
+    live_shards,
+    loss_scale,
+    require_engine,
+    trainable_groups,
+    whereabouts,
+)
 from flexlora_ds.partitions.rebuild import forget_construction, require_boundary, resize
 from flexlora_ds.partitions.shards import BUCKET_ELEMENTS, MASTER, Shards, copy_all
 from flexlora_ds.partitions.torch_engine import TorchEngine
@@ -26,6 +32,7 @@ __all__ = [
     "live_shards",
     "loss_scale",
     "require_boundary",
+    "require_engine",
     "resize",
     "skip_non_finite",
     "trainable_groups",

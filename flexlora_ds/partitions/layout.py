@@ -30,6 +30,20 @@ def stage_of(engine: Any) -> int:
     return stage_of_wrapper(engine.optimizer)
 
 
+def require_engine(engine: Any, place: str) -> None:
+    """Raise UserError where something else stands for the engine, such as the model itself."""
+    if not hasattr(engine, "basic_optimizer"):
+        raise UserError(
+            f"a {type(engine).__name__} is no engine",
+            place,
+            "give what deepspeed.initialize returned, or TorchEngine(model, optimizer)",
+        )
+    if engine.optimizer is None:
+        raise UserError(
+            "the engine has no optimizer", place, "give it build_optimizer(model, config) of this model"
+        )
+
+
 def trainable_groups(engine: Any) -> list[list[nn.Parameter]]:
     """The model's own trainable parameters by parameter group, in the optimizer's order."""
     wrapper, stage = engine.optimizer, stage_of(engine)

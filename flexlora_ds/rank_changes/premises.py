@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from operator import index
@@ -10,22 +11,13 @@ from typing import Any
 from torch import nn
 
 from flexlora_ds.adapter.layer import AdaptedLinear
+from flexlora_ds.adapter.parameter_groups import lambda_factor
+from flexlora_ds.config import FlexLoRAConfig
 from flexlora_ds.errors import UserError
+from flexlora_ds.optimizer import FlexLoRAAdamW
 from flexlora_ds.partitions import trainable_groups
 
 _BUILD = "give the engine build_optimizer(model, config) of this model"
-
-
-def require_engine(engine: Any) -> None:
-    """Raise UserError where something else stands for the engine, such as the model itself."""
-    if not hasattr(engine, "basic_optimizer"):
-        raise UserError(
-            f"a {type(engine).__name__} is no engine",
-            "RankController",
-            "give what deepspeed.initialize returned, or TorchEngine(model, optimizer)",
-        )
-    if engine.optimizer is None:
-        raise UserError("the engine has no optimizer", "RankController", _BUILD)
 
 
 def require_trained(engine: Any, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -76,6 +68,29 @@ def require_untouched(engine: Any, layers: Mapping[str, AdaptedLinear], ranks: M
                 f"the parameters of {name} are other objects than those in the optimizer",
                 mend="load values into them, with load_state_dict without assign",
             )
+
+
+def warn_of_rates(engine: Any, layers: Mapping[str, AdaptedLinear], config: FlexLoRAConfig) -> bool:
+    """Warn where a schedule gives all groups one rate, as OneCycleLR and DeepSpeed's WarmupLR do with one number.
+
+    Returns whether there was a rate to look at: in a warm-up from 0 it is too early. Only `build_optimizer` gives λ
+    groups of its own, after that of P and Q.
+    """
+    optimizer = engine.basic_optimizer
+    base, *others = optimizer.param_groups
+    if not isinstance(optimizer, FlexLoRAAdamW) or base["lr"] == 0:
+        return not isinstance(optimizer, FlexLoRAAdamW)
+    factors = sorted({lambda_factor(layer, config) for layer in layers.values()})
+    for group, factor in zip(others, factors, strict=False):
+        ratio = float(group["lr"]) / float(base["lr"])
+        if not math.isclose(ratio, factor, rel_tol=0.01):
+            warnings.warn(
+                f"λ learns at {ratio:.3g} times the rate of P and Q, and lambda_lr means {factor:.3g} times: give the "
+                "schedule a rate for each group, or one that multiplies rates (LambdaLR)",
+                stacklevel=3,
+            )
+            break
+    return True
 
 
 def next_step(step: Any, last: int | None, total: int) -> int:

@@ -145,6 +145,25 @@ def test_adapters_are_not_put_beside_pefts() -> None:
     assert inject_adapters(merged, config("q_proj")) == [n for n in LINEAR if n.endswith("q_proj")]
 
 
+def test_a_state_of_other_ranks_is_told_with_what_to_do() -> None:
+    from flexlora_ds.checkpoint.state import set_ranks
+
+    trained, fresh = tiny_llama(seed=1), tiny_llama()
+    for model in (trained, fresh):
+        inject_adapters(model, config("q_proj"))
+    ranks = {name: 3 + 2 * i for i, name in enumerate(adapters(trained))}
+    set_ranks(trained, ranks)
+    for layer in adapters(trained).values():
+        for p in (layer.P, layer.lam, layer.Q):
+            p.data.normal_()
+    said = r"layers\.0\.self_attn\.q_proj has rank 3 there and 4 here: .*set_ranks\(model, \{name: rank\}\)"
+    with pytest.raises(RuntimeError, match=said):
+        fresh.load_state_dict(trained.state_dict())
+    set_ranks(fresh, ranks)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh(input_ids=IDS).logits, trained(input_ids=IDS).logits)
+
+
 def test_a_context_needs_adapters() -> None:
     with pytest.raises(UserError, match="inject_adapters"):
         forward_context(tiny_llama())

@@ -17,6 +17,7 @@ from flexlora_ds import (
     adapters,
     build_optimizer,
     inject_adapters,
+    save_adapter,
 )
 from flexlora_ds.errors import RunError, UserError
 from tests.helpers import tiny
@@ -169,3 +170,37 @@ def test_parameters_that_were_replaced_are_named() -> None:
         UserError, match=r"q_proj are other objects than those in the optimizer; .*without assign$"
     ):
         controller.after_step(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "warned"),
+    [
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=20), True),
+        (
+            lambda o: torch.optim.lr_scheduler.OneCycleLR(
+                o, [g["lr"] for g in o.param_groups], total_steps=20
+            ),
+            False,
+        ),
+        (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: max(0, step - 3) / 5), False),
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=1e-4), False),
+    ],
+    ids=["OneCycleLR", "OneCycleLR by group", "a warm-up from 0", "CosineAnnealingLR"],
+)
+def test_a_schedule_that_takes_lambdas_own_rate_is_told_once(make: Any, warned: bool) -> None:
+    model = tiny.adapted_llama(CONFIG)
+    optimizer = build_optimizer(model, CONFIG, lr=1e-2)
+    engine = TorchEngine(model, optimizer, lr_scheduler=make(optimizer))
+    controller = RankController(engine, CONFIG, STEPS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(engine, controller, 1, STEPS)
+    texts = [str(one.message) for one in told if "lambda_lr" in str(one.message)]
+    said = "λ learns at 1 times the rate of P and Q, and lambda_lr means 4 times"
+    assert len(texts) == warned and all(text.startswith(said) for text in texts)
+
+
+def test_an_adapter_is_saved_from_an_engine(tmp_path: Any) -> None:
+    model = tiny.adapted_llama(CONFIG)
+    with pytest.raises(UserError, match=r"^a LlamaForCausalLM is no engine \(save_adapter\)"):
+        save_adapter(model, tmp_path / "adapter", CONFIG, base_model="")
