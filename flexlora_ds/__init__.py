@@ -14,10 +14,14 @@ __all__ = [
     "TorchEngine",
     "adapters",
     "build_optimizer",
+    "find_checkpoint",
     "inject_adapters",
     "prepare_extensions",
+    "restore_checkpoint",
     "rises_without",
     "save_adapter",
+    "save_checkpoint",
+    "set_ranks",
     "start_from_adapter",
     "start_from_gradient",
 ]
@@ -28,10 +32,14 @@ _HOMES = {
     "TorchEngine": "flexlora_ds.partitions.torch_engine",
     "adapters": "flexlora_ds.adapter.layer",
     "build_optimizer": "flexlora_ds.adapter.parameter_groups",
+    "find_checkpoint": "flexlora_ds.checkpoint.own_loop",
     "inject_adapters": "flexlora_ds.adapter.inject",
     "prepare_extensions": "flexlora_ds.extensions",
+    "restore_checkpoint": "flexlora_ds.checkpoint.own_loop",
     "rises_without": "flexlora_ds.worth",
     "save_adapter": "flexlora_ds.saving",
+    "save_checkpoint": "flexlora_ds.checkpoint.own_loop",
+    "set_ranks": "flexlora_ds.checkpoint.state",
     "start_from_adapter": "flexlora_ds.adapter_start",
     "start_from_gradient": "flexlora_ds.gradient.start",
 }
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
     from flexlora_ds.adapter.layer import adapters
     from flexlora_ds.adapter.parameter_groups import build_optimizer
     from flexlora_ds.adapter_start import start_from_adapter
+    from flexlora_ds.checkpoint.own_loop import find_checkpoint, restore_checkpoint, save_checkpoint
+    from flexlora_ds.checkpoint.state import set_ranks
     from flexlora_ds.config import FlexLoRAConfig
     from flexlora_ds.controller import RankController
     from flexlora_ds.extensions import prepare_extensions

@@ -107,6 +107,11 @@ class RankController:
         """Σ ranks."""
         return sum(self.ranks.values())
 
+    @property
+    def step(self) -> int:
+        """The update that `after_step` was called for last; 0 before the first."""
+        return self._step
+
     def trainable_parameters(self, *, with_lambda: bool = True) -> int:
         """Σ r · (in + out), plus r for λ."""
         return sum(

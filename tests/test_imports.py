@@ -59,7 +59,7 @@ FLOORS = {
             "dropout",
             "extensions",
         ),
-        ("config", "seeds", "files", "devices"),
+        ("config", "seeds", "files", "devices", "agreement"),
         ("terminal", "fields", "patterns", "launcher"),
         ("errors", "rounding", "orientation", "home"),
     ),

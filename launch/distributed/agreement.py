@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+import flexlora_ds.agreement
 from flexlora_ds.errors import CommandError, RunError, UserError
 from launch.distributed.process import Process
 
@@ -20,15 +19,7 @@ _KINDS: dict[str, type[CommandError]] = {"UserError": UserError, "RunError": Run
 
 def gather(process: Process, value: Any) -> list[Any]:
     """The JSON values of all processes, by rank; collective."""
-    data = json.dumps(value).encode()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=process.device) for _ in range(process.world_size)]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=process.device))
-    width = max(1, *(int(size) for size in sizes))
-    mine = torch.zeros(width, dtype=torch.uint8)
-    mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-    texts = [torch.zeros(width, dtype=torch.uint8, device=process.device) for _ in sizes]
-    dist.all_gather(texts, mine.to(process.device))
-    return [_decode(text, int(size)) for text, size in zip(texts, sizes, strict=True)]
+    return flexlora_ds.agreement.gather(value, process.device)
 
 
 def gather_results(process: Process, work: Callable[[], Any]) -> list[Any]:
@@ -82,7 +73,3 @@ def disk_fault(error: OSError) -> str:
     """One line for a disk that refuses."""
     place = f" ({error.filename})" if error.filename else ""
     return f"cannot write: {error.strerror or error}{place}; free some space and start the run again"
-
-
-def _decode(text: Tensor, size: int) -> Any:
-    return json.loads(bytes(text[:size].tolist()).decode())

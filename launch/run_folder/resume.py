@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flexlora_ds.checkpoint import files
+from flexlora_ds.checkpoint.newest import newest_valid
 from flexlora_ds.checkpoint.state import Checkpoint, open_checkpoint
 from flexlora_ds.errors import RunError, UserError
 from launch.distributed.agreement import on_rank_zero
@@ -185,18 +186,8 @@ def _choose(options: TrainOptions, folder: RunFolder) -> tuple[Checkpoint | None
 
 def _newest(root: Path) -> tuple[Checkpoint, list[str]]:
     """The newest valid checkpoint, and what was found damaged on the way to it."""
-    damage: list[files.DamagedError] = []
-    for folder in files.checkpoints_in(root):
-        try:
-            said = [f"warning: damaged checkpoint, trying the one before: {error}" for error in damage]
-            return open_checkpoint(folder), said
-        except files.DamagedError as error:
-            damage.append(error)
-    found = damage[0] if damage else f"all were removed ({root})"
-    raise RunError(
-        f"no valid checkpoint is left of those completed here: {found}",
-        mend="restore one, or choose another out",
-    )
+    checkpoint, damage = newest_valid(root, "restore one, or choose another out")
+    return checkpoint, [f"warning: damaged checkpoint, trying the one before: {error}" for error in damage]
 
 
 def _named(path: Path, options: TrainOptions, root: Path) -> tuple[Checkpoint, str, list[str]]:
