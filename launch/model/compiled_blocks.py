@@ -115,6 +115,8 @@ class CompiledBlock:
         What becomes of a backward pass that cannot be compiled is said in it alone, when it is too late to do without.
         """
         entering = hidden_states.detach().requires_grad_()
+        # A matrix gets its penalty once in an update, and this pass is none.
+        penalty, self.context.penalty = self.context.penalty, None
         try:
             output = self._computed(layer, entering, inputs)
             output = output if isinstance(output, Tensor) else output[0]
@@ -125,6 +127,8 @@ class CompiledBlock:
             self.context.handed = None
             self.shared.give_up(error)
             return False
+        finally:
+            self.context.penalty = penalty
         self.shared.untried = False
         return True
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from flexlora_ds import FlexLoRAConfig
+from flexlora_ds.adapter.layer import forward_context
+from flexlora_ds.adapter.penalty import PenaltyGradient
 from flexlora_ds.errors import UserError
 from launch.model.compiled_blocks import compile_blocks
 from tests.helpers import tiny
@@ -75,6 +77,24 @@ def test_layers_that_cannot_be_compiled_run_as_they_are_after_one_warning(backen
     assert len(texts) == 1 and "Python.h" in texts[0] and "\n" not in texts[0], texts
     assert found == loss
     assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+@pytest.mark.parametrize("form", ["norm", "squared"])
+def test_the_trial_of_the_first_layer_takes_no_penalty_from_its_matrices(form: str) -> None:
+    """A matrix gets it once in an update, and the trial runs backward within the first."""
+    torch._dynamo.reset()
+    gradients = []
+    for backend in (None, "eager"):
+        made = model()
+        for name, p in made.named_parameters():
+            if name.endswith(".lam"):
+                p.data.fill_(0.3)
+        forward_context(made).penalty = PenaltyGradient(form, lambda: 0.5)
+        if backend is not None:
+            assert compile_blocks(made, backend, or_plain=True) == 3
+        gradients.append(trained(made)[1])
+        assert backend is None or not made.model.layers[0].forward.shared.plain
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
 def test_layers_of_which_one_is_not_torchs_own_run_as_they_are_unless_compiled_ones_were_asked_for() -> None:
