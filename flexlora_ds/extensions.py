@@ -1,7 +1,7 @@
 """DeepSpeed's compiled extension, ready before a run starts.
 
 On the CPU `deepspeed.init_distributed` compiles `deepspeed_shm_comm` at run time (DeepSpeed 0.19.8,
-deepspeed/comm/torch.py): about a minute, and torch marks the folder with a file `lock` while it compiles
+deepspeed/comm/torch.py): about a minute, and torch before 2.14 marks the folder with a file `lock` while it compiles
 (torch/utils/file_baton.py). A compiling process that is killed leaves that file behind, and every later start
 waits for it without end. `prepare_extensions` compiles into the virtual environment beforehand and removes
 such a file; `python -m flexlora_ds.extensions` does so from the command line. In a script of one's own it comes before
@@ -52,7 +52,8 @@ def prepare_extensions() -> Path | None:
     folder = root / EXTENSION
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / ".prepare") as alone:  # False on a file system without locks
-        release_abandoned_lock(folder, trust_processes=alone)
+        if lock_files_block():
+            release_abandoned_lock(folder, trust_processes=alone)
         if not (folder / f"{EXTENSION}.so").exists():
             _require_compiler()
             print(
@@ -69,6 +70,16 @@ def prepare_extensions() -> Path | None:
                 "remove that folder and run `python -m flexlora_ds.extensions`",
             ) from fault
     return folder
+
+
+def lock_files_block() -> bool:
+    """Whether this torch waits for the file to go, and not, as from 2.14 on, for a lock that ends with its owner.
+
+    The file then stays for ever, and says nothing.
+    """
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "FileBaton")
 
 
 def release_abandoned_lock(

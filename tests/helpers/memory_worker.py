@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Iterator
@@ -98,7 +99,11 @@ def storages() -> dict[int, int]:
     """By address the bytes of what tensors hold now, also of files mapped into memory."""
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     held = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
-    return {storage.data_ptr(): storage.nbytes() for storage in held}
+    found = {}
+    for storage in held:
+        with contextlib.suppress(RuntimeError):  # one that a cycle holds after it was freed
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def allocations(event: Any) -> Iterator[tuple[int, int, int]]:

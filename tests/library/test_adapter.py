@@ -127,14 +127,13 @@ def test_adapters_are_not_put_on_adapters() -> None:
 
 def test_adapters_are_not_put_beside_pefts() -> None:
     """PEFT's would be frozen, and the names in the saved adapter would be those of PEFT's wrappers."""
-    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     inside, emptied = tiny_llama(), tiny_llama()
-    inside.add_adapter(lora)
-    emptied.add_adapter(lora)
-    emptied.delete_adapter("default")
+    inject_adapter_in_model(lora, inside)
+    emptied.peft_config = {}  # as transformers leaves it after delete_adapter
     wrapped = [get_peft_model(tiny_llama(), lora), get_peft_model(tiny_llama(), prompt)]
     for model in (*wrapped, inside, emptied):
         with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from flexlora_ds import extensions
 from flexlora_ds.errors import UserError
-from flexlora_ds.extensions import EXTENSION, prepare_extensions, release_abandoned_lock
+from flexlora_ds.extensions import EXTENSION, lock_files_block, prepare_extensions, release_abandoned_lock
 from tests.helpers.processes import run_script
 
 HOLD = (
@@ -130,7 +132,26 @@ def test_a_build_killed_half_way_no_longer_blocks_the_next(tmp_path: Path, folde
     assert release_abandoned_lock(folder) is True
     with python(*arguments, PATH=programs) as again:
         assert again.communicate(timeout=60)[0] == "loaded\n"
-    assert not (folder / "lock").exists()
+    assert (folder / "lock").exists() is not lock_files_block()
+
+
+def test_a_file_that_stays_and_holds_nothing_is_not_waited_for(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch from 2.14 on; on a file system without locks its file was waited for, up to a quarter of an hour."""
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.delattr(cpp_extension, "FileBaton", raising=False)
+    monkeypatch.setattr(extensions, "locked", lambda path: contextlib.nullcontext(False))
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    monkeypatch.setattr(type(builder), "load", lambda self, verbose: None)
+    for name in ("lock", f"{EXTENSION}.so"):
+        (folder / name).touch()
+    assert prepare_extensions() == folder
+    assert (folder / "lock").exists()
 
 
 def test_without_a_compiler_the_error_says_what_to_install(
