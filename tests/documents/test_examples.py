@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_no_example_is_forgotten() -> None:
     assert {page: count for page, count in found.items() if count} == {
         "README.md": 2,
         "docs/data.md": 3,
-        "docs/trainer.md": 4,
+        "docs/trainer.md": 5,
     }
 
 
@@ -123,10 +124,53 @@ def run_torch_example(text: str, folder: str) -> dict[str, Any]:
 
 
 def test_the_example_in_plain_torch_trains_and_saves(tmp_path: Path, one_process: Processes) -> None:
-    (text,) = [text for text in examples("docs/trainer.md") if "TorchEngine(" in text]
+    text, _ = in_plain_torch()
     (found,) = one_process.run(run_torch_example, text, str(tmp_path))
     assert found["changes"] > 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def in_plain_torch() -> tuple[str, str]:
+    """A loop of one's own, and the same with checkpoints."""
+    simple, interrupted = [text for text in examples("docs/trainer.md") if "TorchEngine(" in text]
+    return simple, interrupted
+
+
+def run_interrupted_example(imports: str, text: str, folder: str) -> list[Any]:
+    """Run the text twice, the first time with a batch that ends it; and once undisturbed. Step, ranks and λ of each."""
+    import torch
+
+    from tests.helpers import tiny
+
+    ids = torch.randint(1, tiny.VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(1))
+    whole = [{"input_ids": ids, "labels": ids}] * STEPS
+    found = []
+    for name, batches in (("a", [*whole[:25], None, *whole[26:]]), ("a", whole), ("b", whole)):
+        (Path(folder) / name).mkdir(exist_ok=True)
+        os.chdir(Path(folder) / name)
+        variables: dict[str, Any] = {"model": tiny.tiny_llama(), "batches": batches}
+        exec(imports, variables)
+        with contextlib.suppress(TypeError):  # no batch
+            exec(text, variables)
+        controller = variables["controller"]
+        values = {n: layer.lam.tolist() for n, layer in controller.layers.items()}
+        found.append([controller.step, controller.ranks, values])
+    os.chdir(ROOT)
+    return found
+
+
+def test_the_example_with_checkpoints_goes_on_where_it_was(tmp_path: Path, one_process: Processes) -> None:
+    simple, text = in_plain_torch()
+    imports = simple.partition("inject_adapters(model")[0]
+    (found,) = one_process.run(run_interrupted_example, imports, text.replace("% 100", "% 10"), str(tmp_path))
+    broken_off, resumed, undisturbed = found
+    assert broken_off[0] == 25
+    assert resumed == undisturbed
+    assert resumed[0] == STEPS
+    assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").glob("step_*")) == [
+        "step_00000030",
+        "step_00000040",
+    ]
 
 
 def test_the_short_examples_of_the_trainers_page_run() -> None:

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from flexlora_ds.errors import UserError
 from flexlora_ds.gradient.start import start_from_gradient
+from flexlora_ds.rounding import ceil_div
 
 _OF_TRL = (
     "_metrics",
@@ -52,7 +53,7 @@ def start_on(
     trainer.current_gradient_accumulation_steps = accumulation
     with _untouched(trainer):
         ready = list(_prepared(trainer, batches, accumulation, device, get_batches))
-        updates = -(-len(batches) // accumulation)
+        updates = ceil_div(len(batches), accumulation)
 
         def losses() -> Iterator[Tensor]:
             for inputs, targets in ready:

@@ -52,7 +52,8 @@ def refuse_another_reference(trainer: Any) -> None:
         raise UserError(
             f"the reference would be the base without what the adapters have learnt, such as {learnt[0]}",
             "ref_model",
-            "give ref_model=copy.deepcopy(model), or begin with the merged model (flexlora_ds.export --to merged)",
+            "give ref_model=copy.deepcopy(model), at ZeRO-0 to 2, or begin with the merged model "
+            "(flexlora_ds.export --to merged)",
         )
 
 
