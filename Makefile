@@ -32,7 +32,7 @@ demo: $(COMPILED)  ## the whole path on generated data: data, base model, evalua
 demo-smollm2: $(COMPILED) $(SMOLLM2)  ## the same path with SmolLM2-135M; ARGS="--source DIR" for your data (half an hour)
 	$(BIN)/python -m launch.demo.smollm2 $(ARGS)
 
-test: $(COMPILED)  ## the checks, one case per mechanism; ARGS=tests/launch for one room (9-12 min)
+test: $(COMPILED)  ## the checks, one case per mechanism; ARGS=tests/launch for one room (10-13 min)
 	$(PYTEST) $(ARGS)
 
 test-full: $(COMPILED) $(COMPANIONS)  ## the long version of the checks, the optional libraries installed (more than half an hour)
