@@ -36,16 +36,22 @@ def gather_writes(work: Callable[[], Any], device: torch.device, *, alone: bool)
     """Each process writes its part; the JSON results by rank; collective, unless this process trains `alone`.
 
     Raises:
-        RunError: the disk refuses on a process; raised on all of them alike.
+        RunError: the disk refuses on a process, or a value is no JSON; raised on all of them alike.
     """
     try:
         answer: dict[str, Any] = {"result": work()}
     except OSError as error:
-        answer = {"fault": f"cannot write: {error.strerror or error}", "place": str(error.filename or "")}
+        answer = {
+            "fault": f"cannot write: {error.strerror or error}",
+            "place": str(error.filename or ""),
+            "mend": "free some space, and save again or resume",
+        }
+    except (TypeError, ValueError) as error:  # json's, for what it does not know and for NaN
+        answer = {"fault": f"cannot write: {error}", "place": "", "mend": "give JSON"}
     answers = [answer] if alone else gather(answer, device)
     for one in answers:
         if "fault" in one:
-            raise RunError(one["fault"], one["place"], "free some space, and save again or resume")
+            raise RunError(one["fault"], one["place"], one["mend"])
     return [one["result"] for one in answers]
 
 

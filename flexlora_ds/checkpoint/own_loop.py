@@ -60,7 +60,7 @@ def save_checkpoint(
         root: of all checkpoints; the same folder for every process.
         controller: the run's `RankController`; its `step` names the checkpoint.
         base_model: what the adapter is for, which `flexlora_ds.export --checkpoint` asks.
-        run: what the caller wants back in `Checkpoint.run`, JSON; of process 0.
+        run: what the caller wants back in `Checkpoint.run`, JSON; of process 0, under the same names on all.
         keep: how many of the newest stay; None keeps all.
         scheduler: of the learning rate, where it is not the engine's own.
         modules_to_save: as in `inject_adapters`: their batch normalisation's statistics go along.
@@ -69,10 +69,14 @@ def save_checkpoint(
         The checkpoint's folder, `root/step_00000500`.
 
     Raises:
-        RunError: the disk refuses on any process; on all of them alike, and earlier checkpoints stay.
+        UserError: `run` has a name that is taken. RunError: the disk refuses on any process, or `run` is no JSON; on
+            all of them alike, and earlier checkpoints stay.
     """
     constants = buffers_of(engine.module, modules_to_save)
-    notes = {**(run or {}), **notes_of(controller, base_model)}
+    notes = notes_of(controller, base_model)
+    if taken := sorted(notes.keys() & (run or {}).keys()):
+        raise UserError(f"{taken[0]!r} is a name that the checkpoint uses itself", "run", "choose another")
+    notes |= run or {}
     folder = write_checkpoint(
         engine, Path(root), controller.step, controller, notes, constants=constants, scheduler=scheduler
     )

@@ -83,6 +83,34 @@ def test_a_run_goes_on_bit_for_bit(stage: int, two_processes: Processes, tmp_pat
     assert kept == [f"step_{STEPS:08d}"], "the newest alone, as asked"
 
 
+def save_what_is_no_json(folder: str) -> str:
+    """In each process: what saving says where process 0 alone gives NaN."""
+    import deepspeed
+
+    from flexlora_ds import RankController, build_optimizer, inject_adapters, save_checkpoint
+    from flexlora_ds.errors import RunError
+
+    rank, world = tiny.start()
+    config = worker.configuration(target_modules=("q_proj",))
+    model: Any = tiny.tiny_llama()
+    inject_adapters(model, config)
+    optimizer = build_optimizer(model, config, lr=5e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tiny.ds_config(2, world=world))
+    try:
+        run = {"loss": float("nan") if rank == 0 else 0.5}
+        save_checkpoint(engine, folder, RankController(engine, config, STEPS), run=run)
+    except RunError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_fault_of_one_process_is_one_of_all(two_processes: Processes, tmp_path: Path) -> None:
+    """The others would wait for it in the exchange that follows."""
+    found = two_processes.run(save_what_is_no_json, str(tmp_path), timeout=60)
+    assert all(text.startswith("cannot write: Out of range float") for text in found)
+    assert not list(tmp_path.glob("*"))
+
+
 def test_it_goes_on_at_another_stage_with_another_number_of_processes(
     one_process: Processes, two_processes: Processes, tmp_path: Path
 ) -> None:

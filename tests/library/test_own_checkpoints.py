@@ -26,7 +26,7 @@ from flexlora_ds import (
 )
 from flexlora_ds.checkpoint.adapter import read_checkpoint_adapter
 from flexlora_ds.checkpoint.state import Checkpoint
-from flexlora_ds.errors import RunError, UserError
+from flexlora_ds.errors import CommandError, RunError, UserError
 from flexlora_ds.peft_reading.plain import read_peft_adapter
 
 STEPS = 12
@@ -162,6 +162,25 @@ def test_its_adapter_is_exported_as_of_its_step(tmp_path: Path) -> None:
     for name, matrix in expected.matrices.items():
         assert torch.equal(found.matrices[name].A, matrix.A)
         assert torch.equal(found.matrices[name].B, matrix.B)
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"flexlora": 1}, "'flexlora' is a name that the checkpoint uses itself .run.; choose another"),
+        ({"loss": torch.zeros(1)}, "cannot write: Object of type Tensor is not JSON serializable; give JSON"),
+        (
+            {"loss": float("nan")},
+            "cannot write: Out of range float values are not JSON compliant.*; give JSON",
+        ),
+    ],
+)
+def test_what_is_no_json_or_takes_a_name_is_refused(run: dict[str, Any], words: str, saved: Path) -> None:
+    engine, controller = made(find_checkpoint(saved))
+    train(engine, controller, 10)
+    with pytest.raises(CommandError, match=words):
+        save_checkpoint(engine, saved, controller, run=run)
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "step_00000005", "step_00000008"]
 
 
 @pytest.mark.parametrize("moment", ["write", "commit"])
