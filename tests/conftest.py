@@ -23,6 +23,11 @@ def pytest_configure() -> None:
     choose_seed()
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Number packed data instead of spelling it: each process must collect the same names, and gzip writes the time."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the seed that repeats the fuzzers' inputs, the same for all processes; a header would not show with -q."""
     if chosen := choose_seed():
