@@ -50,6 +50,8 @@ class Kind:
     """DeepSpeed looks at gradients one by one, as it comes."""
     compiled: bool = False
     """Every decoder layer compiled whole; not beside `liger`."""
+    replayed: bool = False
+    """Compiled layers replayed as CUDA graphs where a length comes again."""
 
 
 LORA = "PEFT LoRA"
@@ -106,7 +108,7 @@ class Contender:
             apply_liger(copy)
         model = self.method.adapt(copy).train()
         if kind.compiled:
-            compile_blocks(model)
+            compile_blocks(model, replayed=kind.replayed)
         world_size = world_size_of_environment()
         source, layout = read_ds_json(options.ds), batch_layout(options, world_size)
         assert options.dtype != "auto"

@@ -29,6 +29,7 @@ from launch.data.batches import MicroBatch
 from launch.distributed.process import join_processes
 from launch.engine.methods.flexlora import FlexLoRA
 from launch.engine.methods.peft_lora import PeftLoRA
+from launch.model.compiled_blocks import layer_stack
 
 LORA = "PEFT LoRA"
 AS_IT_COMES = "PEFT LoRA as it comes"
@@ -48,12 +49,15 @@ COMPILED_KINDS = (
     Kind(LORA, PeftLoRA, packed=True),
     Kind("FlexLoRA compiled", FlexLoRA, packed=True, compiled=True),
     Kind("FlexLoRA compiled, rank changes", FlexLoRA, packed=True, changes=True, compiled=True),
+    Kind("FlexLoRA replayed", FlexLoRA, packed=True, compiled=True, replayed=True),
 )
 ONLY_SHORT = ("PEFT AdaLoRA", "FlexLoRA padded", AS_IT_COMES)
 UNPROFILED = ("FlexLoRA rank changes", "FlexLoRA padded", "PEFT AdaLoRA", "FlexLoRA compiled, rank changes")
 CHANGE_EVERY = 8
 """Steps: one of the timed ones ends in a rank change, where ranks change."""
 WARM_UP, BLOCK, ROUNDS = 3, 3, 4
+LENGTHS = 20
+"""Further steps before the timed ones, in which layers that are replayed meet most of the load's lengths."""
 SETTINGS = ((32, "short"), (32, "long"), (8, "short"), (8, "long"))
 LOADS = {"short": 16, "long": 42}
 """Records of a step."""
@@ -146,6 +150,13 @@ def measure(
         report.figure(f"{place}: graphs compiled", graphs)
         report.figure(f"{place}: graphs compiled in the timed steps", compiled_graphs() - graphs, aim="0")
     for row in rows:
+        stack = layer_stack(row.contender.engine.module) if row.contender.kind.replayed else None
+        if stack is not None:
+            name = f"{place}: {row.contender.kind.name}"
+            report.figure(f"{name}: replayed", stack.replays / row.steps, "of all steps")
+            report.figure(f"{name}: recordings", stack.recordings, seconds=stack.recording_seconds)
+            if stack.recorder is not None:
+                report.figure(f"{name}: memory of recordings", stack.recorder.taken / 1e9, "GB")
         if row.contender.kind.name not in UNPROFILED and conditions.left > 15:
             with report.attempt(f"{place}: kernels of {row.contender.kind.name}"):
                 profile_step(report, place, row, conditions, count, device)
@@ -194,7 +205,8 @@ def train(row: Measured, todo: list[MicroBatch]) -> None:
 
 def warm_up(row: Measured, conditions: Conditions, count: int, device: torch.device) -> None:
     """The first steps; the last of them says what a step needs at its peak."""
-    train(row, batches(row, conditions, count, WARM_UP - 1))
+    more = LENGTHS if row.contender.kind.replayed and not conditions.tiny else 0
+    train(row, batches(row, conditions, count, WARM_UP - 1 + more))
     (last,) = batches(row, conditions, count, 1)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

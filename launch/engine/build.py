@@ -55,7 +55,8 @@ def build_engine(
         model.enable_input_require_grads()
     trained = method.adapt(model, beginning)
     if settled.computation.compiled == "blocks":
-        compile_blocks(trained, or_plain="compile" not in settled.given)
+        replayed = settled.computation.cuda_graphs
+        compile_blocks(trained, or_plain="compile" not in settled.given, replayed=replayed)
     if ranks is not None:
         set_ranks(trained, ranks)
     trained.train()

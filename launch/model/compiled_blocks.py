@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from flexlora_ds.dropout.apply import columns_of
 from flexlora_ds.errors import UserError
 from flexlora_ds.rounding import round_up
 from flexlora_ds.terminal.command import one_line
+from launch.model.layer_stack import LayerStack, Triple
 from launch.model.packed_attention import PACKED_VARLEN
 
 _LONGEST_IN = 128
@@ -46,7 +47,11 @@ _OfMatrix: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def compile_blocks(
-    model: nn.Module, backend: str | Callable[..., Any] = "inductor", *, or_plain: bool = False
+    model: nn.Module,
+    backend: str | Callable[..., Any] = "inductor",
+    *,
+    or_plain: bool = False,
+    replayed: bool = False,
 ) -> int:
     """Compile every decoder layer of an adapted model in place; returns how many there are.
 
@@ -55,6 +60,7 @@ def compile_blocks(
 
     Args:
         or_plain: try the first layer by itself, and where it cannot be compiled, warn and take all layers as they are.
+        replayed: on a GPU, replay packed micro-batches of rounded lengths that come again (`launch.model.layer_stack`).
 
     Raises:
         UserError: the model has no decoder layers, or one of them holds a linear layer that is not torch's own;
@@ -69,9 +75,21 @@ def compile_blocks(
             raise
         shared.give_up(error)
         return 0
-    for layer, block in blocks.items():
-        layer.forward = block
+    for place, (layer, block) in enumerate(blocks.items()):
+        layer.forward, block.place = block, place
+    if replayed:
+        shared.stack = _stack_of([*blocks.values()])
     return len(blocks)
+
+
+def layer_stack(model: nn.Module) -> LayerStack | None:
+    """What replays a model's layers, where that was asked for."""
+    forward = getattr(decoder_layers(model)[0], "forward", None)
+    return forward.shared.stack if isinstance(forward, CompiledBlock) else None
+
+
+def _stack_of(blocks: list[CompiledBlock]) -> LayerStack:
+    return LayerStack([block.layer for block in blocks], blocks, blocks[0].context)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -86,7 +104,7 @@ class CompiledBlock:
     """The forward pass of one decoder layer in training: it hands the layer's own tensors to the code of all layers."""
 
     def __init__(self, layer: nn.Module, shared: _Shared) -> None:
-        self.layer, self.shared = layer, shared
+        self.layer, self.shared, self.place = layer, shared, 0
         self.matrices = [m for m in layer.modules() if isinstance(m, AdaptedLinear)]
         self.names: list[tuple[Tensor, Tensor]] = []
         for place, matrix in enumerate(self.matrices):
@@ -102,12 +120,21 @@ class CompiledBlock:
 
     def __call__(self, hidden_states: Tensor, **others: Any) -> Any:
         layer: Any = self.layer
+        stack = self.shared.stack
+        if stack is not None and stack.passes(self.place, hidden_states):
+            return hidden_states
         inputs = None if self.shared.plain else self._inputs(hidden_states, others)
         if inputs is None:
             return self._as_it_is(layer, hidden_states, others)
         if self.shared.untried and not self._runs(layer, hidden_states, inputs):
             return self._as_it_is(layer, hidden_states, others)
-        return self._computed(layer, hidden_states, inputs)
+        if stack is None:
+            return self._computed(layer, hidden_states, inputs)
+        output = stack.compute(self.place, hidden_states, inputs)
+        if output is None:
+            output = self._computed(layer, hidden_states, inputs)
+            stack.watch(self.place, hidden_states, others, output)
+        return output
 
     def _runs(self, layer: Any, hidden_states: Tensor, inputs: dict[str, Any]) -> bool:
         """Whether this layer is compiled and runs, forward and backward; if not, all are taken as they are from now on.
@@ -143,8 +170,8 @@ class CompiledBlock:
         if not hidden_states.requires_grad:  # the first layer, which is to run the code of the others
             hidden_states = hidden_states.detach().requires_grad_()
         if getattr(layer, "gradient_checkpointing", False) and _checkpoints_itself(type(layer)):
-            return layer._gradient_checkpointing_func(partial(self._run, **inputs), hidden_states)
-        return self._run(hidden_states, **inputs)
+            return layer._gradient_checkpointing_func(partial(self.run, inputs=inputs), hidden_states)
+        return self.run(hidden_states, inputs)
 
     def _inputs(self, hidden_states: Tensor, others: dict[str, Any]) -> dict[str, Any] | None:
         """What the compiled code takes of a call's arguments; None: it does not take this call."""
@@ -164,8 +191,16 @@ class CompiledBlock:
                 inputs[name] = round_up(inputs[name], _LONGEST_IN)
         return inputs
 
-    def _run(self, hidden_states: Tensor, **inputs: Any) -> Any:
-        row_keys, tensors = self._row_keys(hidden_states), self._tensors(hidden_states.device)
+    def run(
+        self, hidden_states: Tensor, inputs: dict[str, Any], adapters: Sequence[Triple] | None = None
+    ) -> Any:
+        """The compiled code on arguments as `_inputs` gives them.
+
+        Args:
+            adapters: what stands for P, λ and Q of every matrix; None: they themselves.
+        """
+        row_keys = self._row_keys(hidden_states)
+        tensors = self._tensors(hidden_states.device, self.triples if adapters is None else adapters)
         with _open_sizes():
             output = self.shared.compiled(self.layer, self.context, row_keys, tensors, hidden_states, inputs)
         penalty = self.context.penalty
@@ -190,7 +225,12 @@ class CompiledBlock:
             else keys.clone(memory_format=torch.contiguous_format)
         )
 
-    def _tensors(self, device: torch.device) -> list[_OfMatrix]:
+    @property
+    def triples(self) -> list[Triple]:
+        """P, λ and Q of every matrix."""
+        return [(m.P, m.lam, m.Q) for m in self.matrices]
+
+    def _tensors(self, device: torch.device, adapters: Sequence[Triple]) -> list[_OfMatrix]:
         if not self.names or self.names[0][0].device != device:
             self.names = [
                 (torch.tensor([m.key], device=device), columns_of(m.in_features, device))
@@ -198,8 +238,8 @@ class CompiledBlock:
             ]
         inside = self.shared.lie_inside(self.matrices)
         return [
-            (*names, _handed(m.P, 1, inside), _handed(m.lam, 0, inside), _handed(m.Q, 0, inside))
-            for names, m in zip(self.names, self.matrices, strict=True)
+            (*names, _handed(P, 1, inside), _handed(lam, 0, inside), _handed(Q, 0, inside))
+            for names, (P, lam, Q) in zip(self.names, adapters, strict=True)
         ]
 
 
@@ -218,6 +258,8 @@ class _Shared:
     inside: bool | None = None
     plain: bool = False
     """Whether none can be compiled, and all are taken as they are."""
+    stack: LayerStack | None = None
+    """What replays them, where that was asked for."""
 
     def give_up(self, error: Exception) -> None:
         """Take all layers as they are."""

@@ -21,6 +21,8 @@ class Computation:
     kernels: Kernels
     compiled: Compile | None
     gradient_checkpointing: bool
+    cuda_graphs: bool = False
+    """Whether compiled layers are replayed for packed lengths that come again."""
 
     @property
     def compiled_layers(self) -> bool:
@@ -37,6 +39,8 @@ class Computation:
             "compile": f"compile {self.compiled or 'none'}{self._not_applied()}",
             "gradient_checkpointing": f"activations {'recomputed' if self.gradient_checkpointing else 'kept'}",
         }
+        if self.compiled_layers:
+            named["cuda_graphs"] = "replayed as CUDA graphs" if self.cuda_graphs else "not replayed"
         return [f"{words} (given)" if key in given else words for key, words in named.items()]
 
     def _not_applied(self) -> str:

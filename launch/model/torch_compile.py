@@ -104,6 +104,21 @@ def require_stage(asked: bool | Compile | Auto, *, stage: int, place: str) -> No
         )
 
 
+def resolve_cuda_graphs(asked: bool | Auto, *, possible: bool, place: str) -> bool:
+    """Whether compiled layers are replayed (`launch.model.layer_stack`); auto: where that is possible.
+
+    Raises:
+        UserError: it was asked for and is not possible.
+    """
+    if asked is True and not possible:
+        raise UserError(
+            "cuda_graphs true replays compiled layers of packed examples on a GPU, their activations kept",
+            place,
+            "choose auto, or compile blocks, padding_free true and gradient_checkpointing false",
+        )
+    return possible if asked == "auto" else asked
+
+
 def blocks_obstacle(attention: Attention, *, packed: bool) -> str | None:
     """Why whole layers would run uncompiled, see `launch.model.compiled_blocks`; None where they are compiled."""
     if packed and attention != "varlen":

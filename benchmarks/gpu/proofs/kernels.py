@@ -106,6 +106,27 @@ def dropout_in_graphs(conditions: Conditions, teams: Teams) -> Verdict:
     return not wrong, f"other bits: {'; '.join(wrong)}" if wrong else f"{compared:,} elements, both ways"
 
 
+def broken_recording(conditions: Conditions, teams: Teams) -> Verdict:
+    """Work that waits for the card cannot be recorded; random numbers, memory and the next recording are as before."""
+    from launch.model.cuda_graphs import CudaGraphs
+
+    if conditions.device.type != "cuda":
+        raise NotRunError("needs a GPU")
+    graphs, values = CudaGraphs(conditions.device), torch.ones(1000, device=conditions.device)
+    sums = torch.zeros((), device=conditions.device)
+    try:
+        graphs.record(lambda: sums.fill_(float(values.sum())) and None)
+        return False, "work that waits was recorded"
+    except RuntimeError as error:
+        refused = type(error).__name__
+    drawn = torch.rand(1000, device=conditions.device)
+    replay = graphs.record(lambda: sums.add_(values.sum()) and None)
+    replay(), replay()
+    total, room = float(sums), torch.empty(2**28, device=conditions.device).numel()
+    holds = total == 2000 and room == 2**28 and 0 < float(drawn.mean()) < 1
+    return holds, f"{refused}; then a recording of two replays adds up to {total:.0f} of 2000"
+
+
 def chunked_head(dtype: torch.dtype, conditions: Conditions, teams: Teams) -> Verdict:
     """Losses and the gradient of the hidden states, for weights that differ from token to token."""
     from launch.model.head_loss import chunked_losses

@@ -18,7 +18,7 @@ GRADIENT = "tests/distributed/test_gradient_growth.py::"
 
 def proofs() -> list[Proof]:
     """In the order in which each lane runs them."""
-    return [*_kernels(), *_changes(), *_gradient(), *_memory(), *_programs()]
+    return [*_kernels(), *_changes(), *_gradient(), *_memory(), *_replays(), *_programs()]
 
 
 def _kernels() -> Iterator[Proof]:
@@ -97,6 +97,17 @@ def _memory() -> Iterator[Proof]:
         name = f"stage {stage}: the optimizer on the host trains as on the device"
         test = "tests/distributed/test_offload.py::test_the_optimizer_on_the_host_trains_as_on_the_device"
         yield Proof(name, test, partial(programs.offload, stage), "memory", seconds=4, tiny=stage == 2)
+
+
+def _replays() -> Iterator[Proof]:
+    name = "replayed layers compute what compiled ones do, over rank changes"
+    test = (
+        "tests/distributed/test_replayed_layers.py::test_replayed_layers_train_bit_for_bit_as_computed_ones"
+    )
+    yield Proof(name, test, programs.replayed, "memory", seconds=40)
+    name = "a recording that fails leaves the card as it was"
+    test = "tests/launch/test_layer_stack.py::test_what_cannot_be_recorded_is_computed"
+    yield Proof(name, test, kernels.broken_recording, "here")
 
 
 def _programs() -> Iterator[Proof]:

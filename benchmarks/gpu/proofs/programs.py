@@ -11,9 +11,12 @@ from benchmarks.gpu.proofs.teams import Teams
 from benchmarks.gpu.section import Conditions, NotRunError
 from tests.helpers.compiled_run import run_beside_plain
 from tests.helpers.processes import ProcessError
+from tests.helpers.replayed_run import WAYS, run_every_way
 
 BOUND = 1e-4
 """Of losses in fp32, relative: another order of sums, step after step."""
+BF16 = 3e-2
+"""The same in bf16."""
 
 
 def offload(stage: int, conditions: Conditions, teams: Teams) -> Verdict:
@@ -38,6 +41,23 @@ def compiled(conditions: Conditions, teams: Teams) -> Verdict:
     )
     detail += f"{graphs[0]} graph after the first step, {graphs[-1]} after {blocks['changes']} changes"
     return apart < BOUND and same and graphs[0] == graphs[-1] == 1 and not found["breaks"], detail
+
+
+def replayed(conditions: Conditions, teams: Teams) -> Verdict:
+    """Packed runs whose compiled layers run one by one, as one node, and replayed; deterministic algorithms on."""
+    case = {"stage": 2, "backend": "inductor", "shape": {"hidden": 128}, "deterministic": True}
+    if conditions.device.type != "cuda":
+        case["backend"] = "aot_eager"
+    (found,) = teams["memory"].run(run_every_way, case, timeout=120)
+    single, node, replay = (found[way] for way in WAYS)
+    apart = max(relative(way["losses"], single["losses"]) for way in (node, replay))
+    equal = all(replay[name] == node[name] for name in ("losses", "norms", "ranks"))
+    share = (
+        f"{replay['replays'][-1]} of {2 * len(replay['losses'])} passes replayed, {replay['changes']} changes"
+    )
+    detail = f"{share}; losses, norms and ranks {'are' if equal else 'are not'} bit-equal to those computed; "
+    detail += f"{apart:.1e} apart from layers one by one, bound {BF16:.0e}"
+    return equal and replay["replays"][-1] >= 8 and apart < BF16, detail
 
 
 def liger(conditions: Conditions, teams: Teams) -> Verdict:
