@@ -23,6 +23,7 @@ SECTIONS = {
     "proofs": Entry("proofs:run", 190),
     "step": Entry("step:run", 100),
     "compiled": Entry("step:run_compiled", 170),
+    "replayed": Entry("step:run_replayed", 70),
     "change": Entry("change:run", 75),
     "plan": Entry("plan:run", 30),
     "eval": Entry("evaluation:run", 55),

@@ -1,4 +1,4 @@
-"""Sections `step` and `compiled`: whole training steps at two loads, ours beside others', on shared frozen weights.
+"""Sections `step`, `compiled`, `replayed`: whole training steps at two loads, ours beside others', on the same weights.
 
 Contenders take turns in blocks of steps; within a block nothing waits for the device but what a training step itself
 waits for. `short` is 16 records of commonsense length, `long` as many as make some 4,096 tokens. Where nothing else
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -49,6 +50,11 @@ COMPILED_KINDS = (
     Kind(LORA, PeftLoRA, packed=True),
     Kind("FlexLoRA compiled", FlexLoRA, packed=True, compiled=True),
     Kind("FlexLoRA compiled, rank changes", FlexLoRA, packed=True, changes=True, compiled=True),
+)
+REPLAYED_KINDS = (
+    Kind(BASE, FrozenBase, packed=True),
+    Kind(LORA, PeftLoRA, packed=True),
+    Kind("FlexLoRA compiled", FlexLoRA, packed=True, compiled=True),
     Kind("FlexLoRA replayed", FlexLoRA, packed=True, compiled=True, replayed=True),
 )
 ONLY_SHORT = ("PEFT AdaLoRA", "FlexLoRA padded", AS_IT_COMES)
@@ -94,8 +100,20 @@ def run_compiled(conditions: Conditions, report: Report) -> None:
         at_each_load(conditions, report, [replace(kind, packed=packed) for kind in COMPILED_KINDS])
 
 
-def at_each_load(conditions: Conditions, report: Report, kinds: list[Kind]) -> None:
-    """Rank 32 at both loads, then rank 8 at both, as far as the time goes."""
+def run_replayed(conditions: Conditions, report: Report) -> None:
+    """Section `replayed`: compiled layers as CUDA graphs, at the load at which the host is the limit."""
+    packed = conditions.device.type == "cuda"
+    kinds = [replace(kind, packed=packed) for kind in REPLAYED_KINDS]
+    at_each_load(conditions, report, kinds, SETTINGS[:1])
+
+
+def at_each_load(
+    conditions: Conditions,
+    report: Report,
+    kinds: list[Kind],
+    settings: Sequence[tuple[int, str]] = SETTINGS,
+) -> None:
+    """Every rank at every load, as far as the time goes."""
     device = join_processes().device
     ceiling = product_rate(device, *((256,) * 3 if conditions.tiny else (8192,) * 3))
     report.figure("ceiling", ceiling / 1e12, "TFLOP/s, bf16 product of 8192³")
@@ -103,7 +121,7 @@ def at_each_load(conditions: Conditions, report: Report, kinds: list[Kind]) -> N
     weights = sum(p.numel() * p.element_size() for p in base.parameters())
     report.figure("frozen base", weights / 1e9, "GB")
     report.figure("ready after", time.monotonic() - conditions.started, "s of the section")
-    for rank, load in SETTINGS[:1] if conditions.tiny else SETTINGS:
+    for rank, load in settings[:1] if conditions.tiny else settings:
         if conditions.left < 20:
             report.absent(f"rank {rank}, {load}", "no time left")
             continue

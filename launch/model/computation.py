@@ -29,6 +29,11 @@ class Computation:
         """Whether whole layers are compiled, and take this run's micro-batches."""
         return self.compiled == "blocks" and blocks_obstacle(self.attention, packed=self.packed) is None
 
+    @property
+    def replayable(self) -> bool:
+        """Whether this run's layers could be replayed, on a GPU."""
+        return self.compiled_layers and self.packed and not self.gradient_checkpointing
+
     def words(self, given: Collection[str]) -> list[str]:
         """Every choice in words; those whose option is among `given` are marked."""
         named = {
@@ -39,8 +44,8 @@ class Computation:
             "compile": f"compile {self.compiled or 'none'}{self._not_applied()}",
             "gradient_checkpointing": f"activations {'recomputed' if self.gradient_checkpointing else 'kept'}",
         }
-        if self.compiled_layers:
-            named["cuda_graphs"] = "replayed as CUDA graphs" if self.cuda_graphs else "not replayed"
+        if self.cuda_graphs:
+            named["cuda_graphs"] = "replayed as CUDA graphs"
         return [f"{words} (given)" if key in given else words for key, words in named.items()]
 
     def _not_applied(self) -> str:

@@ -104,19 +104,18 @@ def require_stage(asked: bool | Compile | Auto, *, stage: int, place: str) -> No
         )
 
 
-def resolve_cuda_graphs(asked: bool | Auto, *, possible: bool, place: str) -> bool:
-    """Whether compiled layers are replayed (`launch.model.layer_stack`); auto: where that is possible.
+def require_replayable(asked: bool, *, possible: bool, place: str) -> None:
+    """See that compiled layers can be replayed (`launch.model.layer_stack`) where that was asked for.
 
     Raises:
-        UserError: it was asked for and is not possible.
+        UserError: they cannot.
     """
-    if asked is True and not possible:
+    if asked and not possible:
         raise UserError(
             "cuda_graphs true replays compiled layers of packed examples on a GPU, their activations kept",
             place,
-            "choose auto, or compile blocks, padding_free true and gradient_checkpointing false",
+            "leave it false, or choose compile blocks, padding_free true and gradient_checkpointing false",
         )
-    return possible if asked == "auto" else asked
 
 
 def blocks_obstacle(attention: Attention, *, packed: bool) -> str | None:

@@ -27,9 +27,9 @@ from launch.model.skeleton import Skeleton, read_skeleton
 from launch.model.torch_compile import (
     blocks_obstacle,
     require_compiler,
+    require_replayable,
     require_stage,
     resolve_compile,
-    resolve_cuda_graphs,
     wants_blocks,
 )
 from launch.options.train_options import TrainOptions
@@ -43,7 +43,6 @@ LEFT_TO_US = (
     "padding_free",
     "kernels",
     "compile",
-    "cuda_graphs",
     "gradient_checkpointing",
     "micro_batch_size",
 )
@@ -92,7 +91,12 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     checkpointing = resolve_checkpointing(plan)
     layout = replace(plan, gradient_checkpointing=checkpointing).layout()
     computation = replace(computation, gradient_checkpointing=checkpointing)
-    computation = replace(computation, cuda_graphs=_replayed(options, computation))
+    computation = replace(computation, cuda_graphs=options.cuda_graphs)
+    require_replayable(
+        options.cuda_graphs,
+        possible=torch.cuda.is_available() and computation.replayable,
+        place=options.place("cuda_graphs"),
+    )
     repeatable = options.replace(dtype=dtype, gradient_checkpointing=checkpointing)
     ds_config = resolve_ds_config(
         source, repeatable, layout, dtype, hidden_size=getattr(skeleton.text_config, "hidden_size", None)
@@ -107,22 +111,11 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
         micro_batch_size=layout.micro_batch_size,
         kernels=computation.kernels,
         compile=computation.compiled or False,
-        cuda_graphs=computation.cuda_graphs,
         padding_free=computation.packed,
         memory_check=torch.cuda.is_available() if options.memory_check == "auto" else options.memory_check,
     )
     doubts = () if start is None else tuple(doubts_of(start, options))
     return Settled(used, repeatable, given, skeleton, computation, layout, ds_config, adam, match, doubts)
-
-
-def _replayed(options: TrainOptions, computation: Computation) -> bool:
-    """Whether this run's compiled layers are replayed."""
-    possible = torch.cuda.is_available() and computation.compiled_layers and computation.packed
-    return resolve_cuda_graphs(
-        options.cuda_graphs,
-        possible=possible and not computation.gradient_checkpointing,
-        place=options.place("cuda_graphs"),
-    )
 
 
 def _computation(options: TrainOptions, dtype: Dtype, skeleton: Skeleton, *, stage: int) -> Computation:

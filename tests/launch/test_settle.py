@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexlora_ds.base_model.precision import TORCH_DTYPES
+from flexlora_ds.errors import UserError
 from flexlora_ds.files import reading
 from launch.engine.settled import Settled
 from launch.model.attention import Machine
@@ -82,6 +83,12 @@ def test_compiled_layers_that_are_not_applied_are_named(place: Place) -> None:
     assert any("not flash" in words for words in replace(on_a_gpu, attention="flash").words(()))
 
 
+@CPU_ONLY
+def test_layers_are_not_replayed_without_a_gpu(place: Place) -> None:
+    with pytest.raises(UserError, match="cuda_graphs true replays compiled layers"):
+        settled(place, compile="blocks", cuda_graphs=True)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new GPU with flash-attn, Liger, torch's variable-length attention and a compiler."""
@@ -122,6 +129,17 @@ def test_on_a_gpu_layers_are_compiled_where_that_was_proven(
     assert made == expected
     assert found.repeatable.compile == options.get("compile", "auto")
     assert memory_of(found).compiled_layers is (computation.compiled == "blocks")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_layers_are_replayed_where_that_is_asked_for_and_can_be(place: Place) -> None:
+    asked = {"compile": "blocks", "attention": "varlen", "cuda_graphs": True}
+    found = settled(place, **asked)
+    assert found.computation.cuda_graphs and "replayed as CUDA graphs" in found.line()
+    assert not settled(place, compile="blocks", attention="varlen").computation.cuda_graphs
+    for others in ({"padding_free": False}, {"compile": False}, {"gradient_checkpointing": True}):
+        with pytest.raises(UserError, match="leave it false, or choose compile blocks"):
+            settled(place, **{**asked, **others})
 
 
 @pytest.mark.usefixtures("gpu")
