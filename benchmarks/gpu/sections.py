@@ -19,17 +19,16 @@ class Entry:
 
 
 SECTIONS = {
-    "facts": Entry("facts:run", 25),
-    "proofs": Entry("proofs:run", 190),
-    "step": Entry("step:run", 100),
-    "compiled": Entry("step:run_compiled", 170),
-    "replayed": Entry("step:run_replayed", 70),
-    "change": Entry("change:run", 75),
-    "plan": Entry("plan:run", 30),
-    "eval": Entry("evaluation:run", 55),
+    "facts": Entry("facts:run", 8),
+    "proofs": Entry("proofs:run", 120),
+    "step": Entry("step:run", 70),
+    "compiled": Entry("step:run_compiled", 118),
+    "change": Entry("change:run", 58),
+    "plan": Entry("plan:run", 27),
+    "eval": Entry("evaluation:run", 50),
     "study": Entry("study:run", 140, needs_model=True),
 }
-WITHOUT_MODEL = 5
+WITHOUT_MODEL = 6
 """The weight of a section that has only to say what it lacks: the start of Python."""
 
 

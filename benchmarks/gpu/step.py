@@ -1,4 +1,4 @@
-"""Sections `step`, `compiled`, `replayed`: whole training steps at two loads, ours beside others', on the same weights.
+"""Sections `step` and `compiled`: whole training steps at two loads, ours beside others', on shared frozen weights.
 
 Contenders take turns in blocks of steps; within a block nothing waits for the device but what a training step itself
 waits for. `short` is 16 records of commonsense length, `long` as many as make some 4,096 tokens. Where nothing else
@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,6 +30,7 @@ from launch.distributed.process import join_processes
 from launch.engine.methods.flexlora import FlexLoRA
 from launch.engine.methods.peft_lora import PeftLoRA
 from launch.model.compiled_blocks import layer_stack
+from launch.model.layer_stack import LayerStack
 
 LORA = "PEFT LoRA"
 AS_IT_COMES = "PEFT LoRA as it comes"
@@ -50,14 +50,9 @@ COMPILED_KINDS = (
     Kind(LORA, PeftLoRA, packed=True),
     Kind("FlexLoRA compiled", FlexLoRA, packed=True, compiled=True),
     Kind("FlexLoRA compiled, rank changes", FlexLoRA, packed=True, changes=True, compiled=True),
-)
-REPLAYED_KINDS = (
-    Kind(BASE, FrozenBase, packed=True),
-    Kind(LORA, PeftLoRA, packed=True),
-    Kind("FlexLoRA compiled", FlexLoRA, packed=True, compiled=True),
     Kind("FlexLoRA replayed", FlexLoRA, packed=True, compiled=True, replayed=True),
 )
-ONLY_SHORT = ("PEFT AdaLoRA", "FlexLoRA padded", AS_IT_COMES)
+ONLY_SHORT = ("PEFT AdaLoRA", "FlexLoRA padded", "FlexLoRA replayed", AS_IT_COMES)
 UNPROFILED = ("FlexLoRA rank changes", "FlexLoRA padded", "PEFT AdaLoRA", "FlexLoRA compiled, rank changes")
 CHANGE_EVERY = 8
 """Steps: one of the timed ones ends in a rank change, where ranks change."""
@@ -82,7 +77,18 @@ class Measured:
     tokens: list[int] = field(default_factory=list)
     """Tokens per step, padding not counted."""
     peak: float = 0.0
-    """Bytes that a step needs beyond what was there before it."""
+    """Bytes that a step needs beyond what was there before it, recordings left out."""
+
+    @property
+    def stack(self) -> LayerStack | None:
+        """What replays its layers, if that is what it does."""
+        return layer_stack(self.contender.engine.module) if self.contender.kind.replayed else None
+
+    @property
+    def recorded(self) -> float:
+        """Bytes that recordings hold."""
+        recorder = None if self.stack is None else self.stack.recorder
+        return 0.0 if recorder is None else float(recorder.taken)
 
 
 def run(conditions: Conditions, report: Report) -> None:
@@ -100,20 +106,8 @@ def run_compiled(conditions: Conditions, report: Report) -> None:
         at_each_load(conditions, report, [replace(kind, packed=packed) for kind in COMPILED_KINDS])
 
 
-def run_replayed(conditions: Conditions, report: Report) -> None:
-    """Section `replayed`: compiled layers as CUDA graphs, at the load at which the host is the limit."""
-    packed = conditions.device.type == "cuda"
-    kinds = [replace(kind, packed=packed) for kind in REPLAYED_KINDS]
-    at_each_load(conditions, report, kinds, SETTINGS[:1])
-
-
-def at_each_load(
-    conditions: Conditions,
-    report: Report,
-    kinds: list[Kind],
-    settings: Sequence[tuple[int, str]] = SETTINGS,
-) -> None:
-    """Every rank at every load, as far as the time goes."""
+def at_each_load(conditions: Conditions, report: Report, kinds: list[Kind]) -> None:
+    """Rank 32 at both loads, then rank 8 at both, as far as the time goes."""
     device = join_processes().device
     ceiling = product_rate(device, *((256,) * 3 if conditions.tiny else (8192,) * 3))
     report.figure("ceiling", ceiling / 1e12, "TFLOP/s, bf16 product of 8192³")
@@ -121,7 +115,7 @@ def at_each_load(
     weights = sum(p.numel() * p.element_size() for p in base.parameters())
     report.figure("frozen base", weights / 1e9, "GB")
     report.figure("ready after", time.monotonic() - conditions.started, "s of the section")
-    for rank, load in settings[:1] if conditions.tiny else settings:
+    for rank, load in SETTINGS[:1] if conditions.tiny else SETTINGS:
         if conditions.left < 20:
             report.absent(f"rank {rank}, {load}", "no time left")
             continue
@@ -168,13 +162,11 @@ def measure(
         report.figure(f"{place}: graphs compiled", graphs)
         report.figure(f"{place}: graphs compiled in the timed steps", compiled_graphs() - graphs, aim="0")
     for row in rows:
-        stack = layer_stack(row.contender.engine.module) if row.contender.kind.replayed else None
-        if stack is not None:
+        if (stack := row.stack) is not None:
             name = f"{place}: {row.contender.kind.name}"
             report.figure(f"{name}: replayed", stack.replays / row.steps, "of all steps")
             report.figure(f"{name}: recordings", stack.recordings, seconds=stack.recording_seconds)
-            if stack.recorder is not None:
-                report.figure(f"{name}: memory of recordings", stack.recorder.taken / 1e9, "GB")
+            report.figure(f"{name}: memory of recordings", row.recorded / 1e9, "GB")
         if row.contender.kind.name not in UNPROFILED and conditions.left > 15:
             with report.attempt(f"{place}: kernels of {row.contender.kind.name}"):
                 profile_step(report, place, row, conditions, count, device)
@@ -257,7 +249,9 @@ def show(
         report.figure(
             f"{place}: {name}: MFU of the measured ceiling", used, aim="0.45" if "long" in place else ""
         )
-        report.figure(f"{place}: {name}: peak", (weights + row.static + row.peak) / 1e9, "GB", aim="38.0")
+        report.figure(
+            f"{place}: {name}: peak", (weights + row.static + row.peak + row.recorded) / 1e9, "GB", aim="38.0"
+        )
         for other in (LORA, BASE, AS_IT_COMES):
             if other in by_name and other != name:
                 pairs = zip(row.blocks, by_name[other].blocks, strict=True)

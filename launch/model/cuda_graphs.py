@@ -74,6 +74,7 @@ class CudaGraphs:
         generator: Any = torch.cuda.default_generators[index]
         with suppress(Exception):
             generator.graphsafe_set_state(generator.clone_state())
+        self._pool = torch.cuda.graph_pool_handle()
 
     def has_room(self, need: int) -> bool:
         """Whether the largest step so far would still fit beside recordings that take `need` bytes in all."""

@@ -114,6 +114,9 @@ def broken_recording(conditions: Conditions, teams: Teams) -> Verdict:
         raise NotRunError("needs a GPU")
     graphs, values = CudaGraphs(conditions.device), torch.ones(1000, device=conditions.device)
     sums = torch.zeros((), device=conditions.device)
+    sums.add_(
+        values.sum()
+    ).zero_()  # kernels are loaded when first asked for, which no recording may wait for
     try:
         graphs.record(lambda: sums.fill_(float(values.sum())) and None)
         return False, "work that waits was recorded"
