@@ -19,7 +19,7 @@ class Entry:
 
 
 SECTIONS = {
-    "facts": Entry("facts:run", 8),
+    "facts": Entry("facts:run", 12),
     "proofs": Entry("proofs:run", 120),
     "step": Entry("step:run", 70),
     "compiled": Entry("step:run_compiled", 118),

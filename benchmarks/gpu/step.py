@@ -249,9 +249,8 @@ def show(
         report.figure(
             f"{place}: {name}: MFU of the measured ceiling", used, aim="0.45" if "long" in place else ""
         )
-        report.figure(
-            f"{place}: {name}: peak", (weights + row.static + row.peak + row.recorded) / 1e9, "GB", aim="38.0"
-        )
+        peak = weights + row.static + row.peak + row.recorded
+        report.figure(f"{place}: {name}: peak", peak / 1e9, "GB", aim="38.0")
         for other in (LORA, BASE, AS_IT_COMES):
             if other in by_name and other != name:
                 pairs = zip(row.blocks, by_name[other].blocks, strict=True)

@@ -140,7 +140,7 @@ class TrainOptions(FlexLoRAConfig):
     """What torch compiles: blocks (whole layers, not at ZeRO-3), pieces (norm and SwiGLU; true means these) or nothing;
     auto is blocks for FlexLoRA in bf16 on a GPU, where they can be."""
     cuda_graphs: Annotated[bool, SPEED, MAY_CHANGE] = False
-    """Whether compiled blocks are replayed as CUDA graphs for packed lengths that come again; tried on one GPU alone."""
+    """Whether compiled blocks are replayed as CUDA graphs for packed lengths that come again; tried on one GPU."""
 
     memory_check: Annotated[bool | Auto, SPEED, MAY_CHANGE] = "auto"
     """Whether the largest micro-batch is tried before the first step, so that no later one runs out; auto: on a GPU."""
