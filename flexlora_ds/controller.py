@@ -33,6 +33,7 @@ from flexlora_ds.rank_changes.market import Prices, gain_of, rises_of, with_comm
 from flexlora_ds.rank_changes.orthogonalise import Orthogonaliser
 from flexlora_ds.rank_changes.premises import (
     next_step,
+    next_update,
     require_trained,
     require_untouched,
     warn_of_rates,
@@ -88,6 +89,7 @@ class RankController:
         self._skipped = int(engine.skipped_steps)
         self._step = 0
         self._last: int | None = None
+        self._updates = int(engine.global_steps)
         self._rates_seen = False
         self._sketch = StepSketch(engine, config) if config.new_direction == "gradient" else None
         self._prepare(1)
@@ -130,7 +132,9 @@ class RankController:
             RunError: inside a gradient accumulation window.
         """
         require_boundary(self.engine)
-        step = self._last = next_step(step, self._last, self.total_steps)
+        step = next_step(step, self._last, self.total_steps)
+        self._updates = next_update(int(self.engine.global_steps), self._updates)
+        self._last = step
         self._rates_seen = self._rates_seen or warn_of_rates(self.engine, self.layers, self.config)
         if self._sketch is not None:
             self._sketch.end()
@@ -328,4 +332,5 @@ class RankController:
         self._pending = int(state["pending"])
         self.watch = PruneWatch(**state["watch"])
         self._last = int(state.get("step", self.engine.global_steps))
+        self._updates = int(self.engine.global_steps)
         self._prepare(self._last + 1)

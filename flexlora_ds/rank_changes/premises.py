@@ -93,6 +93,27 @@ def warn_of_rates(engine: Any, layers: Mapping[str, AdaptedLinear], config: Flex
     return True
 
 
+def next_update(count: int, before: int) -> int:
+    """The number of updates that an engine has made, checked.
+
+    A change of ranks drops gradients, so one before the update that they are for would lose it.
+
+    Args:
+        count: as the engine has it now.
+        before: what it was at the last call.
+
+    Raises:
+        UserError: it is the same.
+    """
+    if count == before:
+        raise UserError(
+            f"there was no update since the last call; the engine counts {count}",
+            "after_step",
+            "call it after the engine.step() that ends an update, in a loop of your own after counting global_steps",
+        )
+    return count
+
+
 def next_step(step: Any, last: int | None, total: int) -> int:
     """The number of an update, checked.
 

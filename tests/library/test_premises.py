@@ -118,6 +118,20 @@ def test_a_call_for_every_micro_step_is_refused_at_the_first() -> None:
         controller.after_step(1)
 
 
+def test_a_call_before_the_update_is_refused() -> None:
+    """A change of ranks would drop the gradients of an update that is still to come."""
+    engine, controller = running()
+    train(engine, controller, 1, 2)
+    before = engine.global_steps
+    with pytest.raises(
+        UserError, match=r"^there was no update since the last call; the engine counts 2 \(after_step\)"
+    ):
+        controller.after_step(3)
+    assert engine.global_steps == before
+    update(engine, 3)
+    assert controller.after_step(3) is not None, "the call that was refused has not been counted"
+
+
 def test_what_is_no_engine_is_refused() -> None:
     model = tiny.adapted_llama(CONFIG)
     with pytest.raises(
