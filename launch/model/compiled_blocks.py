@@ -88,8 +88,12 @@ def layer_stack(model: nn.Module) -> LayerStack | None:
     return forward.shared.stack if isinstance(forward, CompiledBlock) else None
 
 
-def _stack_of(blocks: list[CompiledBlock]) -> LayerStack:
-    return LayerStack([block.layer for block in blocks], blocks, blocks[0].context)
+def _stack_of(blocks: list[CompiledBlock]) -> LayerStack | None:
+    """None where the layers share no one context, of parts that were adapted by themselves."""
+    contexts = {id(block.context): block.context for block in blocks if block.matrices}
+    if len(contexts) != 1:
+        return None
+    return LayerStack([block.layer for block in blocks], blocks, *contexts.values())
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

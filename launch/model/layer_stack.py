@@ -14,8 +14,9 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -33,6 +34,8 @@ SEEN = 2
 """Passes of a key before it is recorded: recording takes a pass's time, and a rank change may come soon."""
 _BEYOND = 1.25
 """Bytes that a recording takes : bytes that a forward pass keeps."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """P, λ and Q of a matrix."""
@@ -63,7 +66,7 @@ class LayerStack:
         self._passing: tuple[int, Tensor] | None = None
         self._parameters: list[Tensor] = []
         self._adapters_alone = True
-        """Whether nothing else in the layers is trained."""
+        """Whether they are what is trained in the layers, all of them and nothing else, in one dtype."""
         self._recordings: dict[Hashable, _Recording] = {}
         self._seen: Counter[Hashable] = Counter()
         """How often each key has come since the parameters moved."""
@@ -100,6 +103,11 @@ class LayerStack:
         self._passing = None if place + 1 == len(self.layers) else (place, output)
         return True
 
+    def require_passed(self, node: Any) -> None:
+        """Raise where a model left out layers at the end, which the node of its pass has computed."""
+        if self._passing is not None and self._passing[1].grad_fn is node:
+            raise RuntimeError("the model left out its last decoder layers; set cuda_graphs false")
+
     def compute(self, place: int, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         """In the first layer: the output of the last one; None where the layers are to run one by one."""
         if place or not self.alike or hidden.requires_grad or not self._may():
@@ -112,7 +120,7 @@ class LayerStack:
         self._renew()
         if not self._adapters_alone:
             return None
-        output: Tensor = _Whole.apply(lambda: self._pass(packed), *self._parameters)  # type: ignore[no-untyped-call]
+        output: Tensor = _Whole.apply(self, packed, *self._parameters)  # type: ignore[no-untyped-call]
         if len(self.layers) > 1:
             self._passing = 0, output
         return output
@@ -142,21 +150,26 @@ class LayerStack:
         return self._room
 
     def _may(self) -> bool:
-        bare = not any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers)
+        bare = not any(getattr(layer, hooks) for layer in self.layers for hooks in _HOOKS)
+        training = all(layer.training for layer in self.layers)  # the first one alone has been asked
         checkpointed = getattr(self.layers[0], "gradient_checkpointing", False)
         seeded = self.context.row_keys is not None  # a recording would draw the same masks again and again
-        return bare and seeded and not checkpointed and self.context.penalty is None
+        return bare and training and seeded and not checkpointed and self.context.penalty is None
 
     def _renew(self) -> None:
-        """Give up the recordings where a parameter lies elsewhere than it did: they read and write addresses."""
+        """Give up the recordings where a parameter lies elsewhere than it did: they read and write addresses.
+
+        Another parameter in the same place, or one that is trained from now on, ends them too: it gets a gradient.
+        """
         held = [p for layer in self.layers for p in layer.parameters()]
-        where = tuple(n for p in held for n in (p.data_ptr(), p.numel()))
+        where = tuple(n for p in held for n in (id(p), p.data_ptr(), p.numel(), p.requires_grad))
         if where == self._where:
             return
         self._where = where
         self._parameters = [t for block in self.blocks for triple in block.triples for t in triple]
         trained = {id(p) for p in held if p.requires_grad}
-        self._adapters_alone = bool(trained) and trained == {id(p) for p in self._parameters}
+        one_dtype = len({p.dtype for p in self._parameters}) == 1  # gradients come in one tensor
+        self._adapters_alone = one_dtype and trained == {id(p) for p in self._parameters}
         self._forget()
 
     def _forget(self) -> None:
@@ -166,7 +179,8 @@ class LayerStack:
         self._seen.clear()
         self._room = None
 
-    def _pass(self, inputs: PackedInputs) -> _Computed | _Replayed:
+    def begin(self, inputs: PackedInputs) -> _Computed | _Replayed:
+        """A pass, replayed where it can be."""
         recording = self._recording(inputs)
         if recording is None:
             return _Computed(self, inputs)
@@ -218,9 +232,9 @@ class Outcome:
     adapters: list[Tensor]
     """What the graph leads to, in the order of the parameters."""
 
-    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Of all parameters, for the output's."""
-        return torch.autograd.grad(self.output, self.adapters, grad)
+    def gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of all parameters, for the output's; None for one that its layer does not use."""
+        return torch.autograd.grad(self.output, self.adapters, grad, allow_unused=True)
 
 
 def _alias(p: Tensor) -> Tensor:
@@ -237,7 +251,7 @@ class _GradientRoom:
         self.places = self._parts(self._flat)
 
     def copies(self) -> list[Tensor]:
-        """Of all gradients, for whoever keeps them longer than until the next replay."""
+        """Of all gradients."""
         return self._parts(self._flat.clone())
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
@@ -246,25 +260,18 @@ class _GradientRoom:
 
 
 class _Whole(torch.autograd.Function):
-    """The node: (what runs a pass, trainable parameters) -> the last layer's hidden states [1, tokens, features]."""
+    """The node: (layers, inputs, trainable parameters) -> the last layer's hidden states [1, tokens, features]."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[], _Pass], *parameters: Tensor) -> Tensor:
-        ctx.run = run()
+    def forward(ctx: Any, stack: LayerStack, inputs: PackedInputs, *parameters: Tensor) -> Tensor:
+        ctx.stack, ctx.run = stack, stack.begin(inputs)
         return ctx.run.take_output()  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.run.gradients(grad))
-
-
-class _Pass(Protocol):
-    def take_output(self) -> Tensor:
-        """[1, tokens, features]; not kept, for its node keeps this."""
-
-    def gradients(self, grad: Tensor) -> Sequence[Tensor]:
-        """Of all trainable parameters, for the output's; once."""
+        ctx.stack.require_passed(ctx)
+        return (None, None, *ctx.run.gradients(grad))
 
 
 class _Computed:
@@ -280,10 +287,12 @@ class _Computed:
             stack.kept = max(stack.kept, recorder.kept() - before)
 
     def take_output(self) -> Tensor:
+        """[1, tokens, features]; not kept, for its node keeps this."""
         assert self._end is not None
         return self._end.output.detach()[:, : self._tokens]
 
-    def gradients(self, grad: Tensor) -> Sequence[Tensor]:
+    def gradients(self, grad: Tensor) -> Sequence[Tensor | None]:
+        """Of all trainable parameters, for the output's; once."""
         end, self._end = self._end, None
         if end is None:
             raise RuntimeError("the decoder layers' backward pass runs once")
@@ -298,6 +307,7 @@ class _Recording:
         self.output = torch.empty_like(self.inputs.hidden)
         self.grad = torch.zeros_like(self.inputs.hidden)
         self._end: Outcome | None = None
+        self._used: list[bool] = []
         self.forward = recorder.record(self._forward)
         self.backward = recorder.record(self._backward)
 
@@ -309,7 +319,14 @@ class _Recording:
     def _backward(self) -> None:
         end, self._end = self._end, None
         assert end is not None
-        torch._foreach_copy_(self.room.places, end.gradients(self.grad))
+        found = end.gradients(self.grad)
+        self._used = [gradient is not None for gradient in found]
+        values = [gradient for gradient in found if gradient is not None]
+        torch._foreach_copy_([*compress(self.room.places, self._used)], values)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of the last replay, for whoever keeps them longer than until the next; None as in `Outcome`."""
+        return [g if used else None for g, used in zip(self.room.copies(), self._used, strict=True)]
 
 
 class _Replayed:
@@ -322,15 +339,17 @@ class _Replayed:
         recording.forward()
 
     def take_output(self) -> Tensor:
+        """As of a computed pass."""
         return self._recording.output[:, : self._tokens].clone()
 
-    def gradients(self, grad: Tensor) -> Sequence[Tensor]:
+    def gradients(self, grad: Tensor) -> Sequence[Tensor | None]:
+        """As of a computed pass."""
         if self.done:
             raise RuntimeError("the decoder layers' backward pass runs once")
         self.done = True
         self._recording.grad.copy_(pad_tokens(grad, self._recording.grad.shape[1]))
         self._recording.backward()
-        return self._recording.room.copies()
+        return self._recording.gradients()
 
 
 def _same(others: Mapping[str, Any], first: Mapping[str, Any]) -> bool:

@@ -10,11 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flexlora_ds.adapter.layer import ForwardContext
+from flexlora_ds import FlexLoRAConfig, inject_adapters
+from flexlora_ds.adapter.layer import ForwardContext, forward_context
 from launch.model import layer_stack
+from launch.model.compiled_blocks import compile_blocks
+from launch.model.compiled_blocks import layer_stack as layer_stack_of
 from launch.model.layer_stack import LayerStack, Triple
 from launch.model.packed_inputs import pack_inputs, rounded_length
 from tests.helpers.rerun import Rerun
+from tests.helpers.tiny import tiny_llama
 
 WIDTH = 8
 
@@ -124,8 +128,7 @@ def test_a_pass_whose_backward_pass_is_to_come_keeps_its_recording(stack: LayerS
 
 def test_a_second_backward_pass_is_an_error(stack: LayerStack) -> None:
     for _ in range(4):
-        output = stack.compute(0, torch.randn(1, 7, WIDTH), arguments(7))
-        assert output is not None
+        output = passed_by(stack)
         output.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
         with pytest.raises(RuntimeError, match="runs once"):
             output.sum().backward()  # type: ignore[no-untyped-call]
@@ -169,7 +172,12 @@ def test_so_many_and_no_more(stack: LayerStack, monkeypatch: pytest.MonkeyPatch)
         lambda s, a: setattr(s.context, "penalty", object()),
         lambda s, a: setattr(s.layers[0], "gradient_checkpointing", True),
         lambda s, a: s.layers[1].register_forward_hook(lambda *_: None),
+        lambda s, a: s.layers[1].register_full_backward_hook(lambda *_: None),
+        lambda s, a: s.layers[1].register_full_backward_pre_hook(lambda *_: None),
+        lambda s, a: s.layers[2].eval(),
         lambda s, a: setattr(s.layers[0], "more", nn.Parameter(torch.ones(1))),
+        lambda s, a: s.layers[0].Q.requires_grad_(False),
+        lambda s, a: setattr(s.layers[2].lam, "data", s.layers[2].lam.double()),
         lambda s, a: a.update(attention_bias=torch.ones(1)),
         lambda s, a: a.pop("cu_seq_lens_q"),
         lambda s, a: setattr(s, "alike", False),
@@ -183,11 +191,78 @@ def test_other_passes_are_left_to_the_layers(stack: LayerStack, spoil: Callable[
     assert stack.compute(0, torch.randn(1, 7, WIDTH), given) is None
 
 
+def test_another_weight_that_is_trained_from_now_on_gets_its_gradient(stack: LayerStack) -> None:
+    layer: Any = stack.layers[1]
+    layer.norm = nn.Parameter(torch.ones(1), requires_grad=False)
+    for _ in range(4):
+        passed_by(stack)
+    assert stack.replays == 2
+    layer.norm.requires_grad_(True)
+    assert stack.compute(0, torch.randn(1, 7, WIDTH), arguments(7)) is None
+
+
+def test_another_parameter_in_the_same_place_gets_the_gradient(stack: LayerStack) -> None:
+    for _ in range(4):
+        passed(stack)
+    layer: Any = stack.layers[1]
+    layer.P = nn.Parameter(layer.P.data)
+    passed(stack)
+
+
+def test_a_parameter_that_its_layer_does_not_use_gets_no_gradient(stack: LayerStack) -> None:
+    layer: Any = stack.layers[1]
+    unused = tuple(nn.Parameter(torch.randn(2)) for _ in range(3))
+    layer.unused = nn.ParameterList(unused)
+    layer.__class__ = type(
+        "WithMore",
+        (Layer,),
+        {
+            "triples": property(lambda self: [(self.P, self.lam, self.Q), unused]),
+            "run": lambda self, hidden, inputs, adapters: Layer.run(self, hidden, inputs, adapters[:1]),
+        },
+    )
+    for _ in range(4):
+        passed_by(stack).sum().backward()
+        assert all(p.grad is None for p in unused) and layer.P.grad is not None
+    assert stack.replays == 2
+
+
+def test_layers_left_out_at_the_end_are_an_error(stack: LayerStack) -> None:
+    for _ in range(4):
+        output = stack.compute(0, torch.randn(1, 7, WIDTH), arguments(7))
+        assert output is not None and stack.passes(1, output)
+        with pytest.raises(RuntimeError, match="left out its last decoder layers; set cuda_graphs false"):
+            output.sum().backward()  # type: ignore[no-untyped-call]
+    earlier = passed_by(stack)
+    stack.compute(0, torch.randn(1, 7, WIDTH), arguments(7))  # an error ends this one
+    earlier.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def passed_by(stack: LayerStack) -> Tensor:
+    """The output of a pass that went by all layers."""
+    output = stack.compute(0, torch.randn(1, 7, WIDTH), arguments(7))
+    assert output is not None and all(stack.passes(place, output) for place in (1, 2))
+    return output
+
+
 def test_something_between_the_layers_is_an_error(stack: LayerStack) -> None:
     output = stack.compute(0, torch.randn(1, 7, WIDTH), arguments(7))
     assert output is not None
     with pytest.raises(RuntimeError, match="set cuda_graphs false"):
         stack.passes(1, output * 2)
+
+
+def test_layers_share_the_context_of_those_that_are_adapted() -> None:
+    model = tiny_llama("bf16", layers=3)
+    inject_adapters(model, FlexLoRAConfig(rank=2, target_modules=[r".*layers\.[12]\..*q_proj"]))
+    compile_blocks(model, "eager", replayed=True)
+    found = layer_stack_of(model)
+    assert found is not None and found.context is forward_context(model)
+    parts: Any = tiny_llama("bf16", layers=3)
+    for part in parts.model.layers:  # each has row keys of its own
+        inject_adapters(part, FlexLoRAConfig(rank=2, target_modules=["q_proj"]))
+    compile_blocks(parts, "eager", replayed=True)
+    assert layer_stack_of(parts) is None
 
 
 @pytest.mark.parametrize("fault", ["none", "another tensor", "other arguments", "a tuple", "skipped"])
