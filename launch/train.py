@@ -43,10 +43,11 @@ from launch.engine.methods.adalora_calendar import describe as adalora_calendar
 from launch.engine.methods.registry import require_calendar
 from launch.engine.settled import Settled
 from launch.loop.accuracy import prepare_test
+from launch.loop.compiled_layers import agree_on_layers
 from launch.loop.finish import finish, stop
 from launch.loop.gradient_start import begin_directions
 from launch.loop.known_failures import known_failures
-from launch.loop.memory_check import check_memory
+from launch.loop.memory_check import check_memory, compute_once
 from launch.loop.session import Session, begin, identify, run_folder
 from launch.loop.tracked import tracked
 from launch.model.token_loss import head_of, token_loss
@@ -95,6 +96,14 @@ def train(options: TrainOptions, watcher: SignalWatcher) -> None:
         look_at_machine(run, settled)
         # Below ZeRO-3 whether it fits everywhere; at ZeRO-3 the weights, which are sharded.
         check_memory(run, settled, start.step, memory_to_come(settled, start))
+        if start.step < run.data.steps:
+            # Whether a process takes its layers as they are.
+            largest = run.data.train.largest
+            agree_on_layers(
+                run.engine.module,
+                process,
+                lambda: compute_once(run, largest(start.step, run.data.steps)),
+            )
         if start.checkpoint is None:
             # The products with the gradient, to which each process adds its part of the first batches.
             begin_directions(run)

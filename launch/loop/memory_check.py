@@ -53,7 +53,7 @@ def check_memory(run: Session, settled: Settled, done: int, to_come: float) -> N
 def _try(run: Session, settled: Settled, batch: MicroBatch, to_come: int) -> None:
     try:
         reserved = torch.empty(to_come, dtype=torch.uint8, device=run.process.device)
-        _compute(run, batch)
+        compute_once(run, batch)
         del reserved
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -61,8 +61,8 @@ def _try(run: Session, settled: Settled, batch: MicroBatch, to_come: int) -> Non
         raise _too_large(settled, batch, error) from error
 
 
-def _compute(run: Session, batch: MicroBatch) -> None:
-    """As in a step; the engine's own forward would prepare one."""
+def compute_once(run: Session, batch: MicroBatch) -> None:
+    """Forward and backward as in a step, of which nothing stays; the engine's own forward would prepare one."""
     device, model = run.process.device, run.engine.module
     gpus = [device] if device.type == "cuda" else []
     with (

@@ -88,6 +88,24 @@ def layer_stack(model: nn.Module) -> LayerStack | None:
     return forward.shared.stack if isinstance(forward, CompiledBlock) else None
 
 
+def layers_compiled(model: nn.Module) -> bool | None:
+    """Whether a model's layers run compiled; None: no pass has tried them yet."""
+    shared = _shared_of(model)
+    return None if shared is not None and shared.untried else shared is not None and not shared.plain
+
+
+def give_up_compiled(model: nn.Module, reason: str) -> None:
+    """Take the layers as they are from now on, and warn, where they run compiled."""
+    shared = _shared_of(model)
+    if shared is not None and not shared.plain:
+        shared.give_up(RuntimeError(reason))
+
+
+def _shared_of(model: nn.Module) -> _Shared | None:
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return next((f.shared for f in forwards if isinstance(f, CompiledBlock)), None)
+
+
 def _stack_of(blocks: list[CompiledBlock]) -> LayerStack | None:
     """None where the layers share no one context, of parts that were adapted by themselves."""
     contexts = {id(block.context): block.context for block in blocks if block.matrices}
