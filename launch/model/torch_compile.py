@@ -112,7 +112,8 @@ def require_replayable(asked: bool, *, possible: bool, place: str) -> None:
     """
     if asked and not possible:
         raise UserError(
-            "cuda_graphs true replays compiled layers of packed examples on a GPU, their activations kept",
+            "cuda_graphs true replays compiled layers of packed examples on a GPU, their activations kept, orth_form "
+            "decoupled",
             place,
             "leave it false, or choose compile blocks, padding_free true and gradient_checkpointing false",
         )

@@ -94,7 +94,7 @@ def settle(options: TrainOptions, world_size: int) -> Settled:
     computation = replace(computation, cuda_graphs=options.cuda_graphs)
     require_replayable(
         options.cuda_graphs,
-        possible=torch.cuda.is_available() and computation.replayable,
+        possible=torch.cuda.is_available() and computation.replayable and options.orth_form == "decoupled",
         place=options.place("cuda_graphs"),
     )
     repeatable = options.replace(dtype=dtype, gradient_checkpointing=checkpointing)

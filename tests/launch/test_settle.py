@@ -137,7 +137,13 @@ def test_layers_are_replayed_where_that_is_asked_for_and_can_be(place: Place) ->
     found = settled(place, **asked)
     assert found.computation.cuda_graphs and "replayed as CUDA graphs" in found.line()
     assert not settled(place, compile="blocks", attention="varlen").computation.cuda_graphs
-    for others in ({"padding_free": False}, {"compile": False}, {"gradient_checkpointing": True}):
+    unfit = (
+        {"padding_free": False},
+        {"compile": False},
+        {"gradient_checkpointing": True},
+        {"orth_form": "norm"},
+    )
+    for others in unfit:
         with pytest.raises(UserError, match="leave it false, or choose compile blocks"):
             settled(place, **{**asked, **others})
 
