@@ -77,14 +77,17 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def has_room(self, need: int) -> bool:
-        """Whether the largest step so far would still fit beside recordings that take `need` bytes in all."""
-        self._highest = max(self._highest, torch.cuda.max_memory_allocated(self.device))
+        """Whether the largest step so far would still fit beside the recordings and `need` bytes more.
+
+        A longer length finds no block of the shared pool that is large enough, and may take all of it anew.
+        """
+        self.kept()
         total = torch.cuda.get_device_properties(self.device).total_memory
-        if self._highest + max(need, self.taken) > (1 - _SPARED) * total:
+        if self._highest + self.taken + need > (1 - _SPARED) * total:
             return False
-        if torch.cuda.mem_get_info(self.device)[0] < need - self.taken:
+        if torch.cuda.mem_get_info(self.device)[0] < need:
             torch.cuda.empty_cache()  # the allocator cannot, while something is recorded
-        return torch.cuda.mem_get_info(self.device)[0] >= need - self.taken
+        return torch.cuda.mem_get_info(self.device)[0] >= need
 
     def kept(self) -> int:
         """Bytes of torch's tensors."""
